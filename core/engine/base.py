@@ -1,0 +1,121 @@
+"""The engine's contract: token ids in, token ids out. Torch-free; knows nothing of text, turns or platforms.
+
+EngineError
+ ├─ QueueFull       too many requests wait; try later
+ ├─ PromptTooLong   prompt and reply do not fit the model's positions
+ ├─ EngineClosed    closed, or died and could not be brought back
+ ├─ Cancelled       the request was given up (deadline, client gone)
+ ├─ BadCheckpoint   the model cannot be loaded; the text says which file and what to do
+ └─ Failed          this request raised; others did not suffer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineError(Exception):
+    """Anything an engine refuses; str() is one line fit for an operator."""
+
+
+class QueueFull(EngineError): ...
+
+
+class PromptTooLong(EngineError): ...
+
+
+class EngineClosed(EngineError): ...
+
+
+class Cancelled(EngineError): ...
+
+
+class BadCheckpoint(EngineError): ...
+
+
+class Failed(EngineError): ...
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. Field names are Transformers' `GenerationConfig`'s where it has them.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off. `repetition_penalty` is CTRL's
+    (arXiv 1909.05858, section 4.1), over prompt and reply. `no_repeat_ngram` forbids n-grams that stand in prompt or
+    reply already; 0 is off. `seed` None draws one. `n` completions are drawn, the k-th from seed + k.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.9
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    max_tokens: int = 64
+    seed: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        """ValueError that names the field, the bound and the value."""
+        for name, value, good, bound in (
+            ("temperature", self.temperature, 0 <= self.temperature <= 10, "between 0 and 10"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 10, "above 0, at most 10"),
+            ("no_repeat_ngram", self.no_repeat_ngram, self.no_repeat_ngram >= 0, "0 (off) or more"),
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
+            ("n", self.n, 1 <= self.n <= 64, "between 1 and 64"),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "from 0 below 2**63"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {bound}, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One reply: `token_ids` without the closing eos; `logprob` is the sum of natural logs under the unfiltered model."""
+
+    token_ids: list[int]
+    logprob: float
+    finish_reason: FinishReason
+    cached_tokens: int
+    """How many of the prompt's tokens were already in the KV cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a client must know of the model it talks to."""
+
+    name: str
+    max_positions: int
+    vocab_size: int
+    eos_id: int
+    path: str
+    """The local folder with config.json and the tokenizer's files."""
+    how: str
+    """One line for people: device, precision, which path runs."""
+
+
+class Engine(Protocol):
+    """`session` may change the cost, never the result. Cancelling the awaiting task gives the request up."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
+    ) -> list[Completion]:
+        """`params.n` completions of `prompt` (1 to max_positions - 1 ids). `deadline` in seconds from now.
+
+        Raises an EngineError.
+        """
+        ...
+
+    async def forget(self, session: str) -> None:
+        """Drop what is cached for `session`, memory included (a person asked to be forgotten)."""
+        ...
+
+    async def aclose(self) -> None: ...

@@ -1,0 +1,83 @@
+"""The nouns that cross every border: Channel, Author, Message, Turn, Reply. No imports of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+Kind = Literal["ask", "heard", "edit", "delete"]
+"""ask: wants an answer; heard: context only; edit and delete: about the earlier message with the same id."""
+
+ReplyState = Literal["pending", "sending", "sent", "abandoned"]
+MessageState = Literal["waiting", "answered", "shed", "expired", "cancelled", "failed", "heard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """One conversation: a chat, a text channel, a thread or a topic, each on its own."""
+
+    platform: str
+    id: str
+
+    def __str__(self) -> str:
+        return f"{self.platform}:{self.id}"
+
+    @classmethod
+    def parse(cls, text: str) -> Channel:
+        """Read what `str` wrote. ValueError when there is no "platform:id" in it."""
+        platform, colon, id = text.partition(":")
+        if not (platform and colon and id):
+            raise ValueError(f"a channel is written platform:id, for example discord:123, not {text!r}")
+        return cls(platform, id)
+
+
+@dataclass(frozen=True, slots=True)
+class Author:
+    id: str
+    name: str
+    is_bot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a bot heard. `id` is the platform's and unique within the channel, in the platform's own spelling."""
+
+    channel: Channel
+    id: str
+    author: Author
+    text: str
+    sent_at: datetime
+    """Aware, by the platform's clock."""
+    kind: Kind = "ask"
+    server: str = ""
+    """The Discord server or Telegram group it was said in; "" in a direct message. For caps and lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One line of the history. `text` is as the person typed it, or as the model spelled it (see core.text)."""
+
+    role: Literal["user", "assistant"]
+    author: str
+    text: str
+    index: int
+    """Position in the channel since its last reset, from 0, never renumbered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One platform message to be sent. A long answer is several, `part` 0, 1, …, delivered in order."""
+
+    id: int
+    channel: Channel
+    to: str
+    """The platform id of the message it answers."""
+    text: str
+    nonce: str
+    """20 characters of base64url, random, drawn once and stored: the same on every attempt."""
+    part: int = 0
+    state: ReplyState = "pending"
+    tries: int = 0
+    first_try_at: datetime | None = None
+    sent_ids: tuple[str, ...] = field(default=())
