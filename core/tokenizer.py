@@ -1,0 +1,77 @@
+"""Text to token ids and back, without torch. What a person types can never become the end-of-text id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from core.engine.base import BadCheckpoint
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """GPT-2's byte-level BPE. Knows every string; adds nothing at either end."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        """ValueError when the vocabulary has no `<|endoftext|>`."""
+        eos_id = backend.token_to_id(END_OF_TEXT)
+        if eos_id is None:
+            raise ValueError(f"the vocabulary has no {END_OF_TEXT}")
+        backend.encode_special_tokens = True  # a typed "<|endoftext|>" is split like any other text
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.eos_id: int = eos_id
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """From a checkpoint's folder: `tokenizer.json`, else DialoGPT's `vocab.json` and `merges.txt`.
+
+        Raises BadCheckpoint, one line that names the file.
+        """
+        folder = Path(folder)
+        whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+        in_one_file = whole.is_file()
+        if not in_one_file and not (vocab.is_file() and merges.is_file()):
+            raise BadCheckpoint(
+                f"{folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there"
+            )
+        try:
+            return cls(
+                tokenizers.Tokenizer.from_file(str(whole)) if in_one_file else _from_vocab(vocab, merges)
+            )
+        except Exception as error:  # the library raises plain Exception
+            reason = " ".join(str(error).split())
+            raise BadCheckpoint(
+                f"{whole if in_one_file else vocab} is not a GPT-2 tokenizer ({reason}): fetch the file again"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; never `eos_id`. Lone surrogates count as question marks."""
+        ids: list[int] = self._backend.encode(
+            text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False
+        ).ids
+        assert self.eos_id not in ids
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`. Ends of text, unknown ids and a character cut off at the end are left out."""
+        known = [i for i in ids if 0 <= i < len(self) and i != self.eos_id]
+        text: str = self._backend.decode(known, skip_special_tokens=False)
+        return text.rstrip("\ufffd")
+
+    def __len__(self) -> int:
+        """Size of the vocabulary, `<|endoftext|>` included."""
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+
+def _from_vocab(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend

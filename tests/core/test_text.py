@@ -1,0 +1,94 @@
+"""The spelling in and out: fixed examples, and what must hold for every string."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.text import MAX_CHARS, clean, normalise, restore
+
+ANYTHING = st.text(st.characters(exclude_categories=()), max_size=300)
+SPACED = st.lists(
+    st.sampled_from(
+        [*"()[]:,.!?'\"", "...", "i", "I", "i'm", "do", "n't", "'s", "hello", ":)", "3.5", "ok", "e.g."]
+    )
+).map(" ".join)
+
+
+@pytest.mark.parametrize(
+    ("typed", "spaced"),
+    [
+        ("Hi, how are you?", "Hi , how are you ?"),
+        ("don't  **shout**, please", "don't shout , please"),
+        ("\u201cso\u201d it\u2019s . . . fine\u2026", '" so " it\'s ... fine ...'),
+        ("see [this](https://a.example/x) or https://b.example/y?z", "see this or"),
+        ("<@!4711> <:wave:12> hello @everyone #general me@example.org", "hello"),
+        ("look ```rm -rf /``` and `this`", "look and this"),
+        ("caf\u00e9, Zo\u00eb, Stra\u00dfe, \uff21", "cafe , Zoe , Strasse , A"),
+        ("Z\u0351\u036b\u0343a\u0363\u0366l\u034fg\u0321o", "Zalgo"),
+        ("\U0001f602 ok \U0001f60a", "haha ok :)"),
+        ("a\x00b\u202ec\ud800d", "a bcd"),
+        ("\u041f\u0440\u0438\u0432\u0435\u0442 \U0001f4a9", ""),
+        ("", ""),
+    ],
+)
+def test_typed_text_becomes_spaced(typed: str, spaced: str) -> None:
+    assert normalise(typed) == spaced
+
+
+@pytest.mark.parametrize(
+    ("spaced", "shown"),
+    [
+        ("hi , how are you ?", "Hi, how are you?"),
+        ("i do n't know . i 'm new", "I don't know. I'm new"),
+        ('he said " hello there " , i think', 'He said "hello there", I think'),
+        ("well ... maybe ( or not ) .", "Well... maybe (or not)."),
+        ("fine :) . and you ?", "Fine :) . And you?"),
+        ("what ? ! no , e.g. this", "What?! No, e.g. this"),
+        ("", ""),
+    ],
+)
+def test_spaced_text_is_restored(spaced: str, shown: str) -> None:
+    assert restore(spaced) == shown
+
+
+@given(ANYTHING)
+def test_normalise_is_idempotent_and_keeps_to_its_alphabet(text: str) -> None:
+    spaced = normalise(text)
+    assert normalise(spaced) == spaced
+    assert spaced == " ".join(spaced.split())
+    assert all(c.isascii() and (c.isalnum() or c in " ()[]:,.!?'\"") for c in spaced)
+
+
+@given(st.text("ab1.,!?:()[]'\"<>@#`*_|~/ \n-+;=dDpP\u2026", max_size=80))
+def test_normalise_is_idempotent_on_punctuation(text: str) -> None:
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@pytest.mark.parametrize("unit", ["a", "hi. ", ".,", "\ufdfa", "(((", "1 ", "a.b", '" ', "http://"])
+def test_long_input_is_cut(unit: str) -> None:
+    spaced = normalise(unit * 5000)
+    assert len(spaced) <= MAX_CHARS
+    assert normalise(spaced) == spaced
+
+
+@given(ANYTHING | SPACED)
+def test_restore_adds_and_loses_no_word(text: str) -> None:
+    assert "".join(restore(text).split()).lower() == "".join(text.split()).lower()
+
+
+@given(ANYTHING)
+def test_what_is_sent_is_clean(text: str) -> None:
+    sent = clean(text)
+    assert all(c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") for c in sent)
+    assert not set(sent) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c")
+    assert clean(sent) == sent
+    assert sent.encode() is not None
+
+
+def test_clean_keeps_what_people_write() -> None:
+    kept = "Zo\u00eb said:\n\t\u201cna\u00efve\u201d \U0001f468\u200d\U0001f469\u200d\U0001f467 \u041f\u0440\u0438\u0432\u0435\u0442"
+    assert clean(kept) == kept

@@ -1,0 +1,92 @@
+"""Text to ids and back: both forms of a checkpoint's files, hostile text, broken files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from core.engine.base import BadCheckpoint
+from core.tokenizer import END_OF_TEXT, Tokenizer
+
+
+def trained() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["hello there , how are you ?"] * 9, trainer)
+    backend.add_special_tokens([END_OF_TEXT])
+    return backend
+
+
+@pytest.fixture(params=["tokenizer.json", "vocab.json"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    backend = trained()
+    if request.param == "tokenizer.json":
+        backend.enable_truncation(4)
+        backend.save(str(tmp_path / "tokenizer.json"))
+    else:
+        backend.model.save(str(tmp_path))
+        vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab | {END_OF_TEXT: len(vocab)}), encoding="utf-8")
+    return tmp_path
+
+
+def test_both_forms_give_the_same_ids(folder: Path) -> None:
+    tokenizer, backend = Tokenizer.load(folder), trained()
+    text = "hello there , how is Zo\u00eb ? \U0001f600"
+    assert tokenizer.encode(text) == backend.encode(text).ids
+    assert len(tokenizer) == backend.get_vocab_size()
+    assert tokenizer.eos_id == len(tokenizer) - 1
+
+
+def test_a_typed_end_of_text_stays_text(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    for text in (END_OF_TEXT, f"a {END_OF_TEXT}{END_OF_TEXT} b"):
+        assert tokenizer.eos_id not in tokenizer.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_cut_characters_and_strange_ids_are_left_out(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.encode("ok \u20ac")
+    assert tokenizer.decode(ids[:-1]) == "ok "
+    assert tokenizer.decode([-1, *ids, tokenizer.eos_id, 10**6]) == "ok \u20ac"
+    assert tokenizer.decode([]) == ""
+    assert tokenizer.encode("") == []
+
+
+TOKENIZER = Tokenizer(trained())
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=100))
+def test_every_string_survives(text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.eos_id not in ids
+    assert TOKENIZER.decode(ids) == text.encode("utf-8", "replace").decode().rstrip("\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({}, "has no tokenizer"),
+        ({"vocab.json": "{}"}, "has no tokenizer"),
+        ({"tokenizer.json": '{"version": "1.0", "trunc'}, "tokenizer.json"),
+        ({"tokenizer.json": ""}, "tokenizer.json"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "#version: 0.2\n"}, "vocab.json"),
+        ({"vocab.json": "no json", "merges.txt": ""}, "vocab.json"),
+    ],
+)
+def test_broken_files_give_one_line(tmp_path: Path, files: dict[str, str], named: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(BadCheckpoint, match=named) as raised:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(raised.value)
