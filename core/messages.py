@@ -81,3 +81,14 @@ class Reply:
     tries: int = 0
     first_try_at: datetime | None = None
     sent_ids: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A message in the journal that waits for its answer."""
+
+    row: int
+    message: Message
+    deadline: datetime
+    """Aware, by our own clock, counted from receipt: platforms' clocks and ours disagree."""
+    attempts: int = 0

@@ -1,0 +1,60 @@
+"""What the courier asks of a platform, and the four ways a send can end badly. Imports only the nouns.
+
+SendError
+ ├─ NotSent      it certainly did not arrive (no connection, DNS, pool); try again freely
+ ├─ MaybeSent    it may have arrived (read timeout, reset, 5xx); reconcile before trying again
+ ├─ Refused      the platform said no for good (blocked, deleted, forbidden); final
+ └─ RetryAfter   this chat must wait so many seconds; others need not
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from core.messages import Channel, Reply
+
+
+class SendError(Exception):
+    """str() is one line for the log, without secrets."""
+
+
+class NotSent(SendError): ...
+
+
+class MaybeSent(SendError): ...
+
+
+class Refused(SendError): ...
+
+
+class RetryAfter(SendError):
+    def __init__(self, seconds: float, message: str = "asked to wait") -> None:
+        """`seconds` as the platform said it; what is no number, not finite or negative counts as 1, at most an hour."""
+        super().__init__(message)
+        good = isinstance(seconds, int | float) and 0 <= seconds < float("inf")
+        self.seconds = min(float(seconds), 3600.0) if good else 1.0
+
+
+class Platform(Protocol):
+    """The sending half of a bot."""
+
+    @property
+    def name(self) -> str:
+        """Channel.platform of all its channels."""
+        ...
+
+    def split(self, text: str) -> list[str]:
+        """`text` (not blank) in pieces the platform takes, each delivered as a Reply of its own."""
+        ...
+
+    async def send(self, reply: Reply) -> str:
+        """Send once and return the platform's id of it. Raises NotSent | MaybeSent | Refused | RetryAfter."""
+        ...
+
+    async def find_sent(self, reply: Reply) -> str | None:
+        """Did an attempt in doubt arrive? Its id; "" if certainly not; None: cannot tell."""
+        ...
+
+    async def typing(self, channel: Channel) -> None:
+        """Show typing for a few seconds; called again every 4 s while it should last. Errors are ignored."""
+        ...
