@@ -29,7 +29,7 @@ class Refused(SendError): ...
 
 class RetryAfter(SendError):
     def __init__(self, seconds: float, message: str = "asked to wait") -> None:
-        """`seconds` as the platform said it; what is no number, not finite or negative counts as 1, at most an hour."""
+        """`seconds` as the platform said it, at most an hour; what is no number of seconds counts as 1."""
         super().__init__(message)
         good = isinstance(seconds, int | float) and 0 <= seconds < float("inf")
         self.seconds = min(float(seconds), 3600.0) if good else 1.0

@@ -59,19 +59,19 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        """ValueError that names the field, the bound and the value."""
-        for name, value, good, bound in (
-            ("temperature", self.temperature, 0 <= self.temperature <= 10, "between 0 and 10"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty <= 10, "above 0, at most 10"),
-            ("no_repeat_ngram", self.no_repeat_ngram, self.no_repeat_ngram >= 0, "0 (off) or more"),
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
-            ("n", self.n, 1 <= self.n <= 64, "between 1 and 64"),
-            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**63, "from 0 below 2**63"),
+        """ValueError that names the field and the bound."""
+        for name, good, bound in (
+            ("temperature", 0 <= self.temperature <= 10, "between 0 and 10"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 10, "above 0, at most 10"),
+            ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 (off) or more"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("n", 1 <= self.n <= 64, "between 1 and 64"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "from 0 below 2**63"),
         ):
             if not good:
-                raise ValueError(f"{name} must be {bound}, not {value}")
+                raise ValueError(f"{name} must be {bound}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,12 @@ class Engine(Protocol):
     def info(self) -> ModelInfo: ...
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        session: str = "",
+        deadline: float | None = None,
     ) -> list[Completion]:
         """`params.n` completions of `prompt` (1 to max_positions - 1 ids). `deadline` in seconds from now.
 

@@ -1,0 +1,253 @@
+"""Every knob of core, read once: credentials directory, NAME_FILE, environment, then .env in the working directory.
+
+A wrong setting is one line that names the variable, what is wrong and an example; never the value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dotenv import dotenv_values
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from core.engine.base import SamplingParams
+
+ENV_FILE = ".env"
+GroupT = TypeVar("GroupT", bound="Group")
+_NESTED = ConfigDict(frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class WrongSettings(Exception):
+    """`lines`: one per mistake, fit to print."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+class _Files(PydanticBaseSettingsSource):
+    """Secrets from $CREDENTIALS_DIRECTORY/NAME (systemd) or the file that NAME_FILE names (containers)."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        name = field_name.upper()
+        if field.annotation not in (SecretStr, SecretStr | None):
+            return None, name, False
+        directory = os.environ.get("CREDENTIALS_DIRECTORY")
+        if directory and (Path(directory) / name).is_file():
+            return _read(name, Path(directory) / name), name, False
+        file = os.environ.get(f"{name}_FILE") or _dotenv().get(f"{name}_FILE")
+        return (_read(f"{name}_FILE", Path(file)) if file else None), name, False
+
+    def __call__(self) -> dict[str, Any]:
+        found = {name: self.get_field_value(f, name)[0] for name, f in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in found.items() if value}
+
+
+def _read(name: str, path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongSettings(
+            [f"{name}: the file cannot be read ({type(error).__name__}); check path and rights"]
+        ) from None
+
+
+def _dotenv() -> dict[str, str | None]:
+    try:
+        return dotenv_values(ENV_FILE, encoding="utf-8") if Path(ENV_FILE).is_file() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongSettings([f"{ENV_FILE}: cannot be read ({type(error).__name__}); save it as UTF-8 text"]) from None
+
+
+class Group(BaseSettings):
+    """What a room or a bot wants set. Field names in capitals are the variables; nested fields join with __."""
+
+    model_config = SettingsConfigDict(
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8",
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Files(settings_cls), env_settings, dotenv_settings
+
+
+class QueueLimits(BaseModel):
+    """How much may wait, and for how long."""
+
+    model_config = _NESTED
+
+    per_channel: int = Field(20, ge=1, description="messages waiting in one channel; more are shed", examples=[20])
+    per_user: int = Field(250, ge=1, description="messages waiting from one person, all channels", examples=[250])
+    per_server: int = Field(2_000, ge=1, description="messages waiting in one server or group", examples=[2000])
+    total: int = Field(20_000, ge=1, description="messages waiting in all", examples=[20000])
+    deadline: float = Field(
+        60.0, gt=0, le=86_400, description="seconds an answer may take, from receipt", examples=[60]
+    )
+    running: int = Field(32, ge=1, le=4096, description="answers under way at once", examples=[32])
+
+
+class DeliveryRules(BaseModel):
+    """How replies go out when the platform makes trouble."""
+
+    model_config = _NESTED
+
+    patience: float = Field(900.0, gt=0, description="seconds after which an unsent reply is given up", examples=[900])
+    in_doubt: Literal["resend", "abandon"] = Field(
+        "resend",
+        description="when nobody can tell whether a reply arrived: resend or abandon",
+        examples=["resend"],
+    )
+
+
+class Settings(Group):
+    database_url: SecretStr = Field(
+        SecretStr("sqlite+aiosqlite:///palaver.db"),
+        description="where the journal is: SQLite or PostgreSQL",
+        examples=["postgresql+asyncpg://palaver:PASSWORD@localhost/palaver"],
+    )
+    model: str = Field(
+        "embedded",
+        min_length=1,
+        description="embedded, a hub name or a folder with a checkpoint",
+        examples=["microsoft/DialoGPT-medium"],
+    )
+    model_revision: str = Field("", description="the hub revision to pin (branch, tag or commit)", examples=["main"])
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N", examples=["cpu"])
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="auto, float32 (exact), bfloat16, float16 or int8", examples=["float32"]
+    )
+    engine: str = Field(
+        "process",
+        description="process (a child), inprocess, echo (no model) or the address of a palaver engine",
+        examples=["http://127.0.0.1:8100"],
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine, 0 chooses", examples=[2])
+    sampling: SamplingParams = Field(SamplingParams(), description="how replies are drawn")
+    history_tokens: int = Field(128, ge=8, le=100_000, description="tokens of history in a prompt", examples=[128])
+    history_stride: int = Field(
+        4, ge=1, le=64, description="turns by which a full window moves on; larger is faster", examples=[4]
+    )
+    normalise: bool = Field(True, description="speak the spaced spelling DialoGPT was trained on", examples=["true"])
+    queue: QueueLimits = Field(QueueLimits(), description="overload")
+    delivery: DeliveryRules = Field(DeliveryRules(), description="sending")
+    grace: float = Field(
+        10.0, ge=0, le=3600, description="seconds to finish answers under way at SIGTERM", examples=[10]
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error", examples=["info"]
+    )
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
+            return value
+        raise ValueError("must be auto, cpu, cuda or cuda:N")
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        if value in ("process", "inprocess", "echo") or value.startswith(("http://", "https://", "unix:")):
+            return value.rstrip("/")
+        raise ValueError("must be process, inprocess, echo or an http:// address")
+
+
+def read(*groups: type[GroupT]) -> list[GroupT]:
+    """One instance of each group. Raises WrongSettings with the mistakes of all of them."""
+    found, lines = [], _misspelt(groups)  # raises when .env cannot be read at all
+    for group in groups:
+        try:
+            found.append(group())
+        except ValidationError as error:
+            lines += _explain(group, error)
+        except SettingsError as error:
+            lines.append(
+                f"{_field_in(error)}: is not valid JSON; set its fields one by one, for example {_nested(group)}"
+            )
+        except WrongSettings as error:
+            lines += error.lines
+    if lines:
+        raise WrongSettings(sorted(set(lines)))
+    return found
+
+
+def variables(group: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(variable, default, example, description) of every setting, nested ones too, in order."""
+    for name, field in group.model_fields.items():
+        default = field.get_default()
+        variable, about = (prefix + name).upper(), field.description or ""
+        if isinstance(default, SamplingParams):
+            for f in fields(default):
+                value = getattr(default, f.name)
+                yield (
+                    f"{variable}__{f.name.upper()}",
+                    "" if value is None else str(value),
+                    str(value),
+                    f"sampling: {f.name}",
+                )
+        elif isinstance(default, BaseModel):
+            yield from variables(type(default), f"{prefix}{name}__")
+        else:
+            shown = default.get_secret_value() if isinstance(default, SecretStr) else default
+            shown = "" if shown is None else str(shown).lower() if isinstance(shown, bool) else str(shown)
+            yield variable, shown, str((field.examples or [shown])[0]), about
+
+
+def _explain(group: type[BaseSettings], error: ValidationError) -> Iterator[str]:
+    examples = {variable: example for variable, _, example, _ in variables(group)}
+    for mistake in error.errors(include_input=False, include_url=False, include_context=False):
+        path = [str(step).upper() for step in mistake["loc"]]
+        what = mistake["msg"].removeprefix("Value error, ")
+        if path == ["SAMPLING"] and what.split(" ", 1)[0] in SamplingParams.__dataclass_fields__:
+            field, what = what.split(" ", 1)
+            path.append(field.upper())
+        name = "__".join(path)
+        example = examples.get(name, "")
+        yield f"{name}: {what[:1].lower()}{what[1:]}" + (f"; for example {name}={example}" if example else "")
+
+
+def _field_in(error: SettingsError) -> str:
+    """The variable in pydantic's sentence 'error parsing value for field "x" from source "y"'."""
+    parts = str(error).split('"')
+    return parts[1].upper() if len(parts) > 1 else ENV_FILE
+
+
+def _nested(group: type[BaseSettings]) -> str:
+    return next((f"{name}={example}" for name, _, example, _ in variables(group) if "__" in name), "NAME=value")
+
+
+def _misspelt(groups: tuple[type[GroupT], ...]) -> list[str]:
+    """Names that nobody reads but that look like ours: a setting without effect is a mistake too."""
+    known = [name for group in groups for name, *_ in variables(group)]
+    nested = {name.split("__")[0] for name in known if "__" in name}
+    ours = {*known, *(f"{name}_FILE" for name in known), *nested}
+    lines = []
+    for name in {
+        *map(str.upper, _dotenv()),
+        *(n.upper() for n in os.environ if n.split("__")[0].upper() in nested),
+    }:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if name not in ours and (near or name.split("__")[0] in nested):
+            lines.append(f"{name}: is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+    return lines
