@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from core.delivery import MaybeSent, NotSent, Platform, Refused, RetryAfter, SendError
+from core.delivery import MaybeSent, NotSent, Platform, Refused, RetryAfter, SendError, Unservable
 
 if TYPE_CHECKING:
     from core.chat import Chat
@@ -16,11 +16,7 @@ class Bot(Platform, Protocol):
     async def serve(self, chat: Chat) -> None:
         """Hear until cancelled: hand each message to `chat.receive`, and acknowledge to the platform after it returns.
 
-        Raises when the platform cannot be served; the app starts it again with back-off. SystemExit-like
-        conditions a restart cannot mend (a bad token, a missing intent) raise Unservable.
+        `send` must work as long as this runs. Returns when the platform is at its end (the console's input);
+        raises Unservable where a restart cannot help; anything else raised starts it again with back-off.
         """
         ...
-
-
-class Unservable(Exception):
-    """A restart will not help; str() is one line that says the exact mend."""

@@ -1,4 +1,7 @@
-"""What the courier asks of a platform, and the four ways a send can end badly. Imports only the nouns.
+"""What the courier asks of a platform, and how receiving and sending can end badly. Imports only the nouns.
+
+NotAccepted     the journal cannot commit now; do not acknowledge to the platform, come again
+Unservable      the platform will not have us as we are set up (a bad token, a missing intent)
 
 SendError
  ├─ NotSent      it certainly did not arrive (no connection, DNS, pool); try again freely
@@ -12,6 +15,14 @@ from __future__ import annotations
 from typing import Protocol
 
 from core.messages import Channel, Reply
+
+
+class NotAccepted(Exception):
+    """Nothing was stored; str() is one line for the log."""
+
+
+class Unservable(Exception):
+    """Starting the bot again will not help; str() is one line that says the exact mend."""
 
 
 class SendError(Exception):

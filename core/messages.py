@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Literal
 
 Kind = Literal["ask", "heard", "edit", "delete"]
@@ -80,7 +80,9 @@ class Reply:
     state: ReplyState = "pending"
     tries: int = 0
     first_try_at: datetime | None = None
-    sent_ids: tuple[str, ...] = field(default=())
+    message: int = 0
+    """The journal's row of the message it answers; the parts of one answer share it."""
+    created_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 @dataclass(frozen=True, slots=True)

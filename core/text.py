@@ -15,7 +15,9 @@ MAX_CHARS = 2000
 """Longer input is cut, before any pattern runs over it."""
 MAX_BYTES = 8192
 
-_SMILES = "\U0001f600\U0001f601\U0001f603\U0001f604\U0001f606\U0001f60a\U0001f60d\U0001f642\U0001f917\U0001f970\u263a\u2764"
+_SMILES = (
+    "\U0001f600\U0001f601\U0001f603\U0001f604\U0001f606\U0001f60a\U0001f60d\U0001f642\U0001f917\U0001f970\u263a\u2764"
+)
 _TEARS = "\U0001f61e\U0001f622\U0001f62d\U0001f641\U0001f625\U0001f614\u2639"
 _SAID = {ord(sign): " :) " for sign in _SMILES} | {ord(sign): " :( " for sign in _TEARS}
 _SAID |= {
@@ -125,6 +127,4 @@ def restore(text: str) -> str:
 
 def clean(text: str) -> str:
     """Text fit to be sent: no control characters but new line and tab, no bidi controls, no lone surrogates."""
-    return "".join(
-        c for c in text if c in "\n\t" or (c not in _BIDI and unicodedata.category(c) not in ("Cc", "Cs"))
-    )
+    return "".join(c for c in text if c in "\n\t" or (c not in _BIDI and unicodedata.category(c) not in ("Cc", "Cs")))

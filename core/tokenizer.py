@@ -37,13 +37,9 @@ class Tokenizer:
         whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
         in_one_file = whole.is_file()
         if not in_one_file and not (vocab.is_file() and merges.is_file()):
-            raise BadCheckpoint(
-                f"{folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there"
-            )
+            raise BadCheckpoint(f"{folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there")
         try:
-            return cls(
-                tokenizers.Tokenizer.from_file(str(whole)) if in_one_file else _from_vocab(vocab, merges)
-            )
+            return cls(tokenizers.Tokenizer.from_file(str(whole)) if in_one_file else _from_vocab(vocab, merges))
         except Exception as error:  # the library raises plain Exception
             reason = " ".join(str(error).split())
             raise BadCheckpoint(

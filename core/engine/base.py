@@ -76,7 +76,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One reply: `token_ids` without the closing eos; `logprob` is the sum of natural logs under the unfiltered model."""
+    """One reply: `token_ids` without the closing eos; `logprob` sums natural logs under the unfiltered model."""
 
     token_ids: list[int]
     logprob: float
@@ -117,6 +117,10 @@ class Engine(Protocol):
 
         Raises an EngineError.
         """
+        ...
+
+    async def ready(self) -> str:
+        """"" when requests are answered now; else why not, one line."""
         ...
 
     async def forget(self, session: str) -> None:

@@ -1,0 +1,210 @@
+"""The command line: run, chat, engine, journal.
+
+Exit codes: 0 fine, 1 it failed, 75 try again later (the journal or the engine cannot be opened), 78 wrong settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from core import settings as core_settings
+from core.settings import Settings, WrongSettings
+
+if TYPE_CHECKING:
+    from bots.base import Bot
+    from core.journal.journal import Journal
+
+EX_TEMPFAIL, EX_CONFIG = 75, 78
+
+cli = typer.Typer(
+    name="palaver",
+    help="A chat bot for Discord, Telegram, the web and the terminal, out of a DialoGPT model that is yours.\n\n"
+    "Settings come from the environment and from .env in this folder; .env.example lists them all. Without any, "
+    "[bold]palaver run[/bold] talks on a local web page with the embedded model.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+journal_cli = typer.Typer(help="The journal, where every message and reply stands: counts by state, exports.")
+cli.add_typer(journal_cli, name="journal")
+
+
+@cli.command()
+def run() -> None:
+    """Start every bot whose settings are there, and the web page.
+
+    DISCORD_TOKEN starts Discord, TELEGRAM_TOKEN starts Telegram; WEB_ENABLED=false keeps the page off. SIGTERM or
+    Ctrl-C lets answers under way finish (GRACE seconds); a second one ends at once.
+    """
+    from bots.discord import DiscordSettings, open_discord
+    from bots.telegram import TelegramSettings, open_telegram
+    from bots.web import WebSettings, open_web
+
+    settings, discord, telegram, web = _settings(Settings, DiscordSettings, TelegramSettings, WebSettings)
+    bots: list[Bot] = []
+    if discord.discord_token:
+        bots.append(open_discord(discord))
+    if telegram.telegram_token:
+        bots.append(open_telegram(telegram))
+    if not bots and not web.web_enabled:
+        _stop(["WEB_ENABLED: no bot is left to run; set DISCORD_TOKEN or TELEGRAM_TOKEN, or WEB_ENABLED=true"])
+    if web.web_enabled:
+        bots.append(open_web(web))
+    raise typer.Exit(_go(_serve(settings, bots)))
+
+
+@cli.command()
+def chat() -> None:
+    """Talk in the terminal. With piped input: one reply line per input line, then it ends."""
+    from bots.console import ConsoleBot
+
+    (settings,) = _settings(Settings)
+    if "log_level" not in settings.model_fields_set:
+        logging.getLogger().setLevel(logging.WARNING)
+    raise typer.Exit(_go(_serve(settings, [ConsoleBot()])))
+
+
+@cli.command()
+def engine(
+    address: Annotated[
+        str, typer.Argument(help="where to listen: HOST:PORT, or unix:PATH for a socket that only you can open")
+    ] = "127.0.0.1:8100",
+) -> None:
+    """Serve the model alone over HTTP, for bots elsewhere that set ENGINE=http://HOST:PORT.
+
+    It needs MODEL, DEVICE and DTYPE and no token; whoever reaches the address may use it.
+    """
+    from core.engine.server import serve_engine
+
+    (settings,) = _settings(Settings)
+    raise typer.Exit(_go(serve_engine(settings, address)))
+
+
+@journal_cli.callback(invoke_without_command=True)
+def journal_counts(context: typer.Context) -> None:
+    """The journal, where every message and reply stands. Alone: how many are in which state."""
+    if context.invoked_subcommand:
+        return
+
+    async def show() -> int:
+        from rich.console import Console
+        from rich.table import Table
+
+        async with _journal() as journal:
+            for what, states in (await journal.counts()).items():
+                table = Table(title=what, title_justify="left")
+                table.add_column("state")
+                table.add_column("rows", justify="right")
+                for state, count in states.items():
+                    table.add_row(state, str(count))
+                Console().print(table)
+        return 0
+
+    raise typer.Exit(_go(show()))
+
+
+@journal_cli.command("export")
+def journal_export(
+    channel: Annotated[str, typer.Argument(help="platform:id, for example discord:123 or web:abc")],
+    file: Annotated[Path | None, typer.Argument(help="where to write; standard output when left out")] = None,
+) -> None:
+    """One channel's conversation as JSON lines, oldest first."""
+    from core.messages import Channel
+
+    try:
+        where = Channel.parse(channel)
+    except ValueError as error:
+        _stop([str(error)])
+
+    async def export() -> int:
+        out = file.open("w", encoding="utf-8") if file else sys.stdout
+        try:
+            async with _journal() as journal:
+                async for line in journal.export(where):
+                    print(json.dumps(line, ensure_ascii=False), file=out)
+        finally:
+            if file:
+                out.close()
+        return 0
+
+    raise typer.Exit(_go(export()))
+
+
+def _settings(*groups: type[Any]) -> list[Any]:
+    """Read them all, or stop with one line per mistake."""
+    from core import logs
+
+    try:
+        found = core_settings.read(*groups)
+    except WrongSettings as error:
+        _stop(error.lines)
+    secrets = [
+        value.get_secret_value()
+        for group in found
+        for value in (getattr(group, name) for name in type(group).model_fields)
+        if hasattr(value, "get_secret_value")
+    ]
+    logs.set_up(next((group.log_level for group in found if isinstance(group, Settings)), "info"), secrets)
+    return found
+
+
+@contextlib.asynccontextmanager
+async def _journal() -> AsyncIterator[Journal]:
+    from core.journal.journal import open_journal
+
+    (settings,) = _settings(Settings)
+    logging.getLogger().setLevel(logging.WARNING)
+    journal = await open_journal(settings.database_url.get_secret_value())
+    try:
+        yield journal
+    finally:
+        await journal.aclose()
+
+
+def _stop(lines: list[str]) -> NoReturn:
+    for line in lines:
+        print(line, file=sys.stderr)
+    raise SystemExit(EX_CONFIG)
+
+
+async def _serve(settings: Settings, bots: list[Bot]) -> int:
+    from core.app import open_app
+
+    async with open_app(settings) as app:
+        return await app.run(bots)
+
+
+def _go(work: Coroutine[None, None, int]) -> int:
+    """Run to the end; what cannot be opened is one line."""
+    from core.delivery import NotAccepted
+    from core.engine.base import BadCheckpoint, EngineError
+    from core.journal.journal import JournalError
+
+    try:
+        return asyncio.run(work)
+    except BadCheckpoint as error:
+        print(f"MODEL: {error}", file=sys.stderr)
+        return EX_CONFIG
+    except (EngineError, JournalError, NotAccepted) as error:
+        print(error, file=sys.stderr)
+        return EX_TEMPFAIL
+    except KeyboardInterrupt:
+        return 130
+
+
+def main() -> None:
+    cli()
+
+
+if __name__ == "__main__":
+    main()

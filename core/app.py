@@ -1,0 +1,189 @@
+"""Builds the house from its settings and takes it down in reverse; the only file that knows everyone.
+
+open_engine, open_voice and open_app are async context managers: what they opened is closed when the block ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from core import metrics
+from core.chat import Chat
+from core.courier import Courier
+from core.delivery import NotAccepted, Unservable
+from core.engine.base import Engine
+from core.queue import RequestQueue
+from core.settings import Settings
+from core.tokenizer import Tokenizer
+from core.voice import Voice
+
+if TYPE_CHECKING:
+    from bots.base import Bot
+    from core.journal.journal import Journal
+
+log = logging.getLogger(__name__)
+
+BACKUP_EVERY = 3600.0
+BEAT = 0.25
+STEADY = 60.0
+"""A bot that served this long was healthy: its next failure counts as the first."""
+
+
+@contextlib.asynccontextmanager
+async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
+    """The engine that `ENGINE` names. Raises BadCheckpoint or EngineClosed, one clear line."""
+    engine: Engine
+    if settings.engine == "echo":
+        from core.engine.echo_engine import EchoEngine
+
+        engine = EchoEngine()
+    elif settings.engine == "inprocess":
+        from core.engine.torch_engine import open_torch_engine
+
+        engine = await open_torch_engine(
+            settings.model,
+            revision=settings.model_revision or None,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+        )
+    elif settings.engine == "process":
+        from core.engine.http_engine import spawn_engine
+
+        engine = await spawn_engine(settings)
+    else:
+        from core.engine.http_engine import connect_engine
+
+        engine = await connect_engine(settings.engine)
+    try:
+        yield engine
+    finally:
+        await engine.aclose()
+
+
+@contextlib.asynccontextmanager
+async def open_voice(settings: Settings | None = None) -> AsyncIterator[Voice]:
+    """An engine that speaks: `await voice.ask("hi")`. Without settings, the environment's."""
+    settings = settings or Settings()
+    async with open_engine(settings) as engine:
+        yield Voice(
+            engine,
+            Tokenizer.load(engine.info.path),
+            settings.sampling,
+            settings.history_tokens,
+            settings.history_stride,
+            settings.normalise,
+        )
+
+
+class App:
+    """Everything open; `run` is its life."""
+
+    def __init__(self, settings: Settings, journal: Journal, courier: Courier, chat: Chat) -> None:
+        self.settings, self.journal, self.courier, self.chat = settings, journal, courier, chat
+        self.serving: dict[str, str] = {}  # bot -> why it does not serve, "" when it does
+        self.stopping = asyncio.Event()
+
+    async def run(self, bots: Sequence[Bot]) -> int:
+        """Serve until a signal or until no bot is left; then drain. The process's exit code."""
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, self.stop)
+        await self.courier.open(bots)
+        house = [asyncio.create_task(self.chat.serve()), asyncio.create_task(self._beat())]
+        serving = [asyncio.create_task(self._supervise(bot)) for bot in bots]
+        ends: list[asyncio.Future[Any]] = [asyncio.create_task(self.stopping.wait()), asyncio.gather(*serving), *house]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        self.stopping.set()
+        await self.chat.drain(self.settings.grace)
+        for task in (*serving, *ends):
+            task.cancel()
+        outcomes = await asyncio.gather(*serving, *house, return_exceptions=True)
+        failures = [e for e in outcomes if isinstance(e, Exception)]
+        for failure in failures:
+            log.critical("the house fell down", exc_info=failure)
+        return 1 if failures or (bots and all(self.serving.get(bot.name) for bot in bots)) else 0
+
+    def stop(self) -> None:
+        """Drain and end; called a second time, the process ends at once."""
+        if self.stopping.is_set():
+            log.warning("stopped at once; what waits is answered after the next start")
+            logging.shutdown()
+            os._exit(1)
+        log.info("stopping: answers under way have %g s", self.settings.grace)
+        self.stopping.set()
+
+    async def ready(self) -> str:
+        """ "" when every message would be answered; else what is missing, one line."""
+        if self.stopping.is_set():
+            return "stopping"
+        for name, why in self.serving.items():
+            if why:
+                return f"{name}: {why}"
+        try:
+            await self.journal.ping()
+        except NotAccepted as error:
+            return f"journal: {error}"
+        return await self.chat.voice.engine.ready()
+
+    async def _supervise(self, bot: Bot) -> None:
+        """One bot, started again when it dies; the others never notice."""
+        failures = 0
+        while True:
+            self.serving[bot.name] = ""
+            metrics.bot_up.labels(bot.name).set(1)
+            began = time.monotonic()
+            try:
+                await bot.serve(self.chat)
+                return
+            except Unservable as error:
+                log.error("%s cannot serve: %s", bot.name, error)
+                self.serving[bot.name] = str(error)
+                return
+            except Exception as error:
+                failures = 0 if time.monotonic() - began > STEADY else failures + 1
+                wait = random.uniform(0.5, 1.0) * min(60.0, 2.0**failures)
+                self.serving[bot.name] = f"{type(error).__name__}, starting again"
+                log.exception("%s died; starting it again in %.1f s", bot.name, wait)
+                metrics.bot_restarts.labels(bot.name).inc()
+            finally:
+                metrics.bot_up.labels(bot.name).set(0)
+            await asyncio.sleep(wait)
+
+    async def _beat(self) -> None:
+        """Until cancelled: measure how late the event loop wakes, back the journal up every hour."""
+        backup_at = time.monotonic() + BACKUP_EVERY
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(BEAT)
+            metrics.loop_lag_seconds.observe(max(0.0, time.monotonic() - began - BEAT))
+            if time.monotonic() >= backup_at:
+                backup_at = time.monotonic() + BACKUP_EVERY
+                try:
+                    await self.journal.backup()
+                except Exception as error:
+                    log.error("the hourly backup failed: %s", error)
+
+
+@contextlib.asynccontextmanager
+async def open_app(settings: Settings) -> AsyncIterator[App]:
+    """Journal, engine, courier, chat. Raises JournalError or EngineError, one clear line each."""
+    from core.journal.journal import open_journal
+
+    async with contextlib.AsyncExitStack() as stack:
+        journal = await open_journal(settings.database_url.get_secret_value(), progress=log.info)
+        stack.push_async_callback(journal.aclose)
+        voice = await stack.enter_async_context(open_voice(settings))
+        courier = Courier(journal, settings.delivery)
+        stack.push_async_callback(courier.aclose)
+        chat = Chat(journal, RequestQueue(settings.queue), courier, voice, settings.queue)
+        log.info("model %s: %s", voice.engine.info.name, voice.engine.info.how)
+        yield App(settings, journal, courier, chat)

@@ -1,0 +1,322 @@
+"""The one path of a message: receive (commit, then return), answer, hand the reply to the courier; reset and drain.
+
+Chat is all a bot sees of the house. Whatever happens to an answer, its message reaches exactly one final state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from core import metrics
+from core.courier import Courier, pause
+from core.crash import crash_point
+from core.delivery import NotAccepted
+from core.engine.base import Cancelled, Completion, EngineError, Failed, PromptTooLong
+from core.messages import Channel, Message, Request, Turn
+from core.queue import RequestQueue
+from core.settings import QueueLimits
+from core.voice import Voice
+
+if TYPE_CHECKING:
+    from core.journal.journal import Journal
+
+log = logging.getLogger(__name__)
+
+OWNER = f"{platform.node()}:{os.getpid()}:{random.getrandbits(32):08x}"
+"""This process, among all that share the journal."""
+MAX_ATTEMPTS = 3
+FULL, RELIEVED = 0.8, 0.5
+BUSY = "I am answering many people right now, please try again in a minute."
+SORRY = "Sorry, I could not find an answer to that. Could you say it in other words?"
+BUSY_EVERY = 60.0
+
+
+class Chat:
+    def __init__(
+        self,
+        journal: Journal,
+        queue: RequestQueue,
+        courier: Courier,
+        voice: Voice,
+        limits: QueueLimits,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.journal = journal
+        self._queue = queue
+        self._courier = courier
+        self.voice = voice
+        self._limits = limits
+        self._clock = clock
+        self._answering: dict[int, asyncio.Task[None]] = {}
+        self._edited: dict[int, Request] = {}
+        self._ends: dict[int, float] = {}
+        self._busy_said: dict[Channel, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._taking = True
+        self._relieved = asyncio.Event()
+        self._relieved.set()
+
+    # -- what bots call ------------------------------------------------------------------------------------------
+
+    async def receive(self, *messages: Message) -> None:
+        """On disk when it returns: only then acknowledge to the platform. Messages of one channel in their order.
+
+        Raises NotAccepted when nothing could be stored: do not acknowledge.
+        """
+        began = self._clock()
+        heard = [m if m.kind != "ask" or self.voice.hears(m.text) else replace(m, kind="heard") for m in messages]
+        crash_point("before T1")
+        received = await self.journal.receive(*heard, deadline=self._limits.deadline)
+        crash_point("after T1")
+        metrics.commit_seconds.observe(self._clock() - began)
+        for message in messages:
+            metrics.received.labels(message.channel.platform).inc()
+        for request in received.asked if self._taking else ():  # nothing is awaited: arrival order is answer order
+            if bound := self._queue.full(request):
+                self._spawn(self._shed(request, bound))
+            else:
+                self._left(request)
+                self._queue.put(request)
+        for request in received.changed:
+            if not self._queue.replace(request) and request.row in self._answering:
+                self._edited[request.row] = request
+                self._answering[request.row].cancel("edited")
+        for row in received.cancelled:
+            if self._queue.remove(row):
+                self._ends.pop(row, None)
+            elif row in self._answering:
+                self._answering[row].cancel("deleted")
+        self._measure()
+
+    async def reset(self, channel: Channel) -> None:
+        """The conversation starts anew: what was said before is not in any later prompt."""
+        await self.journal.reset(channel)
+        await self.voice.engine.forget(str(channel))
+
+    async def paused(self) -> None:
+        """Returns when there is room for more; pollers await it before they fetch."""
+        await self._relieved.wait()
+
+    async def history(self, channel: Channel, limit: int = 64) -> list[Turn]:
+        """The last turns, oldest first, with the bot's lines in people's spelling."""
+        turns = await self.journal.history(channel, limit=limit)
+        return [
+            replace(turn, text=self.voice.restore(turn.text)) if turn.role == "assistant" else turn for turn in turns
+        ]
+
+    # -- what the journal keeps for bots --------------------------------------------------------------------------
+
+    async def watermarks(self, platform: str) -> dict[str, str]:
+        """Channel id -> the last message id seen there."""
+        return await self.journal.watermarks(platform)
+
+    async def advance(self, channel: Channel, id: str) -> None:
+        """Everything in `channel` up to `id` was received."""
+        await self.journal.set_watermark(channel, id)
+
+    async def replied(self, channel: Channel, id: str) -> bool:
+        """Is there a reply to this message, or one on its way?"""
+        return await self.journal.replied(channel, id)
+
+    async def refail(self, *messages: Message, note: str) -> None:
+        """Record platform events that nobody could read as failed, so that they do not come again."""
+        await self.journal.refail(*messages, note=note)
+
+    async def rekey(self, old: Channel, new: Channel) -> None:
+        """The platform gave the conversation another id."""
+        await self.journal.rekey(old, new)
+
+    async def lease(self, name: str, seconds: float) -> bool:
+        """Hold `name` for so long; False while another process holds it."""
+        return await self.journal.lease(name, OWNER, seconds)
+
+    async def release(self, name: str) -> None:
+        await self.journal.release(name, OWNER)
+
+    async def identified(self, platform: str) -> int:
+        """Count a new session on the platform; how many there were in the last 24 hours."""
+        return await self.journal.identified(platform)
+
+    # -- the life of the house -----------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Take up what the journal still owes, then answer until cancelled."""
+        for request in await self.journal.backlog(self._limits.deadline, MAX_ATTEMPTS):
+            self._queue.put(request)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._sweep())
+            for _ in range(self._limits.running):
+                group.create_task(self._work())
+
+    async def drain(self, timeout: float) -> None:
+        """Answers under way finish within `timeout` seconds, sends included; what waits stays in the journal."""
+        end = self._clock() + timeout
+        self._taking = False
+        self._queue.clear()
+        running = set(self._answering.values()) | self._tasks
+        if running:
+            await asyncio.wait(running, timeout=timeout)
+        for task in running:
+            task.cancel()
+        await self._courier.drain(max(0.0, end - self._clock()))
+
+    # -- answering -----------------------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while True:
+            request = await self._queue.take()
+            if not self._taking:
+                continue  # it stands in the journal
+            task = asyncio.create_task(self._answer_fully(request))
+            self._answering[request.row] = task
+            self._measure()
+            try:
+                await asyncio.wait({task})
+            finally:
+                task.cancel()
+                del self._answering[request.row]
+                self._edited.pop(request.row, None)
+                self._ends.pop(request.row, None)
+                self._queue.done(request)
+                self._measure()
+
+    async def _answer_fully(self, request: Request) -> None:
+        """Until the message has a final state, whatever raises on the way."""
+        tries = 0
+        while True:
+            try:
+                await self._answer(request, tries)
+                return
+            except asyncio.CancelledError:
+                if request.row not in self._edited:
+                    raise
+                request = self._edited.pop(request.row)
+                if (task := asyncio.current_task()) is not None:
+                    task.uncancel()
+            except NotAccepted as error:
+                log.warning("%s: the journal does not take the answer yet: %s", request.message.channel, error)
+                await asyncio.sleep(pause(tries, 5.0))
+            except Exception:
+                log.exception("%s: message %s could not be answered", request.message.channel, request.message.id)
+                if await self._failed(request):
+                    return
+            tries += 1
+
+    async def _answer(self, request: Request, tries: int) -> None:
+        channel, message = request.message.channel, request.message
+        history = await self.journal.history(channel, before=request.row)
+        question = Turn("user", message.author.name, message.text, history[-1].index + 1 if history else 0)
+        given = self.voice.params.seed
+        seed = (random.getrandbits(62) if given is None else given) + tries
+        async with self._courier.typing(channel):
+            spoken, completion = await self._speak(request, [*history, question], seed)
+            if completion is None:
+                return
+            parts = self._courier.split(channel, self.voice.restore(spoken)) if spoken else []
+            if not parts:
+                raise Failed("the reply has no text")
+            crash_point("before T2")
+            # shielded: a commit that is cancelled may have happened, and then its replies must go out
+            await asyncio.shield(self._spawn(self._hand_over(request, parts, spoken, seed, completion)))
+
+    async def _hand_over(
+        self, request: Request, parts: list[str], spoken: str, seed: int, completion: Completion
+    ) -> None:
+        """T2, and the replies on their way."""
+        replies = await self.journal.answer(request, parts, spoken=spoken, seed=seed, logprob=completion.logprob)
+        crash_point("after T2")
+        self._courier.deliver(replies)
+        if replies:
+            metrics.finished.labels(request.message.channel.platform, "answered").inc()
+            metrics.answer_seconds.observe(max(0.0, self._limits.deadline - self._left(request)))
+            metrics.tokens.labels("reply").inc(len(completion.token_ids))
+            metrics.tokens.labels("cached").inc(completion.cached_tokens)
+
+    async def _speak(self, request: Request, turns: list[Turn], seed: int) -> tuple[str, Completion | None]:
+        """What the model says; no completion when the message was closed instead."""
+        session, tries = str(request.message.channel), 0
+        while (left := self._left(request)) > 0:
+            began = self._clock()
+            try:
+                reply = await self.voice.speak(turns, seed=seed, session=session, deadline=left)
+                metrics.generate_seconds.observe(self._clock() - began)
+                if reply is None:
+                    await self._close(request, "cancelled", "nothing to answer")
+                return reply or ("", None)
+            except (Failed, PromptTooLong):
+                raise
+            except EngineError as error:  # full, restarting or out of reach: it heals, or the deadline comes
+                metrics.engine_failures.labels(type(error).__name__).inc()
+                if not isinstance(error, Cancelled):
+                    log.warning("%s: the engine: %s", session, error)
+                await asyncio.sleep(min(pause(tries, 2.0), max(0.0, self._left(request))))
+                tries += 1
+        await self._close(request, "expired", "no answer in time")
+        return "", None
+
+    async def _failed(self, request: Request) -> bool:
+        """Count a failed attempt; True when it was the last and the person got an apology."""
+        if await self.journal.attempt(request) < MAX_ATTEMPTS:
+            return False
+        await self._close(request, "failed", "every attempt failed", SORRY)
+        return True
+
+    async def _shed(self, request: Request, bound: str) -> None:
+        """No room: a recorded state, and one polite line per channel and minute."""
+        channel, now = request.message.channel, self._clock()
+        silent = now - self._busy_said.get(channel, -BUSY_EVERY) < BUSY_EVERY
+        if not silent:
+            self._busy_said[channel] = now
+        await self._close(request, "shed", bound, "" if silent else BUSY)
+
+    async def _close(self, request: Request, state: str, note: str = "", notice: str = "") -> None:
+        tries = 0
+        while True:
+            try:
+                self._courier.deliver(await self.journal.close(request, state, note, notice))
+                break
+            except NotAccepted as error:
+                log.warning("%s: the journal does not take a state yet: %s", request.message.channel, error)
+                await asyncio.sleep(pause(tries, 5.0))
+                tries += 1
+        metrics.finished.labels(request.message.channel.platform, state).inc()
+
+    async def _sweep(self) -> None:
+        """Once a second: requests past their deadline end, notes of who was told "busy" are dropped."""
+        while True:
+            await asyncio.sleep(1.0)
+            for request in self._queue.take_out(lambda waiting: self._left(waiting) <= 0):
+                await self._close(request, "expired", "waited too long")
+                self._ends.pop(request.row, None)
+            old = self._clock() - BUSY_EVERY
+            self._busy_said = {channel: at for channel, at in self._busy_said.items() if at > old}
+            self._measure()
+
+    def _left(self, request: Request) -> float:
+        """Seconds to the deadline, by a clock that nobody sets: the wall's is read once per request."""
+        if request.row not in self._ends:
+            self._ends[request.row] = self._clock() + (request.deadline - datetime.now(UTC)).total_seconds()
+        return self._ends[request.row] - self._clock()
+
+    def _measure(self) -> None:
+        metrics.waiting.set(len(self._queue))
+        metrics.under_way.set(len(self._answering))
+        if self._queue.fullness() >= FULL:
+            self._relieved.clear()
+        elif self._queue.fullness() <= RELIEVED:
+            self._relieved.set()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,229 @@
+"""Delivers replies: in order within a channel, one attempt at a time, each step in the journal before and after it.
+
+pending → sending (committed before a byte leaves) → sent | abandoned. An attempt in doubt is looked up on the platform
+before anything is sent again; where nobody can tell, a setting decides. One chat's trouble never delays another's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from core import metrics
+from core.crash import crash_point
+from core.delivery import MaybeSent, NotAccepted, NotSent, Platform, Refused, RetryAfter
+from core.messages import Channel, Reply
+from core.settings import DeliveryRules
+
+if TYPE_CHECKING:
+    from core.journal.journal import Journal
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+TYPING_EVERY = 4.0
+"""Telegram shows typing for 5 s, Discord for 10."""
+LONGEST_PAUSE = 30.0
+
+
+def pause(tries: int, longest: float = LONGEST_PAUSE) -> float:
+    """Seconds to wait after the `tries`-th failure: full jitter, so that many do not come back at once."""
+    return random.uniform(0, min(longest, 0.25 * 2 ** min(tries, 16)))
+
+
+class Courier:
+    def __init__(self, journal: Journal, rules: DeliveryRules) -> None:
+        self._journal = journal
+        self._rules = rules
+        self._platforms: dict[str, Platform] = {}
+        self._lines: dict[Channel, deque[Reply]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._circuits: dict[str, Circuit] = defaultdict(Circuit)
+        self._closing = False
+
+    async def open(self, platforms: Iterable[Platform]) -> None:
+        """Take up these platforms and what the journal still owes them."""
+        self._platforms |= {platform.name: platform for platform in platforms}
+        self.deliver(reply for reply in await self._journal.due() if reply.channel.platform in self._platforms)
+
+    def deliver(self, replies: Iterable[Reply]) -> None:
+        """Take places in the channels' lines; returns at once."""
+        for reply in replies:
+            if reply.channel not in self._lines:
+                self._lines[reply.channel] = deque()
+                self._start(self._work(reply.channel))
+            self._lines[reply.channel].append(reply)
+            metrics.undelivered.inc()
+
+    def split(self, channel: Channel, text: str) -> list[str]:
+        """`text` in pieces as the channel's platform takes them."""
+        return self._platforms[channel.platform].split(text)
+
+    @contextlib.asynccontextmanager
+    async def typing(self, channel: Channel) -> AsyncIterator[None]:
+        """Show typing as long as the block runs."""
+        task = asyncio.create_task(self._type(channel))
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def drain(self, timeout: float) -> bool:
+        """Wait until everything is delivered; False when something was left for the next start."""
+        waiting = {task for task in self._tasks if not task.done()}
+        if waiting:
+            await asyncio.wait(waiting, timeout=timeout)
+        return not self._lines
+
+    async def aclose(self) -> None:
+        """Stop at once; what is not sent stands in the journal."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _type(self, channel: Channel) -> None:
+        platform = self._platforms.get(channel.platform)
+        while platform is not None:
+            try:
+                await platform.typing(channel)
+            except Exception as error:
+                log.debug("typing in %s: %s", channel, error)
+            await asyncio.sleep(TYPING_EVERY)
+
+    async def _work(self, channel: Channel) -> None:
+        """One channel's line, front to back; the task ends with the line."""
+        line = self._lines[channel]
+        refused = 0  # the message whose earlier part was refused
+        try:
+            while line:
+                reply = line[0]
+                if reply.part and reply.message == refused:
+                    await self._insist(self._journal.abandon, reply, "an earlier part was not delivered")
+                elif not await self._deliver(reply):
+                    refused = reply.message
+                line.popleft()
+                metrics.undelivered.dec()
+        finally:
+            metrics.undelivered.dec(len(line))
+            del self._lines[channel]
+
+    async def _deliver(self, reply: Reply) -> bool:
+        """Until the reply is sent (True) or given up (False)."""
+        platform = self._platforms[reply.channel.platform]
+        circuit = self._circuits[platform.name]
+        if reply.state == "sending" and await self._arrived(platform, reply):
+            return True
+        while not self._too_late(reply):
+            await circuit.closed(reply.tries)
+            reply = await self._insist(self._journal.begin_send, reply)
+            crash_point("after T3")
+            try:
+                sent_id = await platform.send(reply)
+            except Refused as error:
+                circuit.worked()
+                return await self._give_up(reply, str(error))
+            except RetryAfter as error:
+                self._count(reply, "retry_after")
+                await self._insist(self._journal.pending, reply)
+                await asyncio.sleep(error.seconds)
+            except NotSent as error:
+                self._count(reply, "not_sent")
+                log.warning("%s: not sent, trying again: %s", reply.channel, error)
+                await self._insist(self._journal.pending, reply)
+                await circuit.failed(reply.tries)
+            except MaybeSent as error:
+                self._count(reply, "in_doubt")
+                log.warning("%s: perhaps sent, looking: %s", reply.channel, error)
+                await circuit.failed(reply.tries)
+                if await self._arrived(platform, reply):
+                    return True
+            else:
+                crash_point("before T4")
+                circuit.worked()
+                return await self._sent(reply, sent_id)
+        return await self._give_up(reply, "too late")
+
+    async def _arrived(self, platform: Platform, reply: Reply) -> bool:
+        """Settle an attempt in doubt; True when nothing is left to do: it arrived."""
+        while not self._too_late(reply):
+            try:
+                found = await platform.find_sent(reply)
+            except (NotSent, MaybeSent, RetryAfter) as error:
+                await asyncio.sleep(error.seconds if isinstance(error, RetryAfter) else pause(reply.tries + 1))
+                continue
+            except Refused as error:
+                found = None
+                log.warning("%s: cannot look for what was sent: %s", reply.channel, error)
+            if found:
+                return await self._sent(reply, found)
+            break
+        else:
+            return False
+        if found is None and self._rules.in_doubt == "abandon":
+            await self._give_up(reply, "in doubt")
+            return True
+        return False
+
+    async def _sent(self, reply: Reply, sent_id: str) -> bool:
+        await self._insist(self._journal.sent, reply, sent_id)
+        self._count(reply, "sent")
+        return True
+
+    async def _give_up(self, reply: Reply, why: str) -> bool:
+        log.warning("%s: reply %d is given up: %s", reply.channel, reply.id, why)
+        await self._insist(self._journal.abandon, reply, why)
+        self._count(reply, "abandoned")
+        return False
+
+    def _too_late(self, reply: Reply) -> bool:
+        return (datetime.now(UTC) - reply.created_at).total_seconds() > self._rules.patience
+
+    def _count(self, reply: Reply, outcome: str) -> None:
+        metrics.sends.labels(reply.channel.platform, outcome).inc()
+
+    async def _insist(self, write: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """A write that must come before anything else happens in this channel: the journal heals, we wait."""
+        tries = 0
+        while True:
+            try:
+                return await write(*args, **kwargs)
+            except NotAccepted as error:
+                log.warning("the journal does not take a delivery's state yet: %s", error)
+                await asyncio.sleep(pause(tries, 5.0))
+                tries += 1
+
+
+class Circuit:
+    """A platform that fails again and again is asked by one channel at a time until it answers."""
+
+    OPENS_AT = 5
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._probe = asyncio.Lock()
+
+    async def closed(self, tries: int) -> None:
+        """Wait for leave to send."""
+        if self._failures >= self.OPENS_AT:
+            async with self._probe:
+                if self._failures >= self.OPENS_AT:
+                    await asyncio.sleep(pause(tries + 1))
+
+    async def failed(self, tries: int) -> None:
+        self._failures += 1
+        await asyncio.sleep(pause(tries))
+
+    def worked(self) -> None:
+        self._failures = 0

@@ -1,0 +1,62 @@
+"""Logs for operators: one line per event, no secret and no forged line in it, whatever raised where.
+
+Every known secret is cut out of the finished line, tracebacks included; line breaks inside a message are written out.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import threading
+from collections.abc import Iterable
+
+_TELEGRAM_TOKEN = re.compile(r"\b\d{6,12}:[A-Za-z0-9_-]{30,}")
+_DISCORD_TOKEN = re.compile(r"\b[A-Za-z0-9_-]{23,28}\.[A-Za-z0-9_-]{6,7}\.[A-Za-z0-9_-]{27,}")
+_PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):[^\s/@]+@")
+_BREAKS = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\t"} | {
+    code: f"\\u{code:04x}" for code in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+
+
+class Redacting(logging.Formatter):
+    """Formats as logging.Formatter does, then removes secrets. A traceback's lines are indented by "| "."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S")
+        self._secrets = sorted({secret for secret in secrets if len(secret) >= 6}, key=len, reverse=True)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
+        record.message = record.message.translate(_BREAKS)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: object) -> str:  # noqa: N802
+        text = super().formatException(ei)  # type: ignore[arg-type]  # typeshed keeps the tuple's type private
+        return "\n".join("| " + line.translate(_BREAKS) for line in text.splitlines())
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self.redact(super().format(record))
+
+    def redact(self, text: str) -> str:
+        """`text` without secrets: those of the settings, and whatever looks like a token or a password in an URL."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[secret]")
+        for pattern in (_TELEGRAM_TOKEN, _DISCORD_TOKEN):
+            text = pattern.sub("[secret]", text)
+        return _PASSWORD.sub(r"\1:[secret]@", text)
+
+
+def set_up(level: str, secrets: Iterable[str] = ()) -> None:
+    """Log to standard error through one redacting handler; libraries that log URLs are kept quiet."""
+    formatter = Redacting(secrets)
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=[stream], force=True)
+    for name in ("httpx", "httpcore", "aiohttp.access", "discord.gateway", "alembic", "asyncio"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.captureWarnings(True)
+    crash = logging.getLogger("palaver")
+    sys.excepthook = lambda kind, error, trace: crash.critical("crashed", exc_info=(kind, error, trace))
+    threading.excepthook = lambda args: crash.error(
+        "a thread crashed", exc_info=(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
+    )

@@ -1,0 +1,24 @@
+"""Choose among candidates: first those that say something new, then the likeliest per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from core.engine.base import Completion
+
+
+def choose(completions: Sequence[Completion], said: Sequence[str], recent: Sequence[str]) -> tuple[int, bool]:
+    """(index of the best candidate, whether it is new and not blank). `said`: their texts; `recent`: the bot's last."""
+    old = {_core(text) for text in (*recent, "")}
+
+    def score(index: int) -> tuple[bool, float]:
+        completion = completions[index]
+        return _core(said[index]) not in old, completion.logprob / (len(completion.token_ids) + 1)
+
+    best = max(range(len(completions)), key=score)
+    return best, score(best)[0]
+
+
+def _core(text: str) -> str:
+    """Letters and digits only: "Why?" repeats "why"."""
+    return "".join(char for char in text.casefold() if char.isalnum())

@@ -1,0 +1,76 @@
+"""Between words and ids: turns become a prompt, a completion becomes what people read.
+
+async with open_voice() as voice:            # core.app
+    print(await voice.ask("hi, how are you?"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from core.engine.base import Completion, Engine, SamplingParams
+from core.messages import Turn
+from core.ranking import choose
+from core.text import normalise, restore
+from core.tokenizer import Tokenizer
+from core.window import Window
+
+
+class Voice:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        budget: int,
+        stride: int = 4,
+        spaced: bool = True,
+    ) -> None:
+        """`budget` ids of history at most, less where the model's positions leave less beside `params.max_tokens`;
+        `spaced`: speak DialoGPT's spelling (core.text)."""
+        room = engine.info.max_positions - min(params.max_tokens, engine.info.max_positions // 2)
+        self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room), stride)
+        self.engine, self.tokenizer, self.params, self.spaced = engine, tokenizer, params, spaced
+
+    def hears(self, text: str) -> str:
+        """What of `text` reaches the model; "" is nothing to answer."""
+        return normalise(text) if self.spaced else " ".join(text.split())
+
+    def restore(self, spoken: str) -> str:
+        """The model's spelling in people's."""
+        return restore(spoken) if self.spaced else spoken
+
+    def prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids for the engine; `turns` ends with the one to be answered. [] when there is nothing to answer."""
+        heard = [turn if turn.role == "assistant" else replace(turn, text=self.hears(turn.text)) for turn in turns]
+        return self.window.prompt(heard)
+
+    async def speak(
+        self, turns: Sequence[Turn], *, seed: int | None = None, session: str = "", deadline: float | None = None
+    ) -> tuple[str, Completion] | None:
+        """(the reply in the model's spelling, its completion); None when there is nothing to answer.
+
+        The same turns and seed give the same reply. What only repeats the bot's last lines is drawn again, twice at
+        most. Raises an EngineError.
+        """
+        prompt = self.prompt(turns)
+        if not prompt:
+            return None
+        recent = [turn.text for turn in turns if turn.role == "assistant"][-4:]
+        params = self.params if seed is None else replace(self.params, seed=seed)
+        draws = 3 if params.temperature > 0 and params.seed is not None else 1
+        for draw in range(draws):
+            drawn = params if params.seed is None else replace(params, seed=(params.seed + draw * params.n) % 2**63)
+            completions = await self.engine.generate(prompt, drawn, session=session, deadline=deadline)
+            said = [self.tokenizer.decode(completion.token_ids).strip() for completion in completions]
+            best, fresh = choose(completions, said, recent)
+            if fresh or draw == draws - 1:
+                return said[best], completions[best]
+        raise AssertionError("unreachable")
+
+    async def ask(self, text: str, turns: Sequence[Turn] = ()) -> str:
+        """One reply to `text` after `turns`, in people's spelling; "" when there is nothing to answer."""
+        index = turns[-1].index + 1 if turns else 0
+        spoken = await self.speak([*turns, Turn("user", "you", text, index)], seed=self.params.seed)
+        return self.restore(spoken[0]) if spoken else ""
