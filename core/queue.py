@@ -96,11 +96,19 @@ class RequestQueue:
 
     def place(self, row: int) -> int:
         """How many requests will be taken before this one, round-robin; 0 when it does not wait."""
-        for line in self._lines.values():
-            for ahead, request in enumerate(line):
-                if request.row == row:
-                    return sum(min(len(other), ahead + (other is not line)) for other in self._lines.values())
-        return 0
+        request = next((waiting for waiting in self if waiting.row == row), None)
+        if request is None:
+            return 0
+        mine = request.message.channel
+        ahead = self._lines[mine].index(request)
+        round_order = {channel: position for position, channel in enumerate(self._turns)}
+        last = len(round_order)
+
+        def before(channel: Channel) -> int:
+            sooner = round_order.get(channel, last) < round_order.get(mine, last)
+            return min(len(self._lines[channel]), ahead + sooner)
+
+        return ahead + sum(before(channel) for channel in self._lines if channel != mine)
 
     def take_out(self, which: Callable[[Request], bool]) -> list[Request]:
         """Remove and return those that `which` is true of."""

@@ -1,0 +1,37 @@
+"""No secret and no forged line in any log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from core.logs import Redacting
+
+SECRET = "canary-7f3a9b2c"
+TELEGRAM = "123456789:AAEhBOweik6ad9r_QXMENQjcrGbqCr4K-bc"
+
+
+def line(message: str, *args: object, error: bool = False) -> str:
+    try:
+        raise ValueError(f"at https://api.example/bot{TELEGRAM}/x with {SECRET}\nFORGED")
+    except ValueError:
+        record = logging.LogRecord("palaver", 20, "f", 1, message, args, sys.exc_info() if error else None)
+    return Redacting([SECRET]).format(record)
+
+
+def test_secrets_are_cut_from_messages_arguments_and_tracebacks() -> None:
+    text = line("token %s and %s", SECRET, TELEGRAM, error=True)
+    assert SECRET not in text and TELEGRAM not in text and text.count("[secret]") >= 4
+
+
+def test_a_password_in_an_address_is_cut() -> None:
+    assert "hunter2" not in line("cannot reach postgresql+asyncpg://palaver:hunter2@db/palaver")
+
+
+def test_a_name_cannot_forge_a_line() -> None:
+    text = line("from %s", "eve\n2026-01-01 00:00:00 ERROR palaver: all is lost\u2028\u202e\x1b[2J")
+    assert len(text.splitlines()) == 1 and "\x1b" not in text and "\u202e" not in text
+
+
+def test_a_traceback_cannot_forge_a_line() -> None:
+    assert all(rest.startswith("| ") for rest in line("x", error=True).splitlines()[1:])

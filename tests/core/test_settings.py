@@ -1,0 +1,112 @@
+"""Every mistake is one line that names the variable, what is wrong and an example; never the value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field, SecretStr
+
+from core.settings import Group, Settings, WrongSettings, read, variables
+
+
+class Tokens(Group):
+    some_token: SecretStr | None = Field(None, description="a secret", examples=["abc123"])
+
+
+@pytest.fixture(autouse=True)
+def empty_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("CREDENTIALS_DIRECTORY", *(name for name, *_ in variables(Settings))):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def mistakes(*groups: type[Group]) -> list[str]:
+    with pytest.raises(WrongSettings) as caught:
+        read(*groups)
+    return caught.value.lines
+
+
+def test_without_any_setting_all_is_well() -> None:
+    (settings,) = read(Settings)
+    assert settings.model == "embedded" and settings.engine == "process"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SAMPLING__TEMPERATURE", "99"),
+        ("SAMPLING__TEMPERATURE", "hot"),
+        ("SAMPLING__TOP_K", "-7"),
+        ("SAMPLING__TOP_P", "nan"),
+        ("ENGINE", "steam"),
+        ("DEVICE", "tpu"),
+        ("DTYPE", "int3"),
+        ("HISTORY_TOKENS", "3"),
+        ("QUEUE__DEADLINE", "inf"),
+        ("QUEUE__TOTAL", "-1"),
+        ("DELIVERY__IN_DOUBT", "pray"),
+        ("NORMALISE", "perhaps"),
+        ("GRACE", "forever"),
+        ("LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_an_example(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    (line,) = mistakes(Settings)
+    assert (
+        line.startswith(f"{name}: ") and f"for example {name}=" in line and value not in line.split("; for")[0].split()
+    )
+
+
+def test_all_mistakes_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE", "steam")
+    monkeypatch.setenv("GRACE", "-1")
+    monkeypatch.setenv("QUEUE__TOTAL", "x")
+    assert [line.split(":")[0] for line in mistakes(Settings)] == ["ENGINE", "GRACE", "QUEUE__TOTAL"]
+
+
+def test_a_misspelt_name_is_a_mistake(empty_house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (empty_house / ".env").write_text("DATABSE_URL=x\nPOSTGRES_PASSWORD=y\n")
+    monkeypatch.setenv("SAMPLING__TEMPRATURE", "1")
+    assert mistakes(Settings) == [
+        "DATABSE_URL: is no setting; did you mean DATABASE_URL?",
+        "SAMPLING__TEMPRATURE: is no setting; did you mean SAMPLING__TEMPERATURE?",
+    ]
+
+
+def test_the_environment_goes_before_the_file(empty_house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (empty_house / ".env").write_text("HISTORY_TOKENS=64\nQUEUE__TOTAL=7\nMODEL=\n")
+    monkeypatch.setenv("HISTORY_TOKENS", "32")
+    (settings,) = read(Settings)
+    assert (settings.history_tokens, settings.queue.total, settings.model) == (32, 7, "embedded")
+
+
+def test_secrets_come_from_credentials_then_files_then_the_environment(
+    empty_house: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def token() -> str:
+        (tokens,) = read(Tokens)
+        assert tokens.some_token is not None and "from" not in repr(tokens)
+        return tokens.some_token.get_secret_value()
+
+    monkeypatch.setenv("SOME_TOKEN", "from environment")
+    assert token() == "from environment"
+    (empty_house / "file").write_text("from file\n")
+    monkeypatch.setenv("SOME_TOKEN_FILE", str(empty_house / "file"))
+    assert token() == "from file"
+    (empty_house / "SOME_TOKEN").write_text("from credentials\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(empty_house))
+    assert token() == "from credentials"
+
+
+def test_files_that_cannot_be_read_are_said(empty_house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN_FILE", "/nowhere")
+    assert mistakes(Tokens)[0].startswith("SOME_TOKEN_FILE: the file cannot be read")
+    (empty_house / ".env").write_bytes(b"\xff\xfe")
+    assert mistakes(Settings)[0].startswith(".env: cannot be read")
+    (empty_house / ".env").unlink()
+    monkeypatch.delenv("SOME_TOKEN_FILE")
+    monkeypatch.setenv("QUEUE", "{broken")
+    assert mistakes(Settings)[0].startswith("QUEUE: is not valid JSON")

@@ -1,0 +1,87 @@
+"""Whole turns inside a budget, with a start that rarely moves."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.messages import Turn
+from core.window import Window
+
+EOS = 0
+
+
+def encode(text: str) -> list[int]:
+    return [int(word) for word in text.split()]
+
+
+def turns(lengths: list[int], first: int = 0) -> list[Turn]:
+    return [
+        Turn("user" if i % 2 == 0 else "assistant", "u", " ".join([str(i + 1)] * n), i)
+        for i, n in enumerate(lengths, first)
+    ]
+
+
+def test_a_dialogue_is_turns_closed_by_eos() -> None:
+    assert Window(encode, EOS, 100).prompt(turns([2, 1, 3])) == [1, 1, 0, 2, 0, 3, 3, 3, 0]
+
+
+def test_whole_turns_leave_from_the_front() -> None:
+    window = Window(encode, EOS, 7, stride=1)
+    assert window.prompt(turns([2, 1, 3])) == [2, 0, 3, 3, 3, 0]
+
+
+def test_an_over_long_turn_loses_its_left() -> None:
+    turn = Turn("user", "u", "1 2 3 4 5 6", 0)
+    assert Window(encode, EOS, 4).prompt([turn]) == [4, 5, 6, 0]
+    assert Window(encode, EOS, 4).prompt([*turns([1]), turn]) == [4, 5, 6, 0]
+
+
+def test_turns_without_a_token_are_left_out() -> None:
+    assert Window(encode, EOS, 9).prompt(turns([1, 0, 1])) == [1, 0, 3, 0]
+    assert Window(encode, EOS, 9).prompt(turns([1, 1, 0])) == []
+    assert Window(encode, EOS, 9).prompt([]) == []
+
+
+def test_the_start_stands_at_a_mark_where_one_is_in_reach() -> None:
+    window = Window(encode, EOS, 12, stride=4)
+    assert window.prompt(turns([1] * 7))[0] == 5  # room for six turns from index 1; the mark is index 4
+    assert window.prompt(turns([1, 1, 1, 1, 1, 5, 5]))[0] == 6  # no mark in reach: as much as fits
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(2, 30), st.integers(1, 8))
+def test_never_over_budget_never_half_a_turn_never_without_the_question(
+    lengths: list[int], budget: int, stride: int
+) -> None:
+    spoken = turns(lengths)
+    prompt = Window(encode, EOS, budget, stride).prompt(spoken)
+    assert len(prompt) <= budget
+    whole = [id for turn in spoken for id in ([*encode(turn.text), EOS] if turn.text else [])]
+    assert whole[len(whole) - len(prompt) :] == prompt or not lengths[-1]
+    if lengths[-1]:
+        last = [*encode(spoken[-1].text), EOS]
+        assert prompt[-len(last) :] == last[-budget:]
+        boundary = len(whole) - len(prompt)
+        assert boundary == 0 or whole[boundary - 1] == EOS or len(last) > budget
+
+
+def test_older_turns_do_not_change_the_prompt() -> None:
+    lengths = [random.Random(1).randint(1, 9) for _ in range(200)]
+    window = Window(encode, EOS, 60, stride=4)
+    assert window.prompt(turns(lengths)) == window.prompt(turns(lengths)[-64:])
+
+
+def test_the_start_moves_far_less_than_without_marks() -> None:
+    dice = random.Random(0)
+    lengths = [dice.randint(5, 14) for _ in range(1000)]
+
+    def moves(stride: int) -> int:
+        window = Window(encode, EOS, 128, stride)
+        spans = ((max(0, end - 64), end) for end in range(1, len(lengths), 2))
+        starts = [window.prompt(turns(lengths[first:end], first))[0] for first, end in spans]
+        return sum(a != b for a, b in itertools.pairwise(starts))
+
+    assert moves(4) < 0.6 * moves(1)
