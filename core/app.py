@@ -98,6 +98,7 @@ class App:
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self.stop)
         await self.courier.open(bots)
+        await self.chat.open()
         house = [asyncio.create_task(self.chat.serve()), asyncio.create_task(self._beat())]
         serving = [asyncio.create_task(self._supervise(bot)) for bot in bots]
         ends: list[asyncio.Future[Any]] = [asyncio.create_task(self.stopping.wait()), asyncio.gather(*serving), *house]

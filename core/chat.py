@@ -13,15 +13,14 @@ import random
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from core import metrics
-from core.courier import Courier, pause
+from core.courier import Courier, insist, pause, wall
 from core.crash import crash_point
-from core.delivery import NotAccepted
 from core.engine.base import Cancelled, Completion, EngineError, Failed, PromptTooLong
-from core.messages import Channel, Message, Request, Turn
+from core.messages import Channel, Message, MessageState, Request, Turn
 from core.queue import RequestQueue
 from core.settings import QueueLimits
 from core.voice import Voice
@@ -49,6 +48,7 @@ class Chat:
         voice: Voice,
         limits: QueueLimits,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = wall,
     ) -> None:
         self.journal = journal
         self._queue = queue
@@ -56,9 +56,9 @@ class Chat:
         self.voice = voice
         self._limits = limits
         self._clock = clock
+        self._now = now
         self._answering: dict[int, asyncio.Task[None]] = {}
         self._edited: dict[int, Request] = {}
-        self._ends: dict[int, float] = {}
         self._busy_said: dict[Channel, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._taking = True
@@ -84,16 +84,13 @@ class Chat:
             if bound := self._queue.full(request):
                 self._spawn(self._shed(request, bound))
             else:
-                self._left(request)
-                self._queue.put(request)
-        for request in received.changed:
+                self._queue.put(self._timed(request))
+        for request in map(self._timed, received.changed):
             if not self._queue.replace(request) and request.row in self._answering:
                 self._edited[request.row] = request
                 self._answering[request.row].cancel("edited")
         for row in received.cancelled:
-            if self._queue.remove(row):
-                self._ends.pop(row, None)
-            elif row in self._answering:
+            if not self._queue.remove(row) and row in self._answering:
                 self._answering[row].cancel("deleted")
         self._measure()
 
@@ -148,10 +145,13 @@ class Chat:
 
     # -- the life of the house -----------------------------------------------------------------------------------
 
+    async def open(self) -> None:
+        """Take up what the journal still owes; before any bot serves, or a message could stand here twice."""
+        for request in await insist(self.journal.backlog, self._limits.deadline, MAX_ATTEMPTS):
+            self._queue.put(self._timed(request))
+
     async def serve(self) -> None:
-        """Take up what the journal still owes, then answer until cancelled."""
-        for request in await self.journal.backlog(self._limits.deadline, MAX_ATTEMPTS):
-            self._queue.put(request)
+        """Answer until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep())
             for _ in range(self._limits.running):
@@ -185,7 +185,6 @@ class Chat:
                 task.cancel()
                 del self._answering[request.row]
                 self._edited.pop(request.row, None)
-                self._ends.pop(request.row, None)
                 self._queue.done(request)
                 self._measure()
 
@@ -202,9 +201,6 @@ class Chat:
                 request = self._edited.pop(request.row)
                 if (task := asyncio.current_task()) is not None:
                     task.uncancel()
-            except NotAccepted as error:
-                log.warning("%s: the journal does not take the answer yet: %s", request.message.channel, error)
-                await asyncio.sleep(pause(tries, 5.0))
             except Exception:
                 log.exception("%s: message %s could not be answered", request.message.channel, request.message.id)
                 if await self._failed(request):
@@ -213,7 +209,8 @@ class Chat:
 
     async def _answer(self, request: Request, tries: int) -> None:
         channel, message = request.message.channel, request.message
-        history = await self.journal.history(channel, before=request.row)
+        limit = self.voice.window.budget // 2 + 2  # no turn has fewer than two tokens
+        history = await insist(self.journal.history, channel, before=request.row, limit=limit)
         question = Turn("user", message.author.name, message.text, history[-1].index + 1 if history else 0)
         given = self.voice.params.seed
         seed = (random.getrandbits(62) if given is None else given) + tries
@@ -232,7 +229,8 @@ class Chat:
         self, request: Request, parts: list[str], spoken: str, seed: int, completion: Completion
     ) -> None:
         """T2, and the replies on their way."""
-        replies = await self.journal.answer(request, parts, spoken=spoken, seed=seed, logprob=completion.logprob)
+        logprob = completion.logprob
+        replies = await insist(self.journal.answer, request, parts, spoken=spoken, seed=seed, logprob=logprob)
         crash_point("after T2")
         self._courier.deliver(replies)
         if replies:
@@ -265,7 +263,7 @@ class Chat:
 
     async def _failed(self, request: Request) -> bool:
         """Count a failed attempt; True when it was the last and the person got an apology."""
-        if await self.journal.attempt(request) < MAX_ATTEMPTS:
+        if await insist(self.journal.attempt, request) < MAX_ATTEMPTS:
             return False
         await self._close(request, "failed", "every attempt failed", SORRY)
         return True
@@ -278,16 +276,8 @@ class Chat:
             self._busy_said[channel] = now
         await self._close(request, "shed", bound, "" if silent else BUSY)
 
-    async def _close(self, request: Request, state: str, note: str = "", notice: str = "") -> None:
-        tries = 0
-        while True:
-            try:
-                self._courier.deliver(await self.journal.close(request, state, note, notice))
-                break
-            except NotAccepted as error:
-                log.warning("%s: the journal does not take a state yet: %s", request.message.channel, error)
-                await asyncio.sleep(pause(tries, 5.0))
-                tries += 1
+    async def _close(self, request: Request, state: MessageState, note: str = "", notice: str = "") -> None:
+        self._courier.deliver(await insist(self.journal.close, request, state, note, notice))
         metrics.finished.labels(request.message.channel.platform, state).inc()
 
     async def _sweep(self) -> None:
@@ -296,16 +286,17 @@ class Chat:
             await asyncio.sleep(1.0)
             for request in self._queue.take_out(lambda waiting: self._left(waiting) <= 0):
                 await self._close(request, "expired", "waited too long")
-                self._ends.pop(request.row, None)
             old = self._clock() - BUSY_EVERY
             self._busy_said = {channel: at for channel, at in self._busy_said.items() if at > old}
             self._measure()
 
+    def _timed(self, request: Request) -> Request:
+        """With its deadline by a clock that nobody sets; the wall's is read this once."""
+        return replace(request, ends=self._clock() + (request.deadline - self._now()).total_seconds())
+
     def _left(self, request: Request) -> float:
-        """Seconds to the deadline, by a clock that nobody sets: the wall's is read once per request."""
-        if request.row not in self._ends:
-            self._ends[request.row] = self._clock() + (request.deadline - datetime.now(UTC)).total_seconds()
-        return self._ends[request.row] - self._clock()
+        """Seconds to the deadline."""
+        return request.ends - self._clock()
 
     def _measure(self) -> None:
         metrics.waiting.set(len(self._queue))

@@ -33,15 +33,32 @@ TYPING_EVERY = 4.0
 LONGEST_PAUSE = 30.0
 
 
+def wall() -> datetime:
+    return datetime.now(UTC)
+
+
 def pause(tries: int, longest: float = LONGEST_PAUSE) -> float:
     """Seconds to wait after the `tries`-th failure: full jitter, so that many do not come back at once."""
     return random.uniform(0, min(longest, 0.25 * 2 ** min(tries, 16)))
 
 
+async def insist(write: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """A write to the journal that must come before anything else happens here: it heals, we wait."""
+    tries = 0
+    while True:
+        try:
+            return await write(*args, **kwargs)
+        except NotAccepted as error:
+            log.warning("the journal does not take a state yet: %s", error)
+            await asyncio.sleep(pause(tries, 5.0))
+            tries += 1
+
+
 class Courier:
-    def __init__(self, journal: Journal, rules: DeliveryRules) -> None:
+    def __init__(self, journal: Journal, rules: DeliveryRules, now: Callable[[], datetime] = wall) -> None:
         self._journal = journal
         self._rules = rules
+        self._now = now
         self._platforms: dict[str, Platform] = {}
         self._lines: dict[Channel, deque[Reply]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,7 +127,7 @@ class Courier:
             while line:
                 reply = line[0]
                 if reply.part and reply.message == refused:
-                    await self._insist(self._journal.abandon, reply, "an earlier part was not delivered")
+                    await insist(self._journal.abandon, reply, "an earlier part was not delivered")
                 elif not await self._deliver(reply):
                     refused = reply.message
                 line.popleft()
@@ -127,7 +144,7 @@ class Courier:
             return True
         while not self._too_late(reply):
             await circuit.closed(reply.tries)
-            reply = await self._insist(self._journal.begin_send, reply)
+            reply = await insist(self._journal.begin_send, reply)
             crash_point("after T3")
             try:
                 sent_id = await platform.send(reply)
@@ -136,12 +153,12 @@ class Courier:
                 return await self._give_up(reply, str(error))
             except RetryAfter as error:
                 self._count(reply, "retry_after")
-                await self._insist(self._journal.pending, reply)
+                await insist(self._journal.pending, reply)
                 await asyncio.sleep(error.seconds)
             except NotSent as error:
                 self._count(reply, "not_sent")
                 log.warning("%s: not sent, trying again: %s", reply.channel, error)
-                await self._insist(self._journal.pending, reply)
+                await insist(self._journal.pending, reply)
                 await circuit.failed(reply.tries)
             except MaybeSent as error:
                 self._count(reply, "in_doubt")
@@ -177,32 +194,21 @@ class Courier:
         return False
 
     async def _sent(self, reply: Reply, sent_id: str) -> bool:
-        await self._insist(self._journal.sent, reply, sent_id)
+        await insist(self._journal.sent, reply, sent_id)
         self._count(reply, "sent")
         return True
 
     async def _give_up(self, reply: Reply, why: str) -> bool:
         log.warning("%s: reply %d is given up: %s", reply.channel, reply.id, why)
-        await self._insist(self._journal.abandon, reply, why)
+        await insist(self._journal.abandon, reply, why)
         self._count(reply, "abandoned")
         return False
 
     def _too_late(self, reply: Reply) -> bool:
-        return (datetime.now(UTC) - reply.created_at).total_seconds() > self._rules.patience
+        return (self._now() - reply.created_at).total_seconds() > self._rules.patience
 
     def _count(self, reply: Reply, outcome: str) -> None:
         metrics.sends.labels(reply.channel.platform, outcome).inc()
-
-    async def _insist(self, write: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """A write that must come before anything else happens in this channel: the journal heals, we wait."""
-        tries = 0
-        while True:
-            try:
-                return await write(*args, **kwargs)
-            except NotAccepted as error:
-                log.warning("the journal does not take a delivery's state yet: %s", error)
-                await asyncio.sleep(pause(tries, 5.0))
-                tries += 1
 
 
 class Circuit:

@@ -94,3 +94,5 @@ class Request:
     deadline: datetime
     """Aware, by our own clock, counted from receipt: platforms' clocks and ours disagree."""
     attempts: int = 0
+    ends: float = float("inf")
+    """The deadline by the clock that nobody sets (`time.monotonic`); the queue's side of it."""
