@@ -86,9 +86,11 @@ class Chat:
             else:
                 self._queue.put(self._timed(request))
         for request in map(self._timed, received.changed):
-            if not self._queue.replace(request) and request.row in self._answering:
+            if request.row in self._answering:
                 self._edited[request.row] = request
                 self._answering[request.row].cancel("edited")
+            elif not self._queue.replace(request) and self._taking:
+                self._queue.put(request)  # its answer came a moment too late to be stored
         for row in received.cancelled:
             if not self._queue.remove(row) and row in self._answering:
                 self._answering[row].cancel("deleted")

@@ -12,6 +12,7 @@ import logging
 import random
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -128,13 +129,25 @@ class Courier:
                 reply = line[0]
                 if reply.part and reply.message == refused:
                     await insist(self._journal.abandon, reply, "an earlier part was not delivered")
-                elif not await self._deliver(reply):
+                elif not await self._deliver_surely(reply):
                     refused = reply.message
                 line.popleft()
                 metrics.undelivered.dec()
         finally:
             metrics.undelivered.dec(len(line))
             del self._lines[channel]
+
+    async def _deliver_surely(self, reply: Reply) -> bool:
+        """A bug in a bot must not silence its channels: what it raised counts as an attempt in doubt."""
+        tries = 0
+        while True:
+            try:
+                return await self._deliver(reply)
+            except Exception:
+                log.exception("%s: reply %d could not be delivered, trying again", reply.channel, reply.id)
+                self._count(reply, "raised")
+                await asyncio.sleep(pause(tries))
+                reply, tries = replace(reply, state="sending"), tries + 1
 
     async def _deliver(self, reply: Reply) -> bool:
         """Until the reply is sent (True) or given up (False)."""
