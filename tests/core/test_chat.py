@@ -1,0 +1,240 @@
+"""The one path of a message, scene by scene on virtual time. Whole schedules with crashes: tests/simulation."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from core.chat import BUSY, SORRY
+from core.delivery import NotAccepted
+from core.engine.base import EngineClosed, Failed, QueueFull
+from core.settings import QueueLimits
+from tests.simulation.house import House, play
+
+
+def test_a_question_is_answered_with_its_history() -> None:
+    async def scene(house: House) -> None:
+        await house.say("one")
+        await asyncio.sleep(2)
+        await house.say("two")
+        await asyncio.sleep(2)
+        assert house.platform.texts() == ["re one", "re two"]
+        assert house.engine.prompts == [["one"], ["one", "re one", "two"]]
+        assert house.states() == ["answered"] * 2
+
+    play(scene)
+
+
+def test_a_burst_in_one_channel_is_answered_in_order_each_with_what_went_before() -> None:
+    async def scene(house: House) -> None:
+        await house.say("one", "two", "three")
+        await asyncio.sleep(5)
+        assert house.platform.texts() == ["re one", "re two", "re three"]
+        assert house.engine.prompts[2] == ["one", "re one", "two", "re two", "three"]
+
+    play(scene)
+
+
+def test_channels_do_not_wait_for_each_other_and_do_not_mix() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 5
+        for channel in "abc":
+            await house.say(f"in {channel}", channel=channel)
+        await asyncio.sleep(6)
+        assert sorted(house.platform.texts()) == ["re in a", "re in b", "re in c"]
+        assert all(len(prompt) == 1 for prompt in house.engine.prompts)
+
+    play(scene)
+
+
+def test_what_says_nothing_gets_no_answer() -> None:
+    async def scene(house: House) -> None:
+        await house.say("  \n ")
+        await asyncio.sleep(5)
+        assert (house.states(), house.platform.texts()) == (["heard"], [])
+
+    play(scene)
+
+
+def test_the_same_message_twice_is_answered_once() -> None:
+    async def scene(house: House) -> None:
+        message = house.message("hi")
+        await house.chat.receive(message, message)
+        await house.chat.receive(message)
+        await asyncio.sleep(2)
+        assert house.platform.texts() == ["re hi"]
+
+    play(scene)
+
+
+def test_what_the_journal_does_not_take_is_not_accepted() -> None:
+    async def scene(house: House) -> None:
+        house.refusing = True
+        with pytest.raises(NotAccepted):
+            await house.say("hi")
+        house.refusing = False
+        await asyncio.sleep(5)
+        assert house.states() == [] and house.platform.texts() == []
+
+    play(scene)
+
+
+def test_a_journal_that_fails_while_answering_delays_and_loses_nothing() -> None:
+    async def scene(house: House) -> None:
+        await house.say("hi")
+        house.refusing = True
+        await asyncio.sleep(20)
+        assert house.platform.texts() == []
+        house.refusing = False
+        await asyncio.sleep(20)
+        assert (house.states(), house.platform.texts()) == (["answered"], ["re hi"])
+
+    play(scene)
+
+
+def test_an_edit_before_the_answer_changes_the_question_waiting_or_under_way() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 2
+        first, second = house.message("one"), house.message("two")
+        await house.chat.receive(first, second)
+        await asyncio.sleep(1)
+        await house.chat.receive(house.message("uno", id=first.id, kind="edit"))
+        await house.chat.receive(house.message("due", id=second.id, kind="edit"))
+        await asyncio.sleep(10)
+        assert house.platform.texts() == ["re uno", "re due"]
+
+    play(scene)
+
+
+def test_a_delete_before_the_answer_cancels_it_waiting_or_under_way() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 2
+        first, second, third = (house.message(text) for text in ("one", "two", "three"))
+        await house.chat.receive(first, second, third)
+        await asyncio.sleep(1)
+        await house.chat.receive(house.message("", id=second.id, kind="delete"))
+        await house.chat.receive(house.message("", id=first.id, kind="delete"))
+        await asyncio.sleep(10)
+        assert house.states() == ["cancelled", "cancelled", "answered"]
+        assert house.platform.texts() == ["re three"]
+
+    play(scene)
+
+
+def test_reset_starts_the_history_anew_and_drops_the_cache() -> None:
+    async def scene(house: House) -> None:
+        await house.say("one")
+        await asyncio.sleep(2)
+        await house.chat.reset(house.message("").channel)
+        await house.say("two")
+        await asyncio.sleep(2)
+        assert house.engine.prompts[-1] == ["two"] and house.engine.forgotten == ["test:a"]
+
+    play(scene)
+
+
+def test_too_many_are_shed_with_one_polite_line_a_minute() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1
+        await house.say("one")
+        await asyncio.sleep(0.5)
+        await house.say("two", "three", "four")
+        await asyncio.sleep(10)
+        assert house.states() == ["answered", "answered", "shed", "shed"]
+        assert house.platform.texts().count(BUSY) == 1
+        assert [t for t in house.platform.texts() if t != BUSY] == ["re one", "re two"]
+
+    play(scene, limits=QueueLimits(per_channel=1))
+
+
+def test_pollers_pause_above_80_percent_and_go_on_below_50() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1
+        for number in range(10):
+            await house.say("hi", channel=str(number))
+        paused = asyncio.create_task(house.chat.paused())
+        await asyncio.sleep(2.5)
+        assert not paused.done()
+        await asyncio.sleep(4)
+        assert paused.done()
+
+    play(scene, limits=QueueLimits(total=10, running=1))
+
+
+def test_a_full_or_restarting_engine_is_waited_for() -> None:
+    async def scene(house: House) -> None:
+        house.engine.script = [QueueFull("full"), EngineClosed("restarting"), EngineClosed("restarting")]
+        await house.say("hi")
+        await asyncio.sleep(20)
+        assert (house.states(), house.platform.texts()) == (["answered"], ["re hi"])
+
+    play(scene)
+
+
+def test_a_request_that_fails_three_times_ends_with_an_apology_and_others_go_on() -> None:
+    async def scene(house: House) -> None:
+        house.engine.script = [Failed("NaN")] * 3
+        await house.say("poison")
+        await asyncio.sleep(5)
+        await house.say("fine")
+        await asyncio.sleep(5)
+        assert house.states() == ["failed", "answered"]
+        assert house.platform.texts() == [SORRY, "re fine"]
+        assert len(set(house.engine.seeds)) == 4, "each attempt draws anew"
+        assert house.engine.prompts[-1] == ["fine"], "an apology is no part of the history"
+
+    play(scene)
+
+
+def test_late_answers_expire_silently_waiting_or_under_way() -> None:
+    async def scene(house: House) -> None:
+        house.engine.script = [EngineClosed("gone")] * 1000
+        await house.say("one", "two")
+        await asyncio.sleep(15)
+        assert (house.states(), house.platform.texts()) == (["expired", "expired"], [])
+
+    play(scene, limits=QueueLimits(deadline=10))
+
+
+def test_typing_shows_while_an_answer_is_made_and_no_longer() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 9
+        await house.say("hi")
+        await asyncio.sleep(30)
+        assert [round(at) for at, _ in house.platform.typed] == [0, 4, 8]
+
+    play(scene)
+
+
+def test_drain_finishes_what_is_under_way_and_leaves_the_rest_for_the_next_start() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 2
+        await house.say("one", "two")
+        await asyncio.sleep(1)
+        await house.chat.drain(10)
+        assert house.platform.texts() == ["re one"] and house.states() == ["answered", "waiting"]
+        await house.chat.receive(house.message("three"))
+        await house.kill()
+        house.build()
+        await house.open()
+        await asyncio.sleep(10)
+        assert house.platform.texts() == ["re one", "re two", "re three"]
+
+    play(scene)
+
+
+def test_after_a_long_night_the_newest_question_is_answered() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1000
+        await house.say("one", "two", "three")
+        await house.kill()
+        await asyncio.sleep(3600)
+        house.engine.seconds = 1
+        house.build()
+        await house.open()
+        await asyncio.sleep(10)
+        assert house.states() == ["expired", "expired", "answered"]
+        assert house.platform.texts() == ["re three"]
+
+    play(scene)

@@ -1,0 +1,123 @@
+"""Deliveries, scene by scene on virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from core.delivery import MaybeSent, NotSent, Refused, RetryAfter
+from core.messages import Channel
+from core.settings import DeliveryRules
+from tests.simulation.house import House, play
+
+A, B = Channel("test", "a"), Channel("test", "b")
+
+
+def replies(house: House) -> list[str]:
+    return [sent.reply.state for sent in house.disk.replies]
+
+
+def test_what_was_not_sent_is_tried_again() -> None:
+    async def scene(house: House) -> None:
+        house.platform.script[A] = [NotSent("no route")] * 3
+        await house.say("hi")
+        await asyncio.sleep(30)
+        assert (house.platform.texts(), replies(house)) == (["re hi"], ["sent"])
+        assert house.disk.replies[0].reply.tries == 4
+
+    play(scene)
+
+
+@pytest.mark.parametrize(("found", "copies"), [("s1", 1), ("", 2), (None, 2)])
+def test_an_attempt_in_doubt_is_looked_up_before_it_is_repeated(found: str | None, copies: int) -> None:
+    async def scene(house: House) -> None:
+        house.platform.script[A] = [MaybeSent("reset")]
+        house.platform.arrives_anyway, house.platform.found = True, found
+        await house.say("hi")
+        await asyncio.sleep(30)
+        assert (house.platform.texts(), replies(house)) == (["re hi"] * copies, ["sent"])
+
+    play(scene)
+
+
+def test_by_setting_an_attempt_in_doubt_is_abandoned() -> None:
+    async def scene(house: House) -> None:
+        house.platform.script[A] = [MaybeSent("reset")]
+        await house.say("hi")
+        await asyncio.sleep(30)
+        assert (house.platform.texts(), replies(house)) == ([], ["abandoned"])
+
+    play(scene, rules=DeliveryRules(in_doubt="abandon"))
+
+
+def test_one_chat_that_must_wait_delays_no_other_and_keeps_its_order() -> None:
+    async def scene(house: House) -> None:
+        house.platform.script[A] = [RetryAfter(35)]
+        await house.say("one", "two")
+        await house.say("other", channel="b")
+        await asyncio.sleep(30)
+        assert house.platform.texts() == ["re other"]
+        await asyncio.sleep(10)
+        assert house.platform.texts() == ["re other", "re one", "re two"]
+
+    play(scene)
+
+
+def test_a_refused_part_takes_the_later_parts_with_it_and_nothing_else() -> None:
+    async def scene(house: House) -> None:
+        house.platform.limit = 3
+        house.platform.script[A] = [Refused("blocked")]
+        await house.say("x")  # "re x" is two parts
+        await asyncio.sleep(5)
+        await house.say("y")
+        await asyncio.sleep(5)
+        assert replies(house) == ["abandoned", "abandoned", "sent", "sent"]
+        assert house.engine.prompts[-1] == ["y"], "what nobody read was not said"
+
+    play(scene)
+
+
+def test_a_reply_nobody_waits_for_any_more_is_given_up() -> None:
+    async def scene(house: House) -> None:
+        house.platform.script[A] = [NotSent("down")] * 10_000
+        await house.say("hi")
+        await asyncio.sleep(200)
+        assert (replies(house), house.platform.texts()) == (["abandoned"], [])
+
+    play(scene, rules=DeliveryRules(patience=60))
+
+
+def test_a_bug_in_a_bot_does_not_silence_the_channel() -> None:
+    async def scene(house: House) -> None:
+        house.platform.script[A] = [KeyError("bug"), ValueError("bug")]
+        house.platform.found = ""
+        await house.say("hi")
+        await asyncio.sleep(30)
+        assert (house.platform.texts(), replies(house)) == (["re hi"], ["sent"])
+
+    play(scene)
+
+
+def test_a_platform_that_is_down_is_asked_by_few() -> None:
+    async def scene(house: House) -> None:
+        for number in range(50):
+            house.platform.script[Channel("test", str(number))] = [NotSent("down")] * 100
+            await house.say("hi", channel=str(number))
+        await asyncio.sleep(60)
+        attempts = sum(sent.reply.tries for sent in house.disk.replies)
+        assert attempts < 400, "fifty channels, a minute: the circuit is open"
+        house.platform.script.clear()
+        await asyncio.sleep(120)
+        assert replies(house) == ["sent"] * 50
+
+    play(scene)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), -3, float("inf"), None, "soon"])
+def test_a_wait_that_is_no_number_is_a_second(seconds: object) -> None:
+    assert RetryAfter(seconds).seconds == 1  # type: ignore[arg-type]
+
+
+def test_a_wait_of_a_year_is_an_hour() -> None:
+    assert RetryAfter(3e7).seconds == 3600
