@@ -1,0 +1,79 @@
+"""From a model's name to a local folder with its files. Torch-free: who only needs the tokenizer uses it too.
+
+A name is `embedded` (the model in this repository), a folder, or a repository on the Hugging Face hub.
+`HF_HUB_OFFLINE=1` and the other variables of huggingface_hub are honoured.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from core.engine.base import BadCheckpoint
+
+EMBEDDED = Path(__file__).parent.parent / "models" / "tiny"
+SMALL_FILES = ["*.json", "vocab.*", "merges.txt"]
+WEIGHT_FILES = [["*.safetensors"], ["pytorch_model*.bin"]]
+"""Tried in this order. Subfolders and other frameworks' weights are never fetched."""
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of `model`, fetched from the hub (with a progress bar) where it must be.
+
+    Raises BadCheckpoint, one line that says what to do.
+    """
+    if str(model) == "embedded":
+        return _checked(EMBEDDED)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _checked(folder)
+    name = str(model)
+    if folder.is_file():
+        raise BadCheckpoint(f"{name} is a file: name the folder that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise BadCheckpoint(
+            f"{name} does not exist: name a folder, a hub repository such as microsoft/DialoGPT-small, or embedded"
+        )
+    return _checked(_fetch(name, revision))
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """Download what is missing into the hub's cache. Weights in safetensors if the repository has them."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        for weights in WEIGHT_FILES:
+            ignore = ["*/*", "training_args*", "optimizer*"]
+            folder = Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=[*SMALL_FILES, *weights], ignore_patterns=ignore
+                )
+            )
+            if any(path for pattern in weights for path in folder.glob(pattern)):
+                break
+    except RevisionNotFoundError as error:
+        raise BadCheckpoint(f"{name} has no revision {revision}: check MODEL_REVISION") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BadCheckpoint(f"{name} is no folder here and no repository on the hub: check MODEL") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise BadCheckpoint(
+            f"{name} is no folder here, not in the hub's cache, and the hub is out of reach: fetch it once while online"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadCheckpoint(f"{name} could not be fetched from the hub ({reason}): try again") from error
+    return folder
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise BadCheckpoint(f"{folder} has no config.json: it is not a model's folder")
+    return folder

@@ -1,0 +1,99 @@
+"""Who owns which KV, in tokens and bytes. Pure Python: the tensors hang on the slots and are never looked at here.
+
+A slot belongs to one running sequence, or is idle and kept for its session's next turn, or is gone. Idle slots leave
+in order of their last use when room is wanted. A slot is never shared: a fork copies the prefix into a slot of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+ROUND = 128
+"""Capacities are multiples of this, so that a channel's slot has to move only every few turns."""
+
+
+class Slot:
+    """Room for `capacity` tokens' KV; `tokens` are those written. `kv` is the model's, made when first used."""
+
+    __slots__ = ("capacity", "copy_from", "kv", "session", "tokens")
+
+    def __init__(self, session: str, capacity: int) -> None:
+        self.session = session
+        self.capacity = capacity
+        self.tokens: list[int] = []
+        self.kv: Any = None
+        self.copy_from: Slot | None = None
+        """Where the first len(tokens) KV rows have to be copied from before the slot is used."""
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids are the same."""
+    length = min(len(a), len(b))
+    return next((i for i in range(length) if a[i] != b[i]), length)
+
+
+def round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+class KVCache:
+    """At most `total` tokens in all slots together."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.running: set[Slot] = set()
+        self.idle: list[Slot] = []
+        """Least recently used first."""
+
+    @property
+    def used(self) -> int:
+        """Tokens of room taken."""
+        return sum(s.capacity for s in self.running) + sum(s.capacity for s in self.idle)
+
+    def acquire(self, session: str, prompt: Sequence[int], need: int, sibling: Slot | None = None) -> Slot | None:
+        """A slot for `need` tokens that holds the longest prefix of `prompt` at hand, never all of it.
+
+        Looks at what the session left behind, and at `sibling`, a running slot of the same request. None: no room now.
+        """
+        left = [s for s in self.idle if session and s.session == session]
+        best = max(left, key=lambda s: common_prefix(s.tokens, prompt), default=None)
+        source = sibling or best
+        in_place = source is not None and source is best and source.capacity >= need
+        slot = source if source is not None and in_place else Slot(session, round_up(need, ROUND))
+        if sum(s.capacity for s in self.running) + slot.capacity > self.total:
+            return None
+        self.idle = [s for s in self.idle if s not in left]
+        while self.used + slot.capacity > self.total:
+            self.idle.pop(0)
+        prefix = min(common_prefix(source.tokens, prompt), len(prompt) - 1) if source else 0
+        slot.copy_from = source if prefix and not in_place else None
+        slot.tokens = list(prompt[:prefix])
+        self.running.add(slot)
+        return slot
+
+    def release(self, slot: Slot, *, keep: bool) -> None:
+        """The sequence is done with it. Kept for the session's next turn, or gone."""
+        self.running.remove(slot)
+        if keep and slot.session and slot.copy_from is None:
+            self.idle.append(slot)
+
+    def forget(self, session: str) -> None:
+        """Nothing of the session stays: idle slots go now, running ones when they are released."""
+        self.idle = [s for s in self.idle if s.session != session]
+        for slot in self.running:
+            if slot.session == session:
+                slot.session = ""
+
+    def drop_idle(self) -> None:
+        self.idle.clear()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the books are wrong."""
+        assert self.used <= self.total, f"{self.used} tokens of room taken, {self.total} there"
+        assert len(set(self.idle)) == len(self.idle), "a slot is idle twice"
+        assert not self.running & set(self.idle), "a slot is idle and running"
+        for slot in (*self.running, *self.idle):
+            assert len(slot.tokens) <= slot.capacity, "more tokens than room"
+            assert slot.capacity % ROUND == 0
+        assert all(s.session and s.copy_from is None for s in self.idle), "an idle slot is nobody's or half made"

@@ -1,0 +1,234 @@
+"""GPT-2's forward pass over a flat batch: rows of many sequences side by side, no padding. Names are the checkpoint's.
+
+A row's logits are the same bits whatever stands beside it and however its prompt was cut into steps, because
+- the linear layers compute a row alike in any batch of MIN_ROWS rows or more (oneDNN's packed kernels sum along K in
+  one order; with fewer rows some switch kernels). `rows_agree` checks this at start; where it does not hold, and on
+  CUDA, every product is made in blocks of exactly `block` rows.
+- attention takes each query in the tile of TILE positions it belongs to, over keys up to that tile's end: the number
+  of keys is a function of the position alone, keys after the query weigh exactly 0, and a tile has `min_queries` rows
+  at least.
+- all else works on rows or elements one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor
+
+from core.engine.weights import Checkpoint, Config
+
+TILE = 64
+MIN_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """`count` rows of one sequence, at positions start, start + 1, …; `kv` is where its keys and values stand."""
+
+    kv: Tensor
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: `ids` of all rows in order, the sequences they belong to, and the rows whose logits are wanted."""
+
+    ids: list[int]
+    rows: Sequence[Rows]
+    wanted: list[int]
+
+    @property
+    def positions(self) -> list[int]:
+        return [p for r in self.rows for p in range(r.start, r.start + r.count)]
+
+
+class Model(Protocol):
+    """One step of a model. Another implementation (native code, CUDA graphs) stands in by having these."""
+
+    config: Config
+    how: str
+    """Device, precision and path, for people."""
+    token_bytes: int
+    """Bytes of KV for one token."""
+
+    def new_kv(self, capacity: int) -> Tensor:
+        """Room for `capacity` tokens, finite numbers in it."""
+        ...
+
+    def copy_kv(self, source: Tensor, target: Tensor, count: int) -> None:
+        """The first `count` tokens."""
+        ...
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Write the rows' KV; return the logits (len(batch.wanted), vocab_size), float32, on the CPU."""
+        ...
+
+
+class Linear:
+    """y = act(x W^T + b), weights packed for the CPU where oneDNN can. x: (T, in) -> (T, out)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "", *, block: int = 0) -> None:
+        """`weight` is (out, in). With `block`, T must be a multiple of it."""
+        self.bias, self.activation, self.block = bias, activation, block
+        self.packed = pack(weight)
+        self.weight = weight if self.packed is None else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.block and len(x) > self.block:
+            return torch.cat([self._product(rows) for rows in torch.split(x, self.block)])
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            fused = {"": "none", "relu": "relu"}.get(self.activation, "gelu")
+            approximation = self.activation if fused == "gelu" else ""
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, fused, [], approximation)
+            return y
+        assert self.weight is not None
+        y = F.linear(x, self.weight, self.bias)
+        if self.activation == "relu":
+            return F.relu(y)
+        if self.activation == "tanh":  # F.gelu(approximate="tanh") treats the last elements of a batch differently
+            return 0.5 * y * (1.0 + torch.tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))
+        return F.gelu(y) if self.activation == "none" else y
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """oneDNN's own layout of a CPU weight, or None where it has none for this type or machine."""
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+        return None
+    try:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        return packed
+    except RuntimeError:
+        return None
+
+
+class GPT2:
+    """The torch model, float32, bfloat16 or float16. Residuals, attention and KV stay float32 on the CPU."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, block: int = 0) -> None:
+        """Takes the tensors out of `checkpoint` one by one, so that the originals are freed while it packs."""
+        self.config = config = checkpoint.config
+        self.device, self.dtype, self.block = device, dtype, block
+        self.kv_dtype = torch.float32 if device.type == "cpu" else dtype
+        self.min_queries = MIN_ROWS if device.type == "cpu" else TILE
+        self.head_dim = config.n_embd // config.n_head
+        self.token_bytes = 2 * config.n_layer * config.n_embd * self.kv_dtype.itemsize
+        tensors = checkpoint.tensors
+
+        def take(name: str, to: torch.dtype = torch.float32) -> Tensor:
+            return tensors.pop(name).to(device, to)
+
+        def linear(name: str, activation: str = "") -> Linear:
+            return Linear(take(f"{name}.weight", dtype).T, take(f"{name}.bias", dtype), activation, block=block)
+
+        self.wte = take("wte.weight", dtype)
+        head = take("lm_head.weight", dtype) if "lm_head.weight" in tensors else self.wte
+        self.lm_head = Linear(head, None, block=block)
+        self.wpe = take("wpe.weight")
+        self.ln_f = take("ln_f.weight"), take("ln_f.bias")
+        self.h = [
+            Block(
+                ln_1=(take(f"h.{i}.ln_1.weight"), take(f"h.{i}.ln_1.bias")),
+                c_attn=linear(f"h.{i}.attn.c_attn"),
+                attn_c_proj=linear(f"h.{i}.attn.c_proj"),
+                ln_2=(take(f"h.{i}.ln_2.weight"), take(f"h.{i}.ln_2.bias")),
+                c_fc=linear(f"h.{i}.mlp.c_fc", config.activation),
+                mlp_c_proj=linear(f"h.{i}.mlp.c_proj"),
+            )
+            for i in range(config.n_layer)
+        ]
+        self.mask = causal_mask(config.n_positions, self.min_queries).to(device, self.kv_dtype)
+        packed = ", oneDNN packed" if self.lm_head.packed is not None else ""
+        self.how = f"{device}, {str(dtype).removeprefix('torch.')}, torch{packed}"
+
+    def new_kv(self, capacity: int) -> Tensor:
+        """(layer, key/value, head, position, head_dim)"""
+        c = self.config
+        shape = c.n_layer, 2, c.n_head, -(-capacity // TILE) * TILE, self.head_dim
+        return torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
+
+    def copy_kv(self, source: Tensor, target: Tensor, count: int) -> None:
+        target[:, :, :, :count] = source[:, :, :, :count]
+
+    def forward(self, batch: Batch) -> Tensor:
+        ids, positions = self._padded(batch.ids), self._padded(batch.positions)
+        x = F.embedding(ids, self.wte).float() + F.embedding(positions, self.wpe)  # (T, E)
+        for i, block in enumerate(self.h):
+            qkv = block.c_attn(self._norm(x, block.ln_1))  # (T, 3 E)
+            x = x + block.attn_c_proj(self._attend(i, qkv, batch.rows))
+            x = x + block.mlp_c_proj(block.c_fc(self._norm(x, block.ln_2)))
+        if not batch.wanted:
+            return torch.empty(0, self.config.vocab_size)
+        wanted = self._padded(batch.wanted)
+        return self.lm_head(self._norm(x[wanted], self.ln_f))[: len(batch.wanted)].float().cpu()
+
+    def _attend(self, layer: int, qkv: Tensor, rows: Sequence[Rows]) -> Tensor:
+        """Write keys and values, then attend, sequence by sequence. (T, 3 E) -> (T, E)"""
+        c = self.config
+        qkv = qkv.view(-1, 3, c.n_head, self.head_dim).to(self.kv_dtype)
+        q = F.pad(qkv[:, 0], (0, 0, 0, 0, 0, self.min_queries))  # a tile's padding may reach over the end
+        out = torch.zeros(len(qkv), c.n_head, self.head_dim, dtype=self.kv_dtype, device=self.device)
+        scale = self.head_dim**-0.5 if c.scale_attn_weights else 1.0
+        scale /= layer + 1 if c.scale_attn_by_inverse_layer_idx else 1
+        row = 0
+        for r in rows:
+            kv = r.kv[layer]  # (2, H, P, D)
+            kv[:, :, r.start : r.start + r.count] = qkv[row : row + r.count, 1:].permute(1, 2, 0, 3)
+            for begin, end in tiles(r.start, r.count):
+                first, count = row + begin - r.start, end - begin
+                keys = -(-end // TILE) * TILE
+                queries, at = max(count, self.min_queries), begin % TILE
+                mixed = F.scaled_dot_product_attention(
+                    q[None, first : first + queries].transpose(1, 2),  # (1, H, queries, D)
+                    kv[None, 0, :, :keys],
+                    kv[None, 1, :, :keys],
+                    attn_mask=self.mask[at : at + queries, -keys:],
+                    scale=scale,
+                )
+                out[first : first + count] = mixed[0, :, :count].transpose(0, 1)
+            row += r.count
+        return out.view(len(qkv), c.n_embd).to(self.dtype)
+
+    def _norm(self, x: Tensor, ln: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(x, x.shape[1:], *ln, self.config.layer_norm_epsilon).to(self.dtype)
+
+    def _padded(self, values: list[int]) -> Tensor:
+        """With zeros, up to the number of rows that the products are made with."""
+        rows = -(-len(values) // self.block) * self.block if self.block else max(len(values), MIN_ROWS)
+        return torch.tensor(values + [0] * (rows - len(values)), device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One layer; an ln is (weight, bias)."""
+
+    ln_1: tuple[Tensor, Tensor]
+    c_attn: Linear
+    attn_c_proj: Linear
+    ln_2: tuple[Tensor, Tensor]
+    c_fc: Linear
+    mlp_c_proj: Linear
+
+
+def tiles(start: int, count: int) -> list[tuple[int, int]]:
+    """Positions start .. start + count - 1, cut where a multiple of TILE begins."""
+    end = start + count
+    cuts = [start, *range((start // TILE + 1) * TILE, end, TILE), end]
+    return list(itertools.pairwise(cuts))
+
+
+def causal_mask(positions: int, min_queries: int) -> Tensor:
+    """(TILE + min_queries, P): row i, cut to its last TILE * (t + 1) columns, is the mask of position TILE * t + i."""
+    width = -(-positions // TILE) * TILE
+    mask = torch.zeros(TILE + min_queries, width)
+    mask[:TILE, -TILE:] = torch.full((TILE, TILE), float("-inf")).triu(1)
+    return mask

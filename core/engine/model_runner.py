@@ -1,0 +1,177 @@
+"""Runs one step: spans of sequences in, drawn tokens out. All tensors of a step live and die here.
+
+Which implementation computes, with which precision and threads, is decided here once, at start.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.engine import hub, weights
+from core.engine.base import BadCheckpoint
+from core.engine.kv_cache import Slot
+from core.engine.model import GPT2, TILE, Batch, Model, Rows
+from core.engine.sampler import draw
+from core.engine.sequence import Span
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BLOCK = {"cpu": 16, "cuda": TILE}
+"""Rows per product where products of different heights do not agree bit for bit."""
+
+
+class ModelRunner:
+    """A model and how to feed it. Not for two threads: one thread makes it and runs it."""
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self.model = model
+        self.folder = folder
+
+    def run(self, spans: Sequence[Span]) -> list[tuple[int, float] | None]:
+        """One (token, log-probability) for each span that is_last; None where the model's numbers are not finite.
+
+        Changes nothing but KV rows that count as unwritten until the scheduler books them: it may be run again.
+        """
+        for span in spans:
+            self._prepare(span.sequence.slot)
+        logits = self.model.forward(self._batch(spans))
+        drawing = [span.sequence for span in spans if span.is_last]
+        finite = torch.isfinite(logits).all(-1).tolist()
+        return [
+            draw(
+                row,
+                s.tokens,
+                s.params,
+                s.random,
+                eos_id=self.model.config.eos_id,
+                is_first=len(s.tokens) == s.prompt_len,
+            )
+            if good
+            else None
+            for row, s, good in zip(logits, drawing, finite, strict=True)
+        ]
+
+    def warm_up(self) -> None:
+        """Run the shapes that come first in life, so that nobody waits for them."""
+        room = min(self.model.config.n_positions, 2 * TILE)
+        kv = self.model.new_kv(room)
+        for count in (1, 8, room):
+            self.model.forward(Batch([0] * count, [Rows(kv, 0, count)], [count - 1]))
+
+    @staticmethod
+    def _batch(spans: Sequence[Span]) -> Batch:
+        ids, rows, wanted = [], [], []
+        for span in spans:
+            assert span.sequence.slot
+            ids += span.ids
+            rows.append(Rows(span.sequence.slot.kv, span.start, span.count))
+            if span.is_last:
+                wanted.append(len(ids) - 1)
+        return Batch(ids, rows, wanted)
+
+    def _prepare(self, slot: Slot | None) -> None:
+        """Give a new slot its tensor, with the prefix it was forked from."""
+        assert slot
+        if slot.kv is None:
+            slot.kv = self.model.new_kv(slot.capacity)
+        if slot.copy_from is not None:
+            self.model.copy_kv(slot.copy_from.kv, slot.kv, len(slot.tokens))
+            slot.copy_from = None
+
+
+def open_runner(model: str | Path, revision: str | None, device: str, dtype: str, threads: int) -> ModelRunner:
+    """Resolve, load, choose, check, warm up. Raises BadCheckpoint, or ValueError for a setting that cannot be."""
+    folder = hub.resolve(model, revision)
+    place = choose_device(device)
+    if place.type == "cpu":
+        torch.set_num_threads(threads or cores())
+    with torch.inference_mode():
+        runner = ModelRunner(build(folder, place, choose_dtype(dtype, place)), folder)
+        runner.warm_up()
+    return runner
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+    """The fastest model whose rows do not depend on each other."""
+    block = 0 if device.type == "cpu" else BLOCK["cuda"]
+    model = GPT2(weights.load(folder), device, dtype, block=block)
+    if not block and not rows_agree(model):
+        log.warning("this machine's matrix products depend on the batch's size: slower blocks of %d rows", BLOCK["cpu"])
+        model = GPT2(weights.load(folder), device, dtype, block=BLOCK["cpu"])
+    return model
+
+
+def rows_agree(model: GPT2) -> bool:
+    """Is a row's result the same bits alone, in batches of other heights, and with its prompt cut up?
+
+    Looks at one layer, which has every shape; a machine that agrees there agrees in all.
+    """
+    model = copy.copy(model)
+    model.h = model.h[:1]
+    length = min(model.config.n_positions, TILE + 6)
+    ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def logits_of(counts: Sequence[int]) -> Tensor:
+        """Of all positions, computed in steps of so many rows, beside strangers in every second step."""
+        kv, other, results, start = model.new_kv(length), model.new_kv(length), [], 0
+        for i, count in enumerate(counts):
+            strangers = ids[: 5 * i % length] if i % 2 else []
+            rows = [Rows(other, 0, len(strangers))] if strangers else []
+            batch = Batch(
+                strangers + ids[start : start + count],
+                [*rows, Rows(kv, start, count)],
+                list(range(len(strangers), len(strangers) + count)),
+            )
+            results.append(model.forward(batch))
+            start += count
+        return torch.cat(results)
+
+    cut = length - 8 if length > 8 else length
+    ways = [cut, *[1] * (length - cut)], [1, 2, cut - 3, length - cut] if cut > 3 else [1] * length
+    whole = logits_of([length])
+    return all(torch.equal(whole, logits_of([n for n in counts if n])) for counts in ways)
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: CUDA where there is one. Raises BadCheckpoint for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadCheckpoint(f"DEVICE={name}: this machine (or this build of torch) has no such device; try auto or cpu")
+    if device.type not in BLOCK:
+        raise BadCheckpoint(f"DEVICE={name} is not known: auto, cpu, cuda or cuda:N")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: exact float32 on a CPU, bfloat16 on CUDA."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise BadCheckpoint(f"DTYPE={name} is not known: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def cache_tokens(model: Model, cache_bytes: int) -> int:
+    """How many tokens' KV fit in `cache_bytes`; 0 takes a quarter of the memory that is free, at most 4 GiB."""
+    return (cache_bytes or min(_free_bytes() // 4, 4 << 30)) // model.token_bytes
+
+
+def _free_bytes() -> int:
+    if torch.cuda.is_available():
+        return 3 * torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30

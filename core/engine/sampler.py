@@ -1,0 +1,75 @@
+"""Logits to tokens, one row at a time, in float32: what a row draws depends on its own numbers and generator alone.
+
+Same rules in the same order as Transformers' processors: repetition penalty, no repeated n-gram, no eos as the first
+token; then temperature, top_k, top_p.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from core.engine.base import SamplingParams
+
+NEVER = float("-inf")
+
+
+def draw(
+    logits: Tensor, tokens: list[int], params: SamplingParams, rng: random.Random, *, eos_id: int, is_first: bool
+) -> tuple[int, float]:
+    """The next token after `tokens` and its log-probability under the unfiltered `logits` (vocab,), all finite."""
+    scores = process(logits, tokens, params, banned=eos_id if is_first else None)
+    if params.temperature == 0:
+        token = int(scores.argmax())
+    else:
+        ids, probabilities = distribution(scores, params)
+        point = rng.random() * float(probabilities.sum())
+        at = int(torch.searchsorted(probabilities.cumsum(0), point, right=True))
+        token = int(ids[min(at, len(ids) - 1)])
+    return token, float(logits[token] - logits.logsumexp(0))
+
+
+def process(logits: Tensor, tokens: list[int], params: SamplingParams, banned: int | None = None) -> Tensor:
+    """(vocab,) -> (vocab,): penalised and forbidden tokens; the input itself when there is nothing to do."""
+    grams = repeated(tokens, params.no_repeat_ngram)
+    if params.repetition_penalty == 1 and not grams and banned is None:
+        return logits
+    scores = logits.clone()
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(tokens)))
+        old = scores[seen]
+        scores[seen] = torch.where(old < 0, old * params.repetition_penalty, old / params.repetition_penalty)
+    if grams:
+        scores[torch.tensor(sorted(grams))] = NEVER
+    if banned is not None:
+        scores[banned] = NEVER
+    if not torch.isfinite(scores).any():  # a tiny vocabulary, all of it forbidden: then repeating is the lesser evil
+        return process(logits, tokens, SamplingParams(), banned)
+    return scores
+
+
+def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The ids that may be drawn, least likely first, and their probabilities (float64)."""
+    ids, scores = None, scores / params.temperature
+    if 0 < params.top_k < len(scores):
+        least = scores.topk(params.top_k).values[-1]
+        ids = (scores >= least).nonzero()[:, 0]  # ties with the last one stay, in order of their ids
+        scores = scores[ids]
+    scores, order = scores.sort(stable=True)
+    ids = order if ids is None else ids[order]
+    probabilities = scores.softmax(0)
+    if params.top_p < 1:
+        keep = probabilities.cumsum(0) > 1 - params.top_p
+        keep[-1] = True
+        ids, probabilities = ids[keep], scores[keep].softmax(0)
+    return ids, probabilities.double()
+
+
+def repeated(tokens: list[int], n: int) -> set[int]:
+    """Ids that would close an n-gram which stands in `tokens` already."""
+    if n == 0 or len(tokens) < n:
+        return set()
+    tail = tokens[len(tokens) - n + 1 :]
+    return {tokens[i + n - 1] for i in range(len(tokens) - n + 1) if tokens[i : i + n - 1] == tail}

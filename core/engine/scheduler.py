@@ -1,0 +1,173 @@
+"""Who runs in the next step. Pure Python, no torch.
+
+Rows join and leave at every step. Each step takes every sequence that needs one token (decode), then pieces of prompts
+(prefill) within the token budget. First come, first served: nobody overtakes because of room.
+
+    waiting ──admit──▶ running ──finish──▶ delivered
+       ▲                  │
+       └─── restart ──────┘  (its numbers went bad once: again from a clean prefill)
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from time import monotonic
+
+from core.engine.base import Cancelled, EngineError, Failed, PromptTooLong, QueueFull
+from core.engine.kv_cache import KVCache
+from core.engine.sequence import Request, Sequence, Span
+
+Drawn = tuple[int, float]
+"""A token and its log-probability under the unfiltered model."""
+
+
+class Scheduler:
+    """Waiting and running sequences, and the KV cache they stand in."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        max_positions: int,
+        eos_id: int,
+        max_running: int,
+        token_budget: int,
+        max_waiting: int,
+        draw_seed: Callable[[], int] | None = None,
+    ) -> None:
+        self.cache = cache
+        self.max_positions = max_positions
+        self.eos_id = eos_id
+        self.max_running = max_running
+        self.token_budget = max(token_budget, max_running)
+        self.max_waiting = max_waiting
+        self.draw_seed = draw_seed or (lambda: random.SystemRandom().getrandbits(62))
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.requests: set[Request] = set()
+
+    def add(self, request: Request) -> None:
+        """Take it in; what is wrong with it is delivered like any other end."""
+        room = self.max_positions - len(request.prompt)
+        waiting = {id(s.request) for s in self.waiting}
+        if room < 1:
+            return request.deliver(
+                PromptTooLong(f"{len(request.prompt)} tokens; the model takes at most {self.max_positions - 1}")
+            )
+        if len(waiting) >= self.max_waiting:
+            return request.deliver(QueueFull(f"{len(waiting)} requests wait already"))
+        params = request.params
+        seed = self.draw_seed() if params.seed is None else params.seed
+        most = min(params.max_tokens, room)
+        request.sequences = [Sequence(request, seed + k, most) for k in range(params.n)]
+        self.requests.add(request)
+        self.waiting.extend(request.sequences)
+        return None
+
+    def schedule(self) -> list[Span]:
+        """The next step: decode rows first, then prefill, within the token budget. Empty: nothing to do."""
+        self.expire(monotonic())
+        decoding = [s for s in self.running if len(s.tokens) - s.computed == 1]
+        prefilling = [s for s in self.running if len(s.tokens) - s.computed > 1]
+        spans = [Span(s, s.computed, 1) for s in decoding]
+        budget = self.token_budget - len(spans)
+        for sequence in prefilling:
+            budget -= self._take(sequence, budget, spans)
+        while budget and len(self.running) < self.max_running and (admitted := self._admit()):
+            budget -= self._take(admitted, budget, spans)
+        return spans
+
+    def update(self, spans: Iterable[Span], drawn: Iterable[Drawn | None]) -> None:
+        """Book what a step computed; `drawn` has one entry for each span that is_last, None where numbers went bad."""
+        results = iter(drawn)
+        for span in spans:
+            sequence, result = span.sequence, next(results) if span.is_last else (-1, 0.0)
+            if sequence.slot is None:  # a candidate beside it failed a moment ago, and the request with it
+                continue
+            if result is None:
+                self._restart(sequence)
+                continue
+            last, ids = span.is_last, span.ids
+            sequence.slot.tokens.extend(ids)
+            if last:
+                sequence.append(*result, self.eos_id)
+            if sequence.finish_reason:
+                self._finish(sequence)
+
+    def give_up(self, request: Request, error: EngineError) -> None:
+        """Take the request out, wherever it stands, and deliver the error. A request that is through is left alone."""
+        if request not in self.requests:
+            return
+        self.requests.remove(request)
+        self.waiting = deque(s for s in self.waiting if s.request is not request)
+        for sequence in [s for s in self.running if s.request is request]:
+            self._leave(sequence, keep=not isinstance(error, Failed))
+        request.deliver(error)
+
+    def expire(self, now: float) -> None:
+        """Give up what is past its deadline."""
+        for request in [r for r in self.requests if r.deadline is not None and now >= r.deadline]:
+            self.give_up(request, Cancelled("the deadline passed"))
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the books are wrong."""
+        self.cache.check_integrity()
+        slots = [s.slot for s in self.running]
+        assert len(self.running) <= self.max_running
+        assert set(slots) == self.cache.running and len(set(slots)) == len(slots), "a slot is lost or shared"
+        for sequence in self.running:
+            assert sequence.slot and sequence.slot.tokens == sequence.tokens[: sequence.computed]
+            assert sequence.computed < len(sequence.tokens) and not sequence.finish_reason
+        alive = {s.request for s in (*self.running, *self.waiting)}
+        assert alive == self.requests, "a request is lost"
+        assert all(s.slot is None and not s.finish_reason for s in self.waiting)
+
+    def _take(self, sequence: Sequence, budget: int, spans: list[Span]) -> int:
+        count = min(len(sequence.tokens) - sequence.computed, budget)
+        if count:
+            spans.append(Span(sequence, sequence.computed, count))
+        return count
+
+    def _admit(self) -> Sequence | None:
+        """The first waiting sequence that can start, now running. Candidates wait until their first has the prompt."""
+        for sequence in self.waiting:
+            leader = sequence.request.sequences[0]
+            if leader is not sequence and not leader.finish_reason and leader.computed < leader.prompt_len:
+                continue
+            sibling = None if sequence.retried or leader is sequence else leader.slot
+            need = min(sequence.prompt_len + sequence.max_new, self.max_positions)
+            session = "" if sequence.retried else sequence.request.session
+            slot = self.cache.acquire(session, sequence.tokens, need, sibling)
+            if slot is None:
+                return None
+            slot.session = sequence.request.session
+            sequence.slot, sequence.cached_tokens = slot, len(slot.tokens)
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            return sequence
+        return None
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._leave(sequence, keep=True)
+        request = sequence.request
+        if all(s.finish_reason for s in request.sequences):
+            self.requests.remove(request)
+            request.deliver([s.completion() for s in request.sequences])
+
+    def _leave(self, sequence: Sequence, *, keep: bool) -> None:
+        self.running.remove(sequence)
+        assert sequence.slot
+        self.cache.release(sequence.slot, keep=keep)
+        sequence.slot = None
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Its logits were not finite. Once, all it built on is thrown away and computed again; then it fails alone."""
+        if sequence.retried:
+            self.give_up(sequence.request, Failed("the model's numbers are not finite for this prompt"))
+            return
+        sequence.retried = True
+        self._leave(sequence, keep=False)
+        self.cache.forget(sequence.request.session)
+        self.waiting.appendleft(sequence)

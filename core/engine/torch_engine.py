@@ -1,0 +1,241 @@
+"""The engine in this process: one thread owns torch; the event loop hands it requests and never waits for it.
+
+    generate ──submit──▶ inbox ──▶ worker thread: step(), step(), … ──deliver──▶ the awaiting task
+
+`Core` is the synchronous half and can be used alone: `step()` is schedule -> run -> update.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.engine.base import (
+    BadCheckpoint,
+    Cancelled,
+    Completion,
+    EngineClosed,
+    EngineError,
+    Failed,
+    ModelInfo,
+    SamplingParams,
+)
+from core.engine.kv_cache import ROUND, KVCache, round_up
+from core.engine.model_runner import ModelRunner, cache_tokens, open_runner
+from core.engine.scheduler import Scheduler
+from core.engine.sequence import Request, Span
+
+log = logging.getLogger(__name__)
+
+
+class Core:
+    """Scheduler and model, synchronous. One thread makes it and calls it."""
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
+        self.runner = runner
+        self.scheduler = scheduler
+
+    def step(self) -> bool:
+        """One pass of the model over whatever is to do. False: nothing was."""
+        spans = self.scheduler.schedule()
+        if spans:
+            self._run_and_update(spans)
+        else:
+            self.scheduler.check_integrity()
+        return bool(spans)
+
+    def _run_and_update(self, spans: list[Span]) -> None:
+        """What raises is run again in halves, until the one at fault stands alone and fails alone."""
+        try:
+            drawn = self.runner.run(spans)
+        except torch.AcceleratorError:
+            raise  # the device is lost; only a new process helps
+        except Exception as error:
+            log.warning("a step of %d sequences raised %r", len(spans), error)
+            self.scheduler.cache.drop_idle()  # when it was memory, this much can be spared
+            if len(spans) == 1:
+                reason = f"the model raised {type(error).__name__}"
+                self.scheduler.give_up(spans[0].sequence.request, Failed(reason))
+            else:
+                for half in (spans[: len(spans) // 2], spans[len(spans) // 2 :]):
+                    self._run_and_update([span for span in half if span.sequence.slot])
+        else:
+            self.scheduler.update(spans, drawn)
+
+
+class TorchEngine:
+    """Satisfies `core.engine.base.Engine`. Made by `open_torch_engine`."""
+
+    def __init__(self, open_core: Callable[[], tuple[Core, ModelInfo]]) -> None:
+        self.info: ModelInfo
+        self.core: Core
+        """The worker thread's; look only when nothing runs."""
+        self._open_core = open_core
+        self._loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._closed: asyncio.Future[None] = self._loop.create_future()
+        self._inbox: queue.SimpleQueue[Callable[[Scheduler], None] | None] = queue.SimpleQueue()
+        self._end: EngineError | None = None
+        self._under_way: set[asyncio.Future[list[Completion]]] = set()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    async def start(self) -> None:
+        """Load the model and warm it up. Raises BadCheckpoint."""
+        self._thread.start()
+        await self._opened
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        session: str = "",
+        deadline: float | None = None,
+    ) -> list[Completion]:
+        """`params.n` completions of `prompt`. Raises an EngineError; ValueError for ids that are no tokens."""
+        if self._end:
+            raise self._end
+        if not prompt or min(prompt) < 0 or max(prompt) >= self.info.vocab_size:
+            raise ValueError(f"a prompt is 1 or more ids from 0 below {self.info.vocab_size}")
+        future: asyncio.Future[list[Completion]] = self._loop.create_future()
+        until = None if deadline is None else time.monotonic() + deadline
+        request = Request(tuple(prompt), params, session, until, lambda end: self._call(_settle, future, end))
+        self._under_way.add(future)
+        self._inbox.put(lambda scheduler: scheduler.add(request))
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._inbox.put(lambda scheduler: scheduler.give_up(request, Cancelled("nobody waits for it")))
+            raise
+        finally:
+            self._under_way.discard(future)
+
+    async def ready(self) -> str:
+        return str(self._end) if self._end else ""
+
+    async def forget(self, session: str) -> None:
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def forget(scheduler: Scheduler) -> None:
+            scheduler.cache.forget(session)
+            self._call(_settle, done, None)
+
+        if session and not self._end:
+            self._inbox.put(forget)
+            await asyncio.wait({done, self._closed}, return_when=asyncio.FIRST_COMPLETED)
+
+    async def aclose(self) -> None:
+        """Requests under way end with EngineClosed."""
+        self._end = self._end or EngineClosed("the engine is closed")
+        self._inbox.put(None)
+        if self._thread.ident:
+            await asyncio.shield(self._closed)
+
+    def _work(self) -> None:
+        """The worker thread, from loading to the end."""
+        try:
+            self.core, self.info = self._open_core()
+        except BaseException as error:
+            self._call(_settle, self._opened, error)
+        else:
+            self._call(_settle, self._opened, None)
+            try:
+                self._serve(self.core)
+            except Exception as error:
+                log.exception("the engine died")
+                self._end = EngineClosed(f"the engine died: {type(error).__name__}")
+        self._call(self._settle_all)
+
+    def _serve(self, core: Core) -> None:
+        """Step while there is something to do, sleep while there is not; until None comes."""
+        busy = False
+        with torch.inference_mode():
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        command = self._inbox.get(block=not busy)
+                        if command is None:
+                            return
+                        command(core.scheduler)
+                        busy = True
+                busy = core.step()
+
+    def _settle_all(self) -> None:
+        """In the event loop, at the very end."""
+        self._end = self._end or EngineClosed("the engine is closed")
+        for future in self._under_way:
+            _settle(future, self._end)
+        _settle(self._closed, None)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        """From the worker thread into the event loop; nobody is left to hear it when the loop is gone."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+def _settle(future: asyncio.Future[Any], end: object) -> None:
+    if future.done():
+        return
+    if isinstance(end, BaseException):
+        future.set_exception(end)
+    else:
+        future.set_result(end)
+
+
+async def open_torch_engine(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int = 0,
+    cache_bytes: int = 0,
+    max_running: int = 32,
+    token_budget: int = 256,
+    max_waiting: int = 256,
+    seed: int | None = None,
+) -> TorchEngine:
+    """Load `model` (embedded, a folder or a hub name) and start the engine. 0 chooses; memory is in bytes.
+
+    `seed` makes the seeds that requests without one are given repeatable. Raises BadCheckpoint.
+    """
+
+    def open_core() -> tuple[Core, ModelInfo]:
+        runner = open_runner(model, revision, device, dtype, threads)
+        config = runner.model.config
+        tokens = max(cache_tokens(runner.model, cache_bytes), round_up(config.n_positions, ROUND))
+        seeds = random.Random(seed) if seed is not None else random.SystemRandom()
+        scheduler = Scheduler(
+            KVCache(tokens),
+            max_positions=config.n_positions,
+            eos_id=config.eos_id,
+            max_running=max_running,
+            token_budget=token_budget,
+            max_waiting=max_waiting,
+            draw_seed=lambda: seeds.getrandbits(62),
+        )
+        name = runner.folder.name if str(model) != "embedded" else "embedded"
+        info = ModelInfo(
+            name, config.n_positions, config.vocab_size, config.eos_id, str(runner.folder), runner.model.how
+        )
+        return Core(runner, scheduler), info
+
+    engine = TorchEngine(open_core)
+    try:
+        await engine.start()
+    except BadCheckpoint:
+        raise
+    except BaseException:
+        await engine.aclose()
+        raise
+    return engine
