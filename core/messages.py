@@ -63,6 +63,8 @@ class Turn:
     text: str
     index: int
     """Position in the channel since its last reset, from 0, never renumbered."""
+    id: str = ""
+    """The platform id of the message said, or of the one answered."""
 
 
 @dataclass(frozen=True, slots=True)

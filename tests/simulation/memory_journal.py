@@ -181,8 +181,8 @@ class MemoryJournal:
             if any(sent.reply.state == "abandoned" for sent in said):
                 continue
             turns += [
-                Turn("user", row.message.author.name, row.message.text, 2 * row.turn),
-                Turn("assistant", "", "".join(sent.spoken for sent in said), 2 * row.turn + 1),
+                Turn("user", row.message.author.name, row.message.text, 2 * row.turn, row.message.id),
+                Turn("assistant", "", "".join(sent.spoken for sent in said), 2 * row.turn + 1, row.message.id),
             ]
         return sorted(turns, key=lambda turn: turn.index)[-limit:]
 
