@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from core import metrics
+from core import metrics, systemd
 from core.chat import Chat
 from core.courier import Courier
 from core.delivery import NotAccepted, Unservable
@@ -101,9 +101,11 @@ class App:
         await self.chat.open()
         house = [asyncio.create_task(self.chat.serve()), asyncio.create_task(self._beat())]
         serving = [asyncio.create_task(self._supervise(bot)) for bot in bots]
+        systemd.notify("READY=1")
         ends: list[asyncio.Future[Any]] = [asyncio.create_task(self.stopping.wait()), asyncio.gather(*serving), *house]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         self.stopping.set()
+        systemd.notify("STOPPING=1")
         await self.chat.drain(self.settings.grace)
         for task in (*serving, *ends):
             task.cancel()
@@ -160,12 +162,13 @@ class App:
             await asyncio.sleep(wait)
 
     async def _beat(self) -> None:
-        """Until cancelled: measure how late the event loop wakes, back the journal up every hour."""
+        """Until cancelled: measure how late the event loop wakes, feed the watchdog, back the journal up hourly."""
         backup_at = time.monotonic() + BACKUP_EVERY
         while True:
             began = time.monotonic()
             await asyncio.sleep(BEAT)
             metrics.loop_lag_seconds.observe(max(0.0, time.monotonic() - began - BEAT))
+            systemd.notify("WATCHDOG=1")
             if time.monotonic() >= backup_at:
                 backup_at = time.monotonic() + BACKUP_EVERY
                 try:

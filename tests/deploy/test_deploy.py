@@ -1,0 +1,68 @@
+"""What starts Palaver in earnest, read by the tools that know the formats."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+UNIT = ROOT / "deploy/systemd/palaver.service"
+BIN = Path(sys.executable).parent
+
+
+def tool(name: str) -> str:
+    """The tool's path; a tool that is missing is a failed test."""
+    found = shutil.which(name, path=f"{BIN}:/usr/bin:/bin:/usr/local/bin")
+    assert found, f"{name} is missing: install the test extra, and systemd from the distribution"
+    return found
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    return done.stdout + done.stderr if done.returncode or done.stderr else ""
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit with a program that exists here."""
+    file = tmp_path / UNIT.name
+    file.write_text(UNIT.read_text().replace("/opt/palaver/.venv/bin/palaver", str(BIN / "palaver")))
+    return file
+
+
+def test_systemd_reads_the_unit_without_a_word(unit: Path) -> None:
+    assert run(tool("systemd-analyze"), "verify", "--man=no", unit) == ""
+
+
+def test_a_mistake_in_the_unit_would_be_seen(unit: Path) -> None:
+    unit.write_text(unit.read_text().replace("ProtectHome=", "ProtectHouse="))
+    assert "ProtectHouse" in run(tool("systemd-analyze"), "verify", "--man=no", unit)
+
+
+def test_the_unit_exposes_little(unit: Path) -> None:
+    tool("systemd-analyze")
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=15", "--no-pager", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-400:]
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    assert run(tool("hadolint"), ROOT / "deploy/docker/Dockerfile") == ""
+
+
+def test_the_compose_file_fits_the_specification() -> None:
+    check = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*check, str(ROOT / "deploy/docker/compose.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_the_image_copies_exists() -> None:
+    lines = (ROOT / "deploy/docker/Dockerfile").read_text().splitlines()
+    copied = [
+        word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
+    ]
+    assert copied and all((ROOT / name).exists() for name in copied)
