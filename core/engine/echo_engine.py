@@ -1,0 +1,77 @@
+"""Says it back: the house without weights. For tests, and for whoever wants to see a platform work first.
+
+Its tokenizer is the embedded model's. A reply is the last turn of the prompt, cut at max_tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.engine.base import (
+    BadCheckpoint,
+    Cancelled,
+    Completion,
+    EngineClosed,
+    ModelInfo,
+    PromptTooLong,
+    SamplingParams,
+)
+from core.engine.hub import EMBEDDED
+
+
+class EchoEngine:
+    def __init__(self, folder: Path = EMBEDDED) -> None:
+        """`folder`: a checkpoint's config.json and tokenizer; no weights are read. Raises BadCheckpoint."""
+        config = folder / "config.json"
+        try:
+            said = json.loads(config.read_text("utf-8"))
+            self._info = ModelInfo(
+                name="echo",
+                max_positions=int(said.get("n_positions", 1024)),
+                vocab_size=int(said["vocab_size"]),
+                eos_id=int(said["eos_token_id"]),
+                path=str(folder),
+                how="says it back, no model",
+            )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadCheckpoint(f"{config} cannot be read ({type(error).__name__}): fetch the file again") from error
+        self._closed = False
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
+    ) -> list[Completion]:
+        """`params.n` times the ids between the last two ends of text."""
+        if self._closed:
+            raise EngineClosed("the engine is closed")
+        if deadline is not None and deadline <= 0:
+            raise Cancelled("the deadline has passed")
+        if not 1 <= len(prompt) < self._info.max_positions:
+            raise PromptTooLong(f"a prompt has 1 to {self._info.max_positions - 1} tokens, this one {len(prompt)}")
+        turn = self._last_turn(prompt)
+        said = turn[: params.max_tokens]
+        return [Completion(list(said), 0.0, "stop" if said == turn else "length", 0) for _ in range(params.n)]
+
+    def _last_turn(self, prompt: Sequence[int]) -> list[int]:
+        eos = self._info.eos_id
+        turn: list[int] = []
+        for id in reversed(prompt):
+            if id != eos:
+                turn.append(id)
+            elif turn:
+                break
+        return turn[::-1]
+
+    async def ready(self) -> str:
+        return "the engine is closed" if self._closed else ""
+
+    async def forget(self, session: str) -> None:
+        """Nothing is kept."""
+
+    async def aclose(self) -> None:
+        self._closed = True

@@ -1,0 +1,301 @@
+"""The engine somewhere else: in a child process (`spawn_engine`) or at an address (`connect_engine`). Torch-free.
+
+A request is a pure function of prompt and params, its seed is drawn here, so whenever an engine dies or a wire breaks
+the same request is sent again until its deadline: the caller notices nothing but the clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from core.engine import wire
+from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelInfo, SamplingParams
+from core.engine.hub import resolve
+from core.engine.process import EngineProcess
+
+if TYPE_CHECKING:
+    from core.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 60.0
+"""Seconds without an engine that a request without a deadline bears, and that a start waits for a remote one."""
+PROBE_EVERY, PROBE_WAITS, PROBES = 3.0, 10.0, 2
+"""A child that is silent to so many probes in a row, each so long, hangs."""
+MERCY = 10.0
+"""A hung engine is killed at twice a request's deadline, but never sooner than so many seconds after it."""
+SUSPECT, MOST_DEATHS = 2, 5
+"""A request that was under way when so many children died is sent while no other suspect is; at last it is given up."""
+ResultT = TypeVar("ResultT")
+
+
+class Unreachable(Exception):
+    """No answer, so the request may be sent again; str() says why."""
+
+
+class HttpEngine:
+    """Speaks to a core.engine.server. With `process`, that server is ours."""
+
+    mercy, probe_every, probe_waits = MERCY, PROBE_EVERY, PROBE_WAITS
+
+    def __init__(self, address: str, process: EngineProcess | None = None, patience: float = PATIENCE) -> None:
+        """`address`: http://…, https://… or unix:PATH."""
+        self.address, self.patience = address, patience
+        self._process = process
+        self._unix = address.startswith("unix:")
+        self._base = "http://engine" if self._unix else address.rstrip("/")
+        connector = aiohttp.UnixConnector(address.removeprefix("unix:"), limit=0) if self._unix else None
+        self._session = aiohttp.ClientSession(
+            connector=connector or aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
+            raise_for_status=False,
+        )
+        self._info: ModelInfo | None = None
+        self._files: Path | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._suspects = asyncio.Lock()
+        self._closed = False
+
+    async def open(self) -> HttpEngine:
+        """Wait until it is there and learn its model. Raises BadCheckpoint or EngineClosed."""
+        try:
+            if self._process:
+                self._info = await self._process.open()
+                self._spawn(self._probe(self._process))
+            else:
+                self._info = wire.load_info(await self._insist("GET", "/info"))
+                here = await asyncio.to_thread(Path(self._info.path).is_dir) if self._unix else False
+                if not here:
+                    self._info = replace(self._info, path=str(await self._fetch_tokenizer()))
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    @property
+    def info(self) -> ModelInfo:
+        assert self._info, "open() first"
+        return self._info
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
+    ) -> list[Completion]:
+        """As core.engine.base says. The same tokens as the engine at the other end draws in its own process."""
+        if params.seed is None:
+            params = replace(params, seed=random.getrandbits(62))
+        end = None if deadline is None else time.monotonic() + deadline
+
+        def body() -> dict[str, object]:
+            return wire.dump_request(prompt, params, session, None if end is None else end - time.monotonic())
+
+        answer = await self._insist("POST", "/generate", body, end)
+        if self._process:
+            self._process.proved()
+        return wire.load_completions(answer)
+
+    async def ready(self) -> str:
+        if self._closed:
+            return "the engine is closed"
+        if self._process and self._process.why:
+            return self._process.why
+        try:
+            async with self._session.get(f"{self._base}/readyz", timeout=aiohttp.ClientTimeout(total=5.0)) as answer:
+                return "" if answer.status == 200 else " ".join((await answer.text())[:300].split())
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return self._unreachable(error)
+
+    async def forget(self, session: str) -> None:
+        """A child that died has forgotten already; one elsewhere is asked until it answers, or EngineClosed."""
+        await self._insist("POST", "/forget", lambda: {"session": session})
+
+    async def aclose(self) -> None:
+        """What is under way ends with EngineClosed."""
+        self._closed = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._process:
+            await self._process.aclose()
+        await self._session.close()
+        if self._files:
+            shutil.rmtree(self._files, ignore_errors=True)
+
+    # -- sending, until there is an answer -----------------------------------------------------------------------
+
+    async def _insist(
+        self, method: str, path: str, body: Callable[[], dict[str, object]] = dict, end: float | None = None
+    ) -> dict[str, Any]:
+        """The answer, sent again as often as it takes; `body` is asked anew each time. Raises EngineError."""
+        tries = deaths = 0
+        lost_at: float | None = None
+        while not self._closed:
+            generation = self._process.generation if self._process else 0
+            try:
+                async with self._suspects if deaths >= SUSPECT else contextlib.nullcontext():
+                    return await self._once(method, path, body, end)
+            except Unreachable as error:
+                why = str(error)
+            lost_at = lost_at or time.monotonic()
+            await self._wait(tries, why, lost_at + self.patience if end is None else end)
+            tries += 1
+            if self._process and self._process.generation != generation:
+                deaths, tries, lost_at = deaths + 1, 0, None
+            if deaths >= MOST_DEATHS:
+                raise Failed(f"the engine process died {deaths} times while it answered this")
+        raise EngineClosed("the engine is closed")
+
+    async def _wait(self, tries: int, why: str, end: float) -> None:
+        """Until it is worth another try. EngineClosed at `end`."""
+        left = end - time.monotonic()
+        if left <= 0:
+            raise EngineClosed(why)
+        if tries == 1 and not self._process:
+            log.warning("%s; trying again", why)
+        await asyncio.sleep(min(left, random.uniform(0.5, 1.0) * min(2.0, 0.05 * 2.0**tries)))
+        if self._process:
+            try:
+                await asyncio.wait_for(self._process.up.wait(), end - time.monotonic())
+            except TimeoutError:
+                raise EngineClosed(self._process.why or why) from None
+
+    async def _once(
+        self, method: str, path: str, body: Callable[[], dict[str, object]], end: float | None
+    ) -> dict[str, Any]:
+        """One exchange; nobody waits for it beyond `end`, when it raises Cancelled."""
+        left = None if end is None else end - time.monotonic()
+        if left is not None and left <= 0:
+            raise Cancelled("the deadline has passed")
+        exchange = self._spawn(self._exchange(method, path, body()))
+        try:
+            await asyncio.wait({exchange}, timeout=left)
+        except asyncio.CancelledError:
+            exchange.cancel()  # the connection closes, and with that the other end gives the request up
+            raise
+        if exchange.done():
+            if exchange.cancelled():
+                raise EngineClosed("the engine is closed")
+            return exchange.result()
+        assert left is not None
+        self._spawn(self._overdue(exchange, max(left, self.mercy)))
+        raise Cancelled("no answer within the deadline")
+
+    async def _overdue(self, exchange: asyncio.Task[dict[str, Any]], bound: float) -> None:
+        """A child that says nothing for `bound` seconds more, not even that it gave the request up, hangs."""
+        if self._process:
+            await asyncio.wait({exchange}, timeout=bound)
+            if not exchange.done():
+                self._process.kill("no answer at twice the deadline of a request")
+        exchange.cancel()
+
+    async def _exchange(self, method: str, path: str, body: dict[str, object]) -> dict[str, Any]:
+        try:
+            async with self._session.request(
+                method, f"{self._base}{path}", json=body if method == "POST" else None, allow_redirects=False
+            ) as answer:
+                status, text = answer.status, await answer.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unreachable(self._unreachable(error)) from error
+        try:
+            said = json.loads(text)
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict) or (status != 200 and "error" not in said):
+            raise Unreachable(f"{self.address} answers {status} and not like an engine")
+        if status == 200:
+            return said
+        refusal = wire.load_error(said)
+        if isinstance(refusal, EngineClosed):  # it is about to end, or loads
+            if self._process:
+                self._process.kill(str(refusal))
+            raise Unreachable(str(refusal))
+        raise refusal
+
+    def _unreachable(self, error: BaseException) -> str:
+        reason = (isinstance(error, OSError) and error.strerror) or wire.one_line(error)
+        return f"the engine {'process' if self._process else f'at {self.address}'} does not answer ({reason})"
+
+    # -- the other end -------------------------------------------------------------------------------------------
+
+    async def _probe(self, process: EngineProcess) -> None:
+        """Kill a child that is silent to one probe after the other."""
+        silent = generation = 0
+        while True:
+            await asyncio.sleep(self.probe_every)
+            await process.up.wait()
+            if process.generation != generation:
+                silent, generation = 0, process.generation
+            silent = 0 if await self._alive() else silent + 1
+            if silent >= PROBES:
+                process.kill(f"silent for {silent * self.probe_waits:g} s")
+
+    async def _alive(self) -> bool:
+        try:
+            timeout = aiohttp.ClientTimeout(total=self.probe_waits)
+            async with self._session.get(f"{self._base}/livez", timeout=timeout) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return False
+
+    async def _fetch_tokenizer(self) -> Path:
+        """The other end's tokenizer in a folder of ours, which goes when we close."""
+        files = await self._insist("GET", "/tokenizer")
+        self._files = Path(tempfile.mkdtemp(prefix="palaver-"))
+        for name in wire.TOKENIZER_FILES:
+            if isinstance(text := files.get(name), str):
+                await asyncio.to_thread((self._files / name).write_text, text, "utf-8")
+        return self._files
+
+    def _spawn(self, work: Coroutine[None, None, ResultT]) -> asyncio.Task[ResultT]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; for one that nobody waited for any more it is no news
+
+
+async def connect_engine(address: str, patience: float = PATIENCE) -> HttpEngine:
+    """The engine that listens at `address`: http://…, https://… or unix:PATH. Raises EngineClosed after `patience`."""
+    if not address.removeprefix("unix:" if address.startswith("unix:") else "") or (
+        not address.startswith("unix:") and not urlsplit(address).hostname
+    ):
+        raise EngineClosed(f"{address} is no address: name one like http://127.0.0.1:8100 or unix:/run/palaver/engine")
+    return await HttpEngine(address, patience=patience).open()
+
+
+async def spawn_engine(settings: Settings) -> HttpEngine:
+    """An engine in a child process with the model of `settings`. Raises BadCheckpoint or EngineClosed.
+
+    What must be fetched from the hub is fetched here, where the terminal is: the child needs no network.
+    """
+    echo = settings.engine == "echo"
+    folder = await asyncio.to_thread(resolve, settings.model, settings.model_revision or None)
+    process = EngineProcess(
+        "echo" if echo else settings.model,
+        {
+            "kind": "echo" if echo else "torch",
+            "model": str(folder),
+            "revision": "",
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "threads": settings.threads,
+        },
+    )
+    return await HttpEngine(f"unix:{process.path}", process).open()

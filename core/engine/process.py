@@ -1,0 +1,206 @@
+"""A child process that serves the engine on a Unix socket, started again whenever it dies. Torch-free.
+
+The child has no secrets in its environment, a private folder for its socket, and dies with us (core.engine.child).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from core import metrics
+from core.engine import wire
+from core.engine.base import EngineClosed, EngineError, ModelInfo
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+"""Where `core` stands: the child imports from here and not from the working directory."""
+SECRET = re.compile(r"TOKEN(_|$)|SECRET|PASSW|CREDENTIAL|DATABASE_URL|(^|_)(API|PRIVATE|ACCESS)_?KEY", re.IGNORECASE)
+START_LIMIT = 600.0
+"""Seconds from start to ready, after which it counts as hung."""
+LONGEST_PAUSE = 30.0
+LAST_WORDS = 3
+_LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+) (.*)")
+
+
+class EngineProcess:
+    """`up` is set while the child is ready at `path`; else `why` says in one line what is the matter. Once closed,
+    `up` is set for ever, so that nobody waits for what will not come.
+
+    `generation` counts the starts. `failures` counts the starts since somebody called `proved()`: the more, the longer
+    the pause before the next.
+    """
+
+    def __init__(self, name: str, engine: dict[str, Any]) -> None:
+        """`name`: what people call the model; `engine`: the arguments of core.engine.server.open_local."""
+        self._name, self._engine = name, engine
+        self.folder = Path(tempfile.mkdtemp(prefix="palaver-", dir=_short_tempdir()))
+        self.path = self.folder / "engine"
+        self.up = asyncio.Event()
+        self.why = "the engine process is starting"
+        self.generation = 0
+        self.failures = 0
+        self._child: asyncio.subprocess.Process | None = None
+        self._logs: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
+
+    @property
+    def pid(self) -> int:
+        """Of the child that runs now or ran last; 0 before the first."""
+        return self._child.pid if self._child else 0
+
+    async def open(self) -> ModelInfo:
+        """Start it and keep it alive from now on. Raises what its start raises: BadCheckpoint or EngineClosed."""
+        try:
+            info = await self._start()
+        except BaseException:
+            await self.aclose()
+            raise
+        self._watch = asyncio.create_task(self._keep_alive())
+        return replace(info, name=self._name)
+
+    def kill(self, why: str) -> None:
+        """End a child that no longer answers; the next one is started at once."""
+        if self._child and self._child.returncode is None:
+            log.error("killing the engine process: %s", why)
+            self._child.kill()
+
+    def proved(self) -> None:
+        """It answered: its next death counts as the first."""
+        self.failures = 0
+
+    async def aclose(self) -> None:
+        """End it at once; nothing in it is worth saving."""
+        self.why = "the engine is closed"
+        if self._watch:
+            self._watch.cancel()
+            await asyncio.wait({self._watch})
+        await self._end()
+        self.up.set()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _keep_alive(self) -> None:
+        assert self._child
+        while True:
+            await self._child.wait()
+            self.up.clear()
+            self.why = f"the engine process {_how(self._child.returncode)} and is starting again"
+            log.error("the engine process %s; starting it again", _how(self._child.returncode))
+            while not self.up.is_set():
+                await asyncio.sleep(self._pause())
+                self.failures += 1
+                metrics.engine_restarts.inc()
+                try:
+                    await self._start()
+                except EngineError as error:
+                    self.why = str(error)
+                    log.error("%s", error)
+
+    def _pause(self) -> float:
+        return random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 0.5 * 2.0**self.failures) if self.failures else 0.0
+
+    async def _start(self) -> ModelInfo:
+        await self._end()
+        self._last_words.clear()
+        options = {
+            "parent": os.getpid(),
+            "address": f"unix:{self.path}",
+            "log_level": logging.getLevelName(logging.getLogger().getEffectiveLevel()),
+            "engine": self._engine,
+        }
+        # in this thread on purpose: on Linux a child dies with the thread that started it
+        self._child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "core.engine.child", json.dumps(options)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C in the terminal is for us, and we drain first
+        )
+        self._logs = asyncio.create_task(self._forward(self._child))
+        try:
+            info = await asyncio.wait_for(self._ready(self._child), START_LIMIT)
+        except TimeoutError:
+            raise EngineClosed(f"the engine process was not ready after {START_LIMIT:g} s") from None
+        self.generation += 1
+        self.why = ""
+        self.up.set()
+        return info
+
+    async def _ready(self, child: asyncio.subprocess.Process) -> ModelInfo:
+        assert child.stdout and self._logs
+        line = await child.stdout.readline()
+        said = json.loads(line) if line.endswith(b"\n") else {}
+        if "info" in said:
+            return wire.load_info(said["info"])
+        await child.wait()
+        if "error" in said:
+            raise wire.load_error(said)
+        await asyncio.wait({self._logs}, timeout=1.0)  # its last words may still be in the pipe
+        words = " | ".join(self._last_words) or "it said nothing"
+        raise EngineClosed(f"the engine process {_how(child.returncode)} while it started: {words}")
+
+    async def _end(self) -> None:
+        """No child is left when it returns, nor anything of it."""
+        if self._child and self._child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._child.kill()
+            await self._child.wait()
+        if self._logs:
+            await asyncio.wait({self._logs}, timeout=1.0)
+            self._logs.cancel()
+            self._logs = None
+
+    async def _forward(self, child: asyncio.subprocess.Process) -> None:
+        """Its log lines into ours, and its last ones kept."""
+        assert child.stderr
+        rest = b""
+        while chunk := await child.stderr.read(1 << 16):
+            *lines, rest = re.split(rb"[\r\n]+", rest + chunk)
+            for line in [*lines, rest] if len(rest) > 1 << 16 else lines:
+                self._say(line.decode("utf-8", "replace"))
+            rest = b"" if len(rest) > 1 << 16 else rest
+        self._say(rest.decode("utf-8", "replace"))
+
+    def _say(self, line: str) -> None:
+        if not line.strip():
+            return
+        found = _LINE.fullmatch(line)
+        level, name, text = found.groups() if found else ("WARNING", "engine", line.rstrip())
+        if text.strip(" ^~"):
+            self._last_words.append(text.strip()[:300])
+        logging.getLogger(name).log(logging.getLevelNamesMapping()[level], "%s", text)
+
+
+def _environment() -> dict[str, str]:
+    """Ours without secrets, and without what would make the child import something else."""
+    kept = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+    paths = [str(ROOT), *filter(None, kept.get("PYTHONPATH", "").split(os.pathsep))]
+    return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def _short_tempdir() -> str | None:
+    """A socket's path has about 100 bytes at most."""
+    return None if len(tempfile.gettempdir()) < 60 else "/tmp"
+
+
+def _how(returncode: int | None) -> str:
+    if returncode is not None and returncode < 0:
+        name = signal.Signals(-returncode).name
+        return f"was killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+    return f"ended with exit code {returncode}"

@@ -1,0 +1,256 @@
+"""One engine behind HTTP, on a Unix socket or TCP: `palaver engine`, and the child of core.engine.process.
+
+POST /generate, POST /forget {"session": …}   see core.engine.wire; 400 with one line for anything malformed
+GET /info, GET /tokenizer                     what a client must know of the model; its tokenizer's files
+GET /livez, GET /readyz, GET /metrics         200 while the process runs; 503 and why while it cannot answer
+
+A client that hangs up cancels its request. The engine needs no network beyond this address and no secret.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from core.engine import wire
+from core.engine.base import Engine, EngineClosed, EngineError, Failed, ModelInfo
+from core.engine.hub import resolve
+
+if TYPE_CHECKING:
+    from core.settings import Settings
+
+log = logging.getLogger(__name__)
+
+BODY_LIMIT = 1 << 20
+BACKLOG = 1024
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Server:
+    """The routes over one engine. `why` is the line for those who ask before it is there, or while it ends."""
+
+    def __init__(self, engine: Engine | None = None, why: str = "the model is loading") -> None:
+        self.engine, self.why = engine, why
+        self.running = 0
+        self.counts: Counter[str] = Counter()
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._in_json])
+        app.add_routes(
+            [
+                web.post("/generate", self.generate),
+                web.post("/forget", self.forget),
+                web.get("/info", self.info),
+                web.get("/tokenizer", self.tokenizer),
+                web.get("/livez", self.livez),
+                web.get("/readyz", self.readyz),
+                web.get("/metrics", self.metrics),
+            ]
+        )
+        return app
+
+    @contextlib.asynccontextmanager
+    async def listening(self, sock: socket.socket, grace: float = 0.0) -> AsyncIterator[None]:
+        """Serve on `sock` inside the block; at its end, requests under way have `grace` seconds."""
+        runner = web.AppRunner(
+            self.application(), handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=grace
+        )
+        await runner.setup()
+        try:
+            await web.SockSite(runner, sock, backlog=BACKLOG).start()
+            yield
+        finally:
+            await runner.cleanup()
+
+    async def generate(self, request: web.Request) -> web.Response:
+        engine = self._open()
+        prompt, params, session, deadline = wire.load_request(await request.read(), engine.info.vocab_size)
+        self.running += 1
+        try:
+            completions = await engine.generate(prompt, params, session=session, deadline=deadline)
+        finally:
+            self.running -= 1
+        self.counts["requests"] += 1
+        self.counts["prompt_tokens"] += len(prompt)
+        self.counts["reply_tokens"] += sum(len(completion.token_ids) for completion in completions)
+        return web.json_response(wire.dump_completions(completions))
+
+    async def forget(self, request: web.Request) -> web.Response:
+        engine = self._open()
+        await engine.forget(wire.load_session(wire.load_object(await request.read(), "session")))
+        return web.json_response({})
+
+    async def info(self, request: web.Request) -> web.Response:
+        return web.json_response(asdict(self._open().info))
+
+    async def tokenizer(self, request: web.Request) -> web.Response:
+        files = await asyncio.to_thread(_tokenizer_files, self._open().info)
+        return web.json_response(files)
+
+    async def livez(self, request: web.Request) -> web.Response:
+        return web.Response(text="alive\n")
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        why = self.why if self.engine is None or self.why else await self.engine.ready()
+        return web.Response(text=f"{why or 'ready'}\n", status=503 if why else 200)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        lines = ["# TYPE palaver_engine_requests_running gauge", f"palaver_engine_requests_running {self.running}"]
+        for name in sorted({"requests", "prompt_tokens", "reply_tokens", *self.counts}):
+            total = f"palaver_engine_{name}_total"
+            lines += [f"# TYPE {total} counter", f"{total} {self.counts[name]}"]
+        return web.Response(text="\n".join([*lines, ""]))
+
+    def _open(self) -> Engine:
+        if self.engine is None or self.why:
+            raise EngineClosed(self.why)
+        return self.engine
+
+    @web.middleware
+    async def _in_json(self, request: web.Request, handler: Answer) -> web.StreamResponse:
+        """Whatever raises leaves as one JSON object with one line in it."""
+        try:
+            return await handler(request)
+        except EngineError as error:
+            refusal, status = wire.dump_error(error), wire.STATUS.get(type(error), 500)
+        except web.HTTPException as error:
+            refusal, status = {"error": "BadRequest", "message": error.reason}, error.status
+        except ValueError as error:
+            refusal, status = {"error": "BadRequest", "message": str(error)}, 400
+        except Exception as error:
+            log.exception("a request failed")
+            refusal, status = wire.dump_error(Failed(wire.one_line(error))), 500
+        self.counts[f"refused_{refusal['error'].lower()}"] += 1
+        return web.json_response(refusal, status=status)
+
+
+def _tokenizer_files(info: ModelInfo) -> dict[str, str]:
+    """Name -> text of the files that a client elsewhere needs."""
+    found = [Path(info.path) / name for name in wire.TOKENIZER_FILES]
+    return {path.name: path.read_text("utf-8") for path in found if path.is_file()}
+
+
+@contextlib.contextmanager
+def bound(address: str) -> Iterator[socket.socket]:
+    """A socket at HOST:PORT, or at unix:PATH where only this user may open it; gone when the block ends.
+
+    Raises EngineClosed, one line.
+    """
+    try:
+        sock = _bind_unix(Path(address[5:])) if address.startswith("unix:") else _bind_tcp(address)
+    except OSError as error:
+        raise EngineClosed(f"cannot listen at {address}: {error.strerror or error}") from error
+    with sock:
+        yield sock
+    if address.startswith("unix:"):
+        Path(address[5:]).unlink(missing_ok=True)
+
+
+def _bind_tcp(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and int(port) < 65536):
+        raise EngineClosed(f"{address} is no address: name HOST:PORT, for example 127.0.0.1:8100, or unix:PATH")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    return socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG)
+
+
+def _bind_unix(path: Path) -> socket.socket:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sock = socket.socket(socket.AF_UNIX)
+    if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+        if sock.connect_ex(str(path)) == 0:
+            sock.close()
+            raise EngineClosed(f"another process listens at {path}")
+        path.unlink()  # of a process that is gone
+        sock.close()
+        sock = socket.socket(socket.AF_UNIX)
+    others = os.umask(0o177)  # from the first moment on, nobody else can open it
+    try:
+        sock.bind(str(path))
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(others)
+    return sock
+
+
+async def open_local(kind: str, model: str, revision: str, device: str, dtype: str, threads: int) -> Engine:
+    """The engine in this process: an echo with the model's tokenizer where `kind` says so, else torch.
+
+    Raises BadCheckpoint, or EngineClosed where torch is not installed.
+    """
+    if kind == "echo":
+        from core.engine.echo_engine import EchoEngine
+
+        return EchoEngine(await asyncio.to_thread(resolve, model, revision or None))
+    try:
+        from core.engine.torch_engine import open_torch_engine
+    except ModuleNotFoundError as error:
+        raise EngineClosed(f"{error.name} is not installed: pip install 'palaver[engine]'") from error
+    return await open_torch_engine(model, revision=revision or None, device=device, dtype=dtype, threads=threads)
+
+
+async def serve_engine(settings: Settings, address: str) -> int:
+    """`palaver engine`: serve until SIGTERM or Ctrl-C, then let requests under way finish. The exit code.
+
+    Prints a line when it begins to load and one when it is ready. Raises EngineError, one line.
+    """
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, _stop, stopping)
+    server = Server()
+    with bound(address) as sock:
+        async with contextlib.AsyncExitStack() as stack, server.listening(sock, settings.grace):
+            print(f"loading {settings.model} …", file=sys.stderr, flush=True)
+            opening = asyncio.ensure_future(
+                open_local(
+                    "echo" if settings.engine == "echo" else "torch",
+                    settings.model,
+                    settings.model_revision,
+                    settings.device,
+                    settings.dtype,
+                    settings.threads,
+                )
+            )
+            stopped = asyncio.ensure_future(stopping.wait())
+            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                opening.cancel()
+                return 0
+            server.engine, server.why = opening.result(), ""
+            stack.push_async_callback(server.engine.aclose)  # after the last request was answered
+            info = server.engine.info
+            print(f"engine ready at {_shown(sock)}: model {info.name}, {info.how}", flush=True)
+            await stopped
+            server.why = "the engine is stopping"
+            log.info("stopping: %d requests under way have %g s", server.running, settings.grace)
+    return 0
+
+
+def _shown(sock: socket.socket) -> str:
+    """What to write behind ENGINE=."""
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _stop(stopping: asyncio.Event) -> None:
+    if stopping.is_set():
+        os._exit(1)
+    stopping.set()

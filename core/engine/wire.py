@@ -1,0 +1,122 @@
+"""The engine's nouns as JSON, for both ends of the wire. Torch-free; never pickle.
+
+A request is {"prompt": [ids], "params": {…}, "session": "", "deadline": seconds or null}, its answer
+{"completions": [{…}]}; a refusal is {"error": the exception's name, "message": one line}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from core.engine.base import (
+    BadCheckpoint,
+    Cancelled,
+    Completion,
+    EngineClosed,
+    EngineError,
+    Failed,
+    ModelInfo,
+    PromptTooLong,
+    QueueFull,
+    SamplingParams,
+)
+
+STATUS: dict[type[EngineError], int] = {
+    QueueFull: 429,
+    PromptTooLong: 422,
+    EngineClosed: 503,
+    Cancelled: 504,
+    BadCheckpoint: 500,
+    Failed: 500,
+}
+"""Every refusal and its HTTP status. The name in the body decides; the status is for those who only see that."""
+ERRORS = {error.__name__: error for error in STATUS}
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
+"""What a client elsewhere needs of the checkpoint's folder."""
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "repetition_penalty": (int, float),
+    "no_repeat_ngram": (int,),
+    "max_tokens": (int,),
+    "seed": (int, type(None)),
+    "n": (int,),
+}
+_LONGEST_SESSION = 512
+
+
+def dump_request(
+    prompt: Sequence[int], params: SamplingParams, session: str, deadline: float | None
+) -> dict[str, object]:
+    return {"prompt": list(prompt), "params": asdict(params), "session": session, "deadline": deadline}
+
+
+def load_request(body: bytes, vocab_size: int) -> tuple[list[int], SamplingParams, str, float | None]:
+    """(prompt, params, session, deadline). ValueError, one line that names the field, for anything else."""
+    asked = load_object(body, "prompt", "params", "session", "deadline")
+    prompt, params = asked.get("prompt"), asked.get("params", {})
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError("prompt must be a list of at least one token id")
+    if not all(type(i) is int and 0 <= i < vocab_size for i in prompt):
+        raise ValueError(f"prompt must be token ids from 0 below {vocab_size}")
+    deadline = asked.get("deadline")
+    if deadline is not None and not (type(deadline) in (int, float) and deadline < float("inf")):
+        raise ValueError("deadline must be seconds from now, or null")
+    if not isinstance(params, dict):
+        raise ValueError("params must be an object")
+    for name, value in params.items():
+        if name not in _FIELDS:
+            raise ValueError(f"params has no field {name[:40]!a}; it has {', '.join(_FIELDS)}")
+        if type(value) not in _FIELDS[name]:
+            raise ValueError(f"{name} must be {'a number' if float in _FIELDS[name] else 'a whole number'}")
+    return prompt, SamplingParams(**params), load_session(asked), deadline
+
+
+def load_session(asked: dict[str, Any]) -> str:
+    session = asked.get("session", "")
+    if not isinstance(session, str) or len(session) > _LONGEST_SESSION:
+        raise ValueError(f"session must be text of at most {_LONGEST_SESSION} characters")
+    return session
+
+
+def load_object(body: bytes, *known: str) -> dict[str, Any]:
+    """A JSON object with no other keys than `known`. ValueError, one line."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON ({type(error).__name__})") from None
+    if not isinstance(found, dict):
+        raise ValueError("the body must be a JSON object")
+    if unknown := sorted(found.keys() - known):
+        raise ValueError(f"there is no field {unknown[0][:40]!a}; there are {', '.join(known)}")
+    return found
+
+
+def dump_completions(completions: Sequence[Completion]) -> dict[str, object]:
+    return {"completions": [asdict(completion) for completion in completions]}
+
+
+def load_completions(answer: dict[str, Any]) -> list[Completion]:
+    return [Completion(**completion) for completion in answer["completions"]]
+
+
+def load_info(answer: dict[str, Any]) -> ModelInfo:
+    return ModelInfo(**answer)
+
+
+def dump_error(error: EngineError) -> dict[str, str]:
+    return {"error": type(error).__name__, "message": str(error)}
+
+
+def load_error(answer: dict[str, Any]) -> EngineError:
+    """The exception that the other end raised. What it calls by a name of its own is a Failed."""
+    return ERRORS.get(str(answer.get("error")), Failed)(str(answer.get("message", "the engine gave no reason")))
+
+
+def one_line(error: BaseException) -> str:
+    """The kind of a surprise and what it says, for an operator."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
