@@ -1,4 +1,4 @@
-"""Small random checkpoints of the GPT-2 family, in every form they are found in. Weights vary enough to have no ties."""
+"""Small random checkpoints of the GPT-2 family, in every form they come in. The weights vary: no ties, no monotony."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "inner": {"n_layer": 2, "n_embd": 48, "n_head": 2, "n_inner": 100, "n_positions": 200, "vocab_size": 333},
     "one-head": {"n_layer": 1, "n_embd": 20, "n_head": 1, "n_positions": 130, "vocab_size": 290},
     "deep": {"n_layer": 5, "n_embd": 32, "n_head": 8, "n_positions": 1024, "vocab_size": 517},
-    "relu": {"n_layer": 2, "n_embd": 40, "n_head": 5, "n_positions": 128, "vocab_size": 300, "activation_function": "relu"},
-    "erf": {"n_layer": 2, "n_embd": 40, "n_head": 5, "n_positions": 128, "vocab_size": 300, "activation_function": "gelu"},
+    "relu": {
+        "n_layer": 2, "n_embd": 40, "n_head": 5, "n_positions": 128, "vocab_size": 300,
+        "activation_function": "relu",
+    },
+    "erf": {
+        "n_layer": 2, "n_embd": 40, "n_head": 5, "n_positions": 128, "vocab_size": 300,
+        "activation_function": "gelu",
+    },
     "scaled": {
         "n_layer": 4, "n_embd": 32, "n_head": 4, "n_positions": 128, "vocab_size": 300,
         "scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 1e-3,
@@ -80,7 +86,7 @@ def save_tensors(folder: Path, tensors: dict[str, Tensor], form: Form = "safeten
         write({k: v.contiguous() for k, v in tensors.items()}, folder / name)
         return
     stem, _, ending = name.rpartition(".")
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in (0, 1):
         part = {k: v.contiguous() for i, (k, v) in enumerate(tensors.items()) if i % 2 == shard}
         file = f"{stem}-{shard + 1:05}-of-00002.{ending}"

@@ -5,8 +5,8 @@ A row's logits are the same bits whatever stands beside it and however its promp
   one order; with fewer rows some switch kernels). `rows_agree` checks this at start; where it does not hold, and on
   CUDA, every product is made in blocks of exactly `block` rows.
 - attention takes each query in the tile of TILE positions it belongs to, over keys up to that tile's end: the number
-  of keys is a function of the position alone, keys after the query weigh exactly 0, and a tile has `min_queries` rows
-  at least.
+  of keys is a function of the position alone, keys after the query weigh exactly 0, and the queries of one product are
+  a multiple of `min_queries`.
 - all else works on rows or elements one by one.
 """
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
+from core.engine.kv_cache import round_up
 from core.engine.weights import Checkpoint, Config
 
 TILE = 64
@@ -153,7 +154,7 @@ class GPT2:
     def new_kv(self, capacity: int) -> Tensor:
         """(layer, key/value, head, position, head_dim)"""
         c = self.config
-        shape = c.n_layer, 2, c.n_head, -(-capacity // TILE) * TILE, self.head_dim
+        shape = c.n_layer, 2, c.n_head, round_up(capacity, TILE), self.head_dim
         return torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
 
     def copy_kv(self, source: Tensor, target: Tensor, count: int) -> None:
@@ -185,8 +186,8 @@ class GPT2:
             kv[:, :, r.start : r.start + r.count] = qkv[row : row + r.count, 1:].permute(1, 2, 0, 3)
             for begin, end in tiles(r.start, r.count):
                 first, count = row + begin - r.start, end - begin
-                keys = -(-end // TILE) * TILE
-                queries, at = max(count, self.min_queries), begin % TILE
+                keys = round_up(end, TILE)
+                queries, at = round_up(count, self.min_queries), begin % TILE
                 mixed = F.scaled_dot_product_attention(
                     q[None, first : first + queries].transpose(1, 2),  # (1, H, queries, D)
                     kv[None, 0, :, :keys],
@@ -203,7 +204,7 @@ class GPT2:
 
     def _padded(self, values: list[int]) -> Tensor:
         """With zeros, up to the number of rows that the products are made with."""
-        rows = -(-len(values) // self.block) * self.block if self.block else max(len(values), MIN_ROWS)
+        rows = round_up(len(values), self.block) if self.block else max(len(values), MIN_ROWS)
         return torch.tensor(values + [0] * (rows - len(values)), device=self.device)
 
 
@@ -228,7 +229,7 @@ def tiles(start: int, count: int) -> list[tuple[int, int]]:
 
 def causal_mask(positions: int, min_queries: int) -> Tensor:
     """(TILE + min_queries, P): row i, cut to its last TILE * (t + 1) columns, is the mask of position TILE * t + i."""
-    width = -(-positions // TILE) * TILE
+    width = round_up(positions, TILE)
     mask = torch.zeros(TILE + min_queries, width)
     mask[:TILE, -TILE:] = torch.full((TILE, TILE), float("-inf")).triu(1)
     return mask

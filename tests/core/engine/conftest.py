@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.engine.torch_engine import TorchEngine, open_torch_engine
+from tests.checkpoints import make_checkpoint
+from tests.core.engine.oracle import at_rest
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint("odd", ...)`: a folder, made once for each set of arguments."""
+
+    @functools.cache
+    def make(shape: str = "plain", **options: Any) -> Path:
+        return make_checkpoint(tmp_path_factory.mktemp(shape), shape, **options)
+
+    return make
+
+
+@pytest.fixture
+async def engine(checkpoint: Callable[..., Path]) -> AsyncIterator[Callable[..., Coroutine[Any, Any, TorchEngine]]]:
+    """`await engine("odd", max_running=2)`: open, one thread; in the end its books are checked and it is closed."""
+
+    @asynccontextmanager
+    async def opened(folder: Path, options: dict[str, Any]) -> AsyncIterator[TorchEngine]:
+        engine = await open_torch_engine(folder, **({"threads": 1, "cache_bytes": 1 << 26, "seed": 0} | options))
+        try:
+            yield engine
+            if not await engine.ready():
+                await at_rest(engine)
+        finally:
+            await engine.aclose()
+
+    async with AsyncExitStack() as stack:
+
+        async def open_one(folder: Path | str = "plain", **options: Any) -> TorchEngine:
+            folder = checkpoint(folder) if isinstance(folder, str) else folder
+            return await stack.enter_async_context(opened(folder, options))
+
+        yield open_one

@@ -1,0 +1,284 @@
+"""The engine end to end, on random checkpoints, against Transformers' `generate`."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import random
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, PromptTooLong, QueueFull, SamplingParams
+from core.engine.model import Batch
+from core.engine.torch_engine import TorchEngine, open_torch_engine
+from tests.checkpoints import SHAPES
+from tests.core.engine.oracle import GREEDY, ask, at_rest, greedy, prompts
+
+Open = Callable[..., Coroutine[Any, Any, TorchEngine]]
+Make = Callable[..., Path]
+SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, max_tokens=24, seed=7)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_greedy_is_transformers_alone_and_in_a_batch(engine: Open, checkpoint: Make, shape: str) -> None:
+    folder = checkpoint(shape)
+    e = await engine(folder)
+    texts = prompts([1, 2, 7, 63, 64, 65, 100, e.info.max_positions - 3], e.info.vocab_size)
+    want = [greedy(folder, p) for p in texts]
+    assert len({tuple(w) for w in want}) > 4  # the model does not always say the same
+    assert [(await ask(e, p)).token_ids for p in texts[::3]] == want[::3]
+    together = await asyncio.gather(*(ask(e, p) for p in texts))
+    assert [c.token_ids for c in together] == want
+
+
+async def test_small_chunks_change_nothing(engine: Open, checkpoint: Make) -> None:
+    e = await engine("odd", token_budget=8, max_running=3)
+    texts = prompts([90, 3, 41, 64, 100], e.info.vocab_size, seed=3)
+    got = await asyncio.gather(*(ask(e, p) for p in texts))
+    assert [c.token_ids for c in got] == [greedy(checkpoint("odd"), p) for p in texts]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+async def test_every_bit_is_the_same_alone_and_beside_others(engine: Open, dtype: str) -> None:
+    e = await engine("deep", dtype=dtype, token_budget=40, max_running=12)
+    texts = prompts([5, 30, 64, 111, 17, 80, 200, 9], e.info.vocab_size, seed=1)
+    wanted = [dataclasses.replace(SAMPLED, seed=i) for i in range(len(texts))]
+    alone = [await ask(e, p, w) for p, w in zip(texts, wanted, strict=True)]
+    rng = random.Random(5)
+    for _ in range(3):
+        order = rng.sample(range(len(texts)), len(texts))
+        together = await asyncio.gather(*(ask(e, texts[i], wanted[i], session=str(i)) for i in order))
+        for i, got in zip(order, together, strict=True):
+            assert dataclasses.replace(got, cached_tokens=0) == alone[i]  # the log-probability to the last bit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_conversation_reuses_its_cache_and_says_the_same(engine: Open, checkpoint: Make, dtype: str) -> None:
+    """Over many turns the window grows, slides, and grows again; a second engine has no cache at all."""
+    e, bare = await engine("plain", dtype=dtype), await engine("plain", dtype=dtype)
+    rng = random.Random(2)
+    history: list[int] = []
+    reused = 0
+    for turn in range(24):
+        history += [rng.randrange(256) for _ in range(rng.randrange(1, 12))] + [256]
+        if len(history) > 120:  # the window's start moves: every position changes
+            history = history[len(history) // 2 :]
+        params = dataclasses.replace(SAMPLED, seed=turn) if turn % 2 else GREEDY
+        got, want = await ask(e, history, params, session="s"), await ask(bare, history, params)
+        assert (got.token_ids, got.logprob) == (want.token_ids, want.logprob)
+        if dtype == "float32" and not turn % 2:
+            assert got.token_ids == greedy(checkpoint("plain"), history)
+        reused += got.cached_tokens
+        assert want.cached_tokens == 0
+        history += [*got.token_ids, 256]
+    assert reused > 800
+
+
+async def test_only_new_tokens_are_prefilled(engine: Open) -> None:
+    e = await engine()
+    [prompt] = prompts([50], 256)
+    first = await ask(e, prompt, session="s")
+    longer = [*prompt, *first.token_ids, 256, 1, 2, 3]
+    assert (await ask(e, longer, session="s")).cached_tokens >= 50 + len(first.token_ids) - 1
+    assert (await ask(e, longer, session="other")).cached_tokens == 0
+    assert (await ask(e, longer, session="s")).cached_tokens == len(longer) - 1  # the last token always runs
+    await e.forget("s")
+    assert (await ask(e, longer, session="s")).cached_tokens == 0
+
+
+async def test_eviction_under_pressure_changes_nothing(engine: Open, checkpoint: Make) -> None:
+    """Room for two or three sequences at a time, twelve channels of four turns each at once."""
+    e = await engine("odd", cache_bytes=1)
+    assert e.core.scheduler.cache.total == 256
+
+    async def talk(channel: int) -> None:
+        history: list[int] = []
+        for turn in range(4):
+            history += prompts([5 + channel], 256, seed=channel * 10 + turn)[0]
+            got = await ask(e, history, SamplingParams(temperature=0, max_tokens=9), session=str(channel))
+            assert got.token_ids == greedy(checkpoint("odd"), history, 9)
+            history += [*got.token_ids, 256]
+
+    await asyncio.gather(*map(talk, range(12)))
+
+
+async def test_neighbours_that_leave_change_nothing(engine: Open, checkpoint: Make) -> None:
+    e = await engine("plain", max_running=8)
+    texts = prompts([20 + 3 * i for i in range(16)], 256, seed=8)
+    tasks = [asyncio.create_task(ask(e, p, session=str(i % 5))) for i, p in enumerate(texts)]
+    rng = random.Random(1)
+    gone = [tasks[i] for i in rng.sample(range(16), 8)]
+    for task in gone:
+        await asyncio.sleep(rng.random() * 0.02)
+        task.cancel()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    for prompt, task, end in zip(texts, tasks, ends, strict=True):
+        if task not in gone:
+            assert not isinstance(end, BaseException)
+            assert end.token_ids == greedy(checkpoint("plain"), prompt)
+    assert any(isinstance(end, asyncio.CancelledError) for end in ends)
+    await at_rest(e)
+
+
+async def test_a_deadline_ends_waiting_and_running_requests(engine: Open) -> None:
+    e = await engine("deep", max_running=1)
+    long = SamplingParams(temperature=0, max_tokens=1000, no_repeat_ngram=1)
+    start = time.monotonic()
+    ends = await asyncio.gather(
+        *(e.generate(prompts([30], 256, seed=i)[0], long, deadline=0.1) for i in range(3)), return_exceptions=True
+    )
+    assert [type(end) for end in ends] == [Cancelled] * 3
+    assert time.monotonic() - start < 30
+    assert not e.core.scheduler.running
+
+
+async def test_candidates_are_the_same_as_each_alone(engine: Open) -> None:
+    """n = 5 is seeds s … s + 4, the prompt is prefilled once, also where only two may run at a time."""
+    alone, few, many = await engine(), await engine(max_running=2), await engine()
+    [prompt] = prompts([70], 256)
+    want = [await ask(alone, prompt, dataclasses.replace(SAMPLED, seed=7 + k)) for k in range(5)]
+    assert len({tuple(w.token_ids) for w in want}) > 1
+    for e in (few, many):
+        got = await e.generate(prompt, dataclasses.replace(SAMPLED, n=5), session="s")
+        assert [(c.token_ids, c.logprob) for c in got] == [(w.token_ids, w.logprob) for w in want]
+        assert [c.cached_tokens for c in got] == [0, 69, 69, 69, 69]
+    chosen = [*prompt, *want[3].token_ids, 256, 5, 6]
+    assert (await ask(many, chosen, session="s")).cached_tokens >= 70 + len(want[3].token_ids) - 1
+
+
+async def test_an_engines_seed_makes_unseeded_requests_repeatable(engine: Open) -> None:
+    unseeded = dataclasses.replace(SAMPLED, seed=None)
+    said = []
+    for seed in (1, 1, 2):
+        e = await engine(seed=seed)
+        said.append([(await ask(e, [1, 2, 3], unseeded)).token_ids for _ in range(4)])
+    assert said[0] == said[1] != said[2]
+    assert len({tuple(s) for s in said[0]}) > 1
+
+
+async def test_what_does_not_fit_is_refused_in_one_line(engine: Open) -> None:
+    e = await engine("plain")
+    with pytest.raises(PromptTooLong, match="256 tokens; the model takes at most 255"):
+        await ask(e, [1] * 256)
+    assert len((await ask(e, [1] * 255)).token_ids) == 1
+    assert (await ask(e, [1] * 255)).finish_reason == "length"
+    for bad in ([], [-1], [384]):
+        with pytest.raises(ValueError, match="from 0 below 384"):
+            await ask(e, bad)
+
+
+async def test_too_many_waiting_are_turned_away(engine: Open) -> None:
+    e = await engine("plain", max_running=1, max_waiting=3)
+    ends = await asyncio.gather(*(ask(e, [i + 1, 2]) for i in range(40)), return_exceptions=True)
+    full = [end for end in ends if isinstance(end, QueueFull)]
+    assert full and len(full) < 40
+    assert all(isinstance(end, QueueFull) or end.token_ids for end in ends)  # type: ignore[union-attr]
+
+
+class Faulty:
+    """Stands before a model: what `spoil` says of a batch is raised, or put over the logits."""
+
+    def __init__(self, engine: TorchEngine, spoil: Callable[[Batch], Exception | None]) -> None:
+        self._model = engine.core.runner.model
+        self._spoil = spoil
+        self.largest = 0
+        engine.core.runner.model = self  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        error = self._spoil(batch)
+        if error:
+            raise error
+        self.largest = max(self.largest, len(batch.ids))
+        return self._model.forward(batch)
+
+
+def prefills(batch: Batch) -> list[list[int]]:
+    """The ids of each sequence that runs more than one."""
+    ends = itertools.accumulate(rows.count for rows in batch.rows)
+    return [batch.ids[end - r.count : end] for end, r in zip(ends, batch.rows, strict=True) if r.count > 1]
+
+
+async def test_a_request_that_raises_fails_alone(engine: Open, checkpoint: Make) -> None:
+    e = await engine()
+    Faulty(e, lambda batch: ZeroDivisionError() if [1, 77, 3] in prefills(batch) else None)
+    texts = [[i % 60 + 1, 2, 3] for i in range(9)]
+    texts[4] = [1, 77, 3]
+    ends = await asyncio.gather(*(ask(e, p) for p in texts), return_exceptions=True)
+    assert [i for i, end in enumerate(ends) if isinstance(end, Failed)] == [4]
+    assert str(ends[4]) == "the model raised ZeroDivisionError"
+    for i in (0, 3, 5, 8):
+        assert ends[i].token_ids == greedy(checkpoint("plain"), texts[i])  # type: ignore[union-attr]
+
+
+async def test_out_of_memory_runs_smaller_batches(engine: Open, checkpoint: Make) -> None:
+    e = await engine()
+    faulty = Faulty(e, lambda batch: torch.OutOfMemoryError() if len(batch.ids) > 30 else None)
+    texts = prompts([20] * 6, 256)
+    got = await asyncio.gather(*(ask(e, p) for p in texts))
+    assert [c.token_ids for c in got] == [greedy(checkpoint("plain"), p) for p in texts]
+    assert faulty.largest == 20
+
+
+async def test_bad_numbers_are_tried_once_more_and_then_fail_alone(engine: Open, checkpoint: Make) -> None:
+    e = await engine()
+    poisoned: list[int] = []
+
+    def poison(batch: Batch) -> None:
+        """Spoils the cache of the prompt with id 66 once, of the prompt with id 77 always."""
+        for rows, ids in zip([r for r in batch.rows if r.count > 1], prefills(batch), strict=True):
+            if 77 in ids or (66 in ids and 66 not in poisoned):
+                poisoned.extend(ids)
+                rows.kv[:, :, :, : rows.start + rows.count + 1] = float("nan")
+
+    Faulty(e, poison)
+    for start in ([9], [9, 5]):  # the second time from a warm cache
+        texts = [[*start, 2], [*start, 66], [*start, 77], [*start, 4, 4]]
+        ends = await asyncio.gather(*(ask(e, p, session=str(i)) for i, p in enumerate(texts)), return_exceptions=True)
+        assert isinstance(ends[2], Failed) and 66 in poisoned
+        for i in (0, 1, 3):
+            assert ends[i].token_ids == greedy(checkpoint("plain"), texts[i])  # type: ignore[union-attr]
+        poisoned.clear()
+
+
+async def test_closing_ends_what_is_under_way(engine: Open) -> None:
+    e = await engine("deep")
+    tasks = [asyncio.create_task(ask(e, [i + 1], SamplingParams(temperature=0, max_tokens=900))) for i in range(4)]
+    await asyncio.sleep(0.05)
+    await e.aclose()
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(end, EngineClosed) or hasattr(end, "token_ids") for end in ends)
+    assert await e.ready() == "the engine is closed"
+    with pytest.raises(EngineClosed):
+        await ask(e, [1])
+    await e.forget("s")
+    await e.aclose()
+
+
+async def test_a_dead_engine_says_so(engine: Open) -> None:
+    e = await engine()
+    Faulty(e, lambda batch: torch.AcceleratorError("lost", 1) if 9 in batch.ids else None)
+    with pytest.raises(EngineClosed, match="the engine died: AcceleratorError"):
+        await ask(e, [9])
+    assert await e.ready()
+    with pytest.raises(EngineClosed):
+        await ask(e, [1])
+
+
+async def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BadCheckpoint, match=r"no config\.json"):
+        await open_torch_engine(tmp_path)
+
+
+@pytest.mark.parametrize(("options", "words"), [({"device": "tpu"}, "DEVICE=tpu"), ({"dtype": "int3"}, "DTYPE=int3")])
+async def test_a_wrong_setting_is_one_line(checkpoint: Make, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadCheckpoint, match=words):
+        await open_torch_engine(checkpoint(), **options)
