@@ -28,7 +28,8 @@ def main() -> None:
     parent = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is a log line
     logging.basicConfig(level=options["log_level"].upper(), format=LOG_FORMAT, stream=sys.stderr)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    for name in (signal.SIGINT, signal.SIGTERM):  # sent to all of a service at once; the parent drains and needs us
+        signal.signal(name, signal.SIG_IGN)
     asyncio.run(_serve(options, parent))
 
 

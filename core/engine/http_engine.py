@@ -11,8 +11,6 @@ import contextlib
 import json
 import logging
 import random
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -24,6 +22,7 @@ import aiohttp
 
 from core.engine import wire
 from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelInfo, SamplingParams
+from core.engine.folder import PrivateFolder
 from core.engine.hub import resolve
 from core.engine.process import EngineProcess
 
@@ -65,7 +64,7 @@ class HttpEngine:
             raise_for_status=False,
         )
         self._info: ModelInfo | None = None
-        self._files: Path | None = None
+        self._files: PrivateFolder | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._suspects = asyncio.Lock()
         self._closed = False
@@ -120,6 +119,8 @@ class HttpEngine:
 
     async def forget(self, session: str) -> None:
         """A child that died has forgotten already; one elsewhere is asked until it answers, or EngineClosed."""
+        if self._process and not self._process.up.is_set():
+            return
         await self._insist("POST", "/forget", lambda: {"session": session})
 
     async def aclose(self) -> None:
@@ -132,7 +133,7 @@ class HttpEngine:
             await self._process.aclose()
         await self._session.close()
         if self._files:
-            shutil.rmtree(self._files, ignore_errors=True)
+            self._files.close()
 
     # -- sending, until there is an answer -----------------------------------------------------------------------
 
@@ -253,11 +254,11 @@ class HttpEngine:
     async def _fetch_tokenizer(self) -> Path:
         """The other end's tokenizer in a folder of ours, which goes when we close."""
         files = await self._insist("GET", "/tokenizer")
-        self._files = Path(tempfile.mkdtemp(prefix="palaver-"))
+        self._files = PrivateFolder()
         for name in wire.TOKENIZER_FILES:
             if isinstance(text := files.get(name), str):
-                await asyncio.to_thread((self._files / name).write_text, text, "utf-8")
-        return self._files
+                await asyncio.to_thread((self._files.path / name).write_text, text, "utf-8")
+        return self._files.path
 
     def _spawn(self, work: Coroutine[None, None, ResultT]) -> asyncio.Task[ResultT]:
         task = asyncio.create_task(work)

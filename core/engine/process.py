@@ -12,10 +12,8 @@ import logging
 import os
 import random
 import re
-import shutil
 import signal
 import sys
-import tempfile
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 from core import metrics
 from core.engine import wire
 from core.engine.base import EngineClosed, EngineError, ModelInfo
+from core.engine.folder import PrivateFolder
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +47,8 @@ class EngineProcess:
     def __init__(self, name: str, engine: dict[str, Any]) -> None:
         """`name`: what people call the model; `engine`: the arguments of core.engine.server.open_local."""
         self._name, self._engine = name, engine
-        self.folder = Path(tempfile.mkdtemp(prefix="palaver-", dir=_short_tempdir()))
-        self.path = self.folder / "engine"
+        self._folder = PrivateFolder()
+        self.path = self._folder.path / "socket"
         self.up = asyncio.Event()
         self.why = "the engine process is starting"
         self.generation = 0
@@ -78,7 +77,8 @@ class EngineProcess:
         """End a child that no longer answers; the next one is started at once."""
         if self._child and self._child.returncode is None:
             log.error("killing the engine process: %s", why)
-            self._child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                self._child.kill()
 
     def proved(self) -> None:
         """It answered: its next death counts as the first."""
@@ -92,7 +92,7 @@ class EngineProcess:
             await asyncio.wait({self._watch})
         await self._end()
         self.up.set()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._folder.close()
 
     async def _keep_alive(self) -> None:
         assert self._child
@@ -107,9 +107,9 @@ class EngineProcess:
                 metrics.engine_restarts.inc()
                 try:
                     await self._start()
-                except EngineError as error:
-                    self.why = str(error)
-                    log.error("%s", error)
+                except Exception as error:  # no file or process to be had, a checkpoint gone: it may come back
+                    self.why = str(error) if isinstance(error, EngineError) else wire.one_line(error)
+                    log.error("the engine process cannot be started: %s", self.why)
 
     def _pause(self) -> float:
         return random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 0.5 * 2.0**self.failures) if self.failures else 0.0
@@ -192,11 +192,6 @@ def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
     paths = [str(ROOT), *filter(None, kept.get("PYTHONPATH", "").split(os.pathsep))]
     return kept | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-
-
-def _short_tempdir() -> str | None:
-    """A socket's path has about 100 bytes at most."""
-    return None if len(tempfile.gettempdir()) < 60 else "/tmp"
 
 
 def _how(returncode: int | None) -> str:

@@ -76,7 +76,7 @@ class Server:
             await runner.cleanup()
 
     async def generate(self, request: web.Request) -> web.Response:
-        engine = self._open()
+        engine = self._open(request)
         prompt, params, session, deadline = wire.load_request(await request.read(), engine.info.vocab_size)
         self.running += 1
         try:
@@ -89,15 +89,15 @@ class Server:
         return web.json_response(wire.dump_completions(completions))
 
     async def forget(self, request: web.Request) -> web.Response:
-        engine = self._open()
+        engine = self._open(request)
         await engine.forget(wire.load_session(wire.load_object(await request.read(), "session")))
         return web.json_response({})
 
     async def info(self, request: web.Request) -> web.Response:
-        return web.json_response(asdict(self._open().info))
+        return web.json_response(asdict(self._open(request).info))
 
     async def tokenizer(self, request: web.Request) -> web.Response:
-        files = await asyncio.to_thread(_tokenizer_files, self._open().info)
+        files = await asyncio.to_thread(_tokenizer_files, self._open(request).info)
         return web.json_response(files)
 
     async def livez(self, request: web.Request) -> web.Response:
@@ -114,7 +114,9 @@ class Server:
             lines += [f"# TYPE {total} counter", f"{total} {self.counts[name]}"]
         return web.Response(text="\n".join([*lines, ""]))
 
-    def _open(self) -> Engine:
+    def _open(self, request: web.Request) -> Engine:
+        if request.method == "POST" and request.content_type != "application/json":
+            raise web.HTTPUnsupportedMediaType  # so that no page in a browser on this machine can post here
         if self.engine is None or self.why:
             raise EngineClosed(self.why)
         return self.engine
@@ -127,9 +129,9 @@ class Server:
         except EngineError as error:
             refusal, status = wire.dump_error(error), wire.STATUS.get(type(error), 500)
         except web.HTTPException as error:
-            refusal, status = {"error": "BadRequest", "message": error.reason}, error.status
+            refusal, status = {"error": wire.BAD_REQUEST, "message": error.reason}, error.status
         except ValueError as error:
-            refusal, status = {"error": "BadRequest", "message": str(error)}, 400
+            refusal, status = {"error": wire.BAD_REQUEST, "message": str(error)}, 400
         except Exception as error:
             log.exception("a request failed")
             refusal, status = wire.dump_error(Failed(wire.one_line(error))), 500

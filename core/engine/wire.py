@@ -34,6 +34,7 @@ STATUS: dict[type[EngineError], int] = {
 }
 """Every refusal and its HTTP status. The name in the body decides; the status is for those who only see that."""
 ERRORS = {error.__name__: error for error in STATUS}
+BAD_REQUEST = "BadRequest"
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
 """What a client elsewhere needs of the checkpoint's folder."""
 _FIELDS: dict[str, tuple[type, ...]] = {
@@ -52,7 +53,7 @@ _LONGEST_SESSION = 512
 def dump_request(
     prompt: Sequence[int], params: SamplingParams, session: str, deadline: float | None
 ) -> dict[str, object]:
-    return {"prompt": list(prompt), "params": asdict(params), "session": session, "deadline": deadline}
+    return {"prompt": [int(i) for i in prompt], "params": asdict(params), "session": session, "deadline": deadline}
 
 
 def load_request(body: bytes, vocab_size: int) -> tuple[list[int], SamplingParams, str, float | None]:
@@ -112,9 +113,10 @@ def dump_error(error: EngineError) -> dict[str, str]:
     return {"error": type(error).__name__, "message": str(error)}
 
 
-def load_error(answer: dict[str, Any]) -> EngineError:
-    """The exception that the other end raised. What it calls by a name of its own is a Failed."""
-    return ERRORS.get(str(answer.get("error")), Failed)(str(answer.get("message", "the engine gave no reason")))
+def load_error(answer: dict[str, Any]) -> EngineError | ValueError:
+    """The exception that the other end raised: a ValueError for what it could not read, a Failed for a name unknown."""
+    name, message = answer.get("error"), str(answer.get("message", "the engine gave no reason"))
+    return ValueError(message) if name == BAD_REQUEST else ERRORS.get(str(name), Failed)(message)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,0 +1,53 @@
+"""Private folders are private, and none is left for long."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.engine.folder import PrivateFolder
+
+
+def test_only_its_owner_may_open_it_and_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/tmp")
+    folder = PrivateFolder()
+    assert folder.path.stat().st_mode & 0o777 == 0o700
+    (folder.path / "something").write_text("x")
+    folder.close()
+    folder.close()
+    assert not folder.path.exists()
+
+
+def test_a_long_place_for_temporary_files_leaves_room_for_a_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("x" * 80)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    folder = PrivateFolder()
+    assert len(bytes(folder.path / "socket")) < 100
+    folder.close()
+
+
+def test_what_a_killed_process_left_is_swept_and_what_lives_is_not() -> None:
+    code = "from core.engine.folder import PrivateFolder as F; f = F(); print(f.path, flush=True); input()"
+    dead, living = (
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    )
+    assert dead.stdout and living.stdout and living.stdin and dead.stdin
+    left, used = Path(dead.stdout.readline().strip()), Path(living.stdout.readline().strip())
+    dead.send_signal(signal.SIGKILL)
+    dead.wait()
+    assert left.is_dir()
+    PrivateFolder().close()
+    assert not left.exists()
+    assert used.is_dir()
+    living.communicate("\n")
+    dead.communicate()
+    PrivateFolder().close()
+    assert not used.exists()

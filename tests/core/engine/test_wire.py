@@ -1,0 +1,86 @@
+"""What travels arrives as it was; what is malformed is one clear line."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.engine import wire
+from core.engine.base import Completion, EngineError, Failed, SamplingParams
+
+GOOD = {"prompt": [1, 2], "params": {}, "session": "", "deadline": None}
+
+
+@given(
+    prompt=st.lists(st.integers(0, 299), min_size=1),
+    session=st.text(max_size=100),
+    deadline=st.none() | st.floats(-10, 1e6),
+    seed=st.none() | st.integers(0, 2**63 - 1),
+    temperature=st.floats(0, 10),
+)
+def test_a_request_survives_the_way(
+    prompt: list[int], session: str, deadline: float | None, seed: int | None, temperature: float
+) -> None:
+    params = SamplingParams(temperature=temperature, seed=seed)
+    body = json.dumps(wire.dump_request(prompt, params, session, deadline)).encode()
+    assert wire.load_request(body, 300) == (prompt, params, session, deadline)
+
+
+@given(logprob=st.floats(allow_nan=False), ids=st.lists(st.integers(0, 2**31)))
+def test_a_completion_survives_the_way(logprob: float, ids: list[int]) -> None:
+    there = [Completion(ids, logprob, "length", 3)]
+    assert wire.load_completions(json.loads(json.dumps(wire.dump_completions(there)))) == there
+
+
+@pytest.mark.parametrize("kind", list(wire.STATUS))
+def test_every_refusal_keeps_its_kind_and_line(kind: type[EngineError]) -> None:
+    error = wire.load_error(wire.dump_error(kind("no, because of that")))
+    assert type(error) is kind
+    assert str(error) == "no, because of that"
+
+
+def test_every_kind_of_refusal_has_its_place() -> None:
+    assert set(wire.STATUS) == set(EngineError.__subclasses__())
+    assert type(wire.load_error({"error": "Unheard", "message": "of"})) is Failed
+    assert type(wire.load_error({"error": ["odd"]})) is Failed
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        (b"", "JSON"),
+        (b"\xff\xfe", "JSON"),
+        (b"[" * 100_000, "JSON"),
+        (b"1" * 10_000, "JSON"),
+        (b"[]", "object"),
+        (json.dumps(GOOD | {"extra": 1}).encode(), "extra"),
+        (json.dumps(GOOD | {"prompt": []}).encode(), "prompt"),
+        (json.dumps(GOOD | {"prompt": "hi"}).encode(), "prompt"),
+        (json.dumps(GOOD | {"prompt": [300]}).encode(), "prompt"),
+        (json.dumps(GOOD | {"prompt": [-1]}).encode(), "prompt"),
+        (json.dumps(GOOD | {"prompt": [True]}).encode(), "prompt"),
+        (json.dumps(GOOD | {"prompt": [1.0]}).encode(), "prompt"),
+        (json.dumps(GOOD | {"prompt": [10**40]}).encode(), "prompt"),
+        (json.dumps(GOOD | {"session": 5}).encode(), "session"),
+        (json.dumps(GOOD | {"session": "x" * 513}).encode(), "session"),
+        (json.dumps(GOOD | {"deadline": "soon"}).encode(), "deadline"),
+        (json.dumps(GOOD | {"deadline": math.nan}).encode(), "deadline"),
+        (json.dumps(GOOD | {"deadline": math.inf}).encode(), "deadline"),
+        (json.dumps(GOOD | {"params": []}).encode(), "params"),
+        (json.dumps(GOOD | {"params": {"beams": 4}}).encode(), "beams"),
+        (json.dumps(GOOD | {"params": {"top_k": 1.5}}).encode(), "top_k"),
+        (json.dumps(GOOD | {"params": {"temperature": "hot"}}).encode(), "temperature"),
+        (json.dumps(GOOD | {"params": {"temperature": math.nan}}).encode(), "temperature"),
+        (json.dumps(GOOD | {"params": {"seed": -1}}).encode(), "seed"),
+        (json.dumps(GOOD | {"params": {"n": 65}}).encode(), "n must"),
+    ],
+)
+def test_what_is_malformed_is_one_line_that_names_it(body: bytes, names: str) -> None:
+    with pytest.raises(ValueError, match=names) as caught:
+        wire.load_request(body, 300)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
