@@ -52,6 +52,8 @@ class Message:
     kind: Kind = "ask"
     server: str = ""
     """The Discord server or Telegram group it was said in; "" in a direct message. For caps and lists."""
+    account: str = ""
+    """Whose message ids these are, where each of our accounts sees its own (Telegram); "" where ids are the platform's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Where every message and every reply stands, on disk before anything else happens. Reading order: schema, journal."""

@@ -1,0 +1,188 @@
+"""Connections: one writer whose transactions are shared by all who write at the same moment, and a few readers.
+
+A group of writes costs one commit (one fsync); each caller goes on only after it. Whatever keeps a commit from
+happening (locked, full, gone) is Busy: nothing of the group was stored, the next call connects anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from core.delivery import NotAccepted
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+EXAMPLES = "for example sqlite:///palaver.db or postgresql+asyncpg://palaver:PASSWORD@localhost/palaver"
+FSYNC_FAILED = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
+GROUP = 256
+
+
+class JournalError(Exception):
+    """The journal cannot be used; str() is one line that says what to do."""
+
+
+class JournalBusy(JournalError, NotAccepted):
+    """Not now; nothing was stored."""
+
+
+def parse(url: str) -> URL:
+    """An address in SQLAlchemy's form, with the drivers we speak. Raises JournalError with an example."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise JournalError(f"DATABASE_URL: is no database address; {EXAMPLES}") from None
+    drivers = {
+        "sqlite": "sqlite+aiosqlite",
+        "sqlite+aiosqlite": "sqlite+aiosqlite",
+        "postgres": "postgresql+asyncpg",
+        "postgresql": "postgresql+asyncpg",
+        "postgresql+asyncpg": "postgresql+asyncpg",
+    }
+    if parsed.drivername not in drivers:
+        raise JournalError(f"DATABASE_URL: only SQLite and PostgreSQL hold a journal; {EXAMPLES}")
+    if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise JournalError(f"DATABASE_URL: a journal in memory would lose everything; name a file, {EXAMPLES}")
+    return parsed.set(drivername=drivers[parsed.drivername])
+
+
+def file_of(url: URL) -> Path | None:
+    """SQLite's file; None for PostgreSQL."""
+    return Path(url.database).absolute() if url.get_backend_name() == "sqlite" and url.database else None
+
+
+def open_engine(url: URL, *, writes: bool) -> AsyncEngine:
+    """A pool of connections: one that begins as a writer, or some that read."""
+    if file_of(url):
+        engine = create_async_engine(url, pool_size=1 if writes else 4, max_overflow=0, pool_timeout=30)
+        event.listen(engine.sync_engine, "connect", _set_up_sqlite)
+        begin = "BEGIN IMMEDIATE" if writes else "BEGIN"
+        event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql(begin))
+        return engine
+    return create_async_engine(
+        url,
+        pool_size=1 if writes else 4,
+        max_overflow=0,
+        pool_timeout=30,
+        pool_pre_ping=True,
+        connect_args={
+            "timeout": 5,
+            "command_timeout": 20,
+            "server_settings": {
+                "application_name": "palaver",
+                "synchronous_commit": "on",
+                "statement_timeout": "15000",
+                "lock_timeout": "5000",
+                "idle_in_transaction_session_timeout": "30000",
+            },
+        },
+    )
+
+
+def _set_up_sqlite(connection: Any, record: object) -> None:
+    connection.isolation_level = None  # the driver must not begin behind our back: the "begin" event does
+    cursor = connection.cursor()
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "busy_timeout=5000",
+        "foreign_keys=ON",
+        "secure_delete=ON",
+        "temp_store=MEMORY",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def busy(error: BaseException) -> JournalBusy | None:
+    """What kept the database from working, as one line; None when the fault is in the statement itself."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    if getattr(original, "sqlite_errorcode", None) in FSYNC_FAILED:
+        log.critical("fsync failed: what the disk holds is unknown, so this process ends here (%s)", original)
+        logging.shutdown()
+        os._exit(74)
+    transient = isinstance(error, DBAPIError) and (
+        error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError", "DBAPIError")
+    )
+    if transient or isinstance(original, OSError | PoolTimeout | asyncio.TimeoutError | sqlite3.OperationalError):
+        text = " ".join(str(original).split())[:200] or type(original).__name__
+        return JournalBusy(f"the database does not work now: {text}")
+    return None
+
+
+@dataclass
+class _Write:
+    work: Callable[[Connection], Any]
+    done: asyncio.Future[Any]
+
+
+class Writer:
+    """`await writer.do(work)`: `work(connection)` ran, and its commit is on disk."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._writes: asyncio.Queue[_Write | None] = asyncio.Queue()  # None: close
+        self._task = asyncio.create_task(self._run())
+
+    async def do(self, work: Callable[[Connection], T]) -> T:
+        """Raises JournalBusy when nothing was stored, or what `work` raised. Cancelled: the outcome is unknown."""
+        if self._task.done():
+            raise JournalError("the journal is closed")
+        write = _Write(work, asyncio.get_running_loop().create_future())
+        self._writes.put_nowait(write)
+        result: T = await write.done
+        return result
+
+    async def aclose(self) -> None:
+        """What was asked for is finished first."""
+        self._writes.put_nowait(None)
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self._engine.dispose()
+
+    async def _run(self) -> None:
+        group: list[_Write | None] = []
+        try:
+            while None not in group:
+                group = [await self._writes.get()]
+                while len(group) < GROUP and not self._writes.empty():
+                    group.append(self._writes.get_nowait())
+                if writes := [write for write in group if write]:
+                    await self._commit(writes)
+        finally:
+            while not self._writes.empty():
+                group.append(self._writes.get_nowait())
+            for write in group:
+                if write and not write.done.done():
+                    write.done.set_exception(JournalBusy("the journal closed"))
+
+    async def _commit(self, group: list[_Write]) -> None:
+        """All in one transaction; when one of several raises, each in its own, so that it harms nobody else."""
+        try:
+            async with self._engine.begin() as connection:
+                results = await connection.run_sync(lambda sync: [write.work(sync) for write in group])
+        except Exception as error:
+            failure = busy(error)
+            if failure is None and len(group) > 1:
+                for write in group:
+                    await self._commit([write])
+                return
+            for write in group:
+                if not write.done.done():
+                    write.done.set_exception(failure or error)
+        else:
+            for write, result in zip(group, results, strict=True):
+                if not write.done.done():  # a caller that was cancelled waits no more
+                    write.done.set_result(result)

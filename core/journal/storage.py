@@ -1,0 +1,185 @@
+"""The file under the journal: migrated, checked, copied while in use, put back when it breaks.
+
+An empty journal never takes the place of one that stood here: a file that is missing or corrupt is replaced by the
+newest good copy beside it (`NAME.backups/`), or the start is refused with what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sqlite3
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import Connection, inspect, text
+from sqlalchemy.engine import URL
+
+from core.journal.database import JournalError, busy, file_of, open_engine
+
+log = logging.getLogger(__name__)
+
+KEEP = 5
+MIGRATIONS = Path(__file__).parent / "migrations"
+MIGRATING = 0x70616C61766572  # PostgreSQL's advisory lock: two processes that start together migrate one by one
+
+
+def prepare(file: Path, progress: Callable[[str], None]) -> None:
+    """Before opening: the folder exists, and the file is whole or was replaced by its newest good copy."""
+    if not file.parent.is_dir():
+        raise JournalError(f"DATABASE_URL: the folder {file.parent} does not exist; make it, or name another")
+    problems = _problems(file) if file.exists() else []
+    missing = not file.exists() or file.stat().st_size == 0
+    if not problems and not missing:
+        return
+    copy = newest_good(file)
+    if copy:
+        restore(file, copy)
+        progress(f"{file.name} was {problems[0] if problems else 'missing'}: restored {copy.name}, made then")
+    elif problems:
+        raise JournalError(
+            f"{file} is corrupt and has no good copy in {copies(file).name}/ ({problems[0]}); put a copy there and run "
+            "palaver journal restore, or move the file away to begin an empty journal"
+        )
+
+
+async def migrate(url: URL, progress: Callable[[str], None]) -> None:
+    """Bring the tables to this version, all in one transaction. Raises JournalError."""
+    engine = open_engine(url, writes=True)
+    try:
+        async with engine.begin() as connection:
+            await connection.run_sync(_upgrade, progress)
+    except JournalError:
+        raise
+    except CommandError as error:
+        raise JournalError(
+            f"the journal was written by a newer Palaver ({error}); start that version, or restore an older copy"
+        ) from None
+    except Exception as error:
+        where = file_of(url) or url.host
+        reason = busy(error)
+        raise JournalError(f"the journal cannot be opened at {where}: {reason or error}") from error
+    finally:
+        await engine.dispose()
+
+
+def _upgrade(connection: Connection, progress: Callable[[str], None]) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATING})"))
+    tables = set(inspect(connection).get_table_names())
+    if tables and "alembic_version" not in tables:
+        raise JournalError(
+            "DATABASE_URL: that database holds other tables and no journal; name an empty one, "
+            "for example sqlite:///palaver.db"
+        )
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    if tables:
+        progress("the journal is checked for migrations")
+    command.upgrade(config, "head")
+
+
+def copies(file: Path) -> Path:
+    """The folder of the copies."""
+    return file.with_name(file.name + ".backups")
+
+
+def newest_good(file: Path) -> Path | None:
+    """The newest copy without a problem."""
+    found = sorted(copies(file).glob("*.db"), reverse=True) if copies(file).is_dir() else []
+    return next((copy for copy in found if not _problems(copy)), None)
+
+
+def restore(file: Path, copy: Path | None = None) -> Path:
+    """Put `copy` (default: the newest good one) in place of `file`, which is moved aside; the process using it must
+    have stopped. Returns the copy. Raises JournalError."""
+    copy = copy or newest_good(file)
+    if copy is None or not copy.is_file():
+        raise JournalError(f"there is no good copy in {copies(file)}")
+    if problems := _problems(copy):
+        raise JournalError(f"{copy} is corrupt itself: {problems[0]}")
+    fresh = file.with_name(file.name + ".restoring")
+    _copy(copy, fresh)
+    aside = f".corrupt-{_stamp()}"
+    for suffix in ("", "-wal", "-shm"):
+        old = file.with_name(file.name + suffix)
+        if old.exists():
+            old.rename(old.with_name(old.name + aside))
+    os.replace(fresh, file)
+    _sync(file.parent)
+    return copy
+
+
+async def check(file: Path) -> list[str]:
+    """Problems in a file in use, [] when it is whole; in a thread, since it reads all of it."""
+    return await asyncio.to_thread(_problems, file, "integrity_check")
+
+
+async def backup(file: Path, path: Path | None = None) -> Path:
+    """A copy of a file in use, kept only if it is whole; without a `path` the newest few stay beside the file."""
+    return await asyncio.to_thread(_backup, file, path)
+
+
+def _backup(file: Path, path: Path | None) -> Path:
+    target = path or copies(file) / f"{_stamp()}.db"
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fresh = target.with_name(target.name + ".part")
+    fresh.unlink(missing_ok=True)
+    try:
+        _copy(file, fresh)
+        if problems := _problems(fresh, "integrity_check"):
+            raise JournalError(f"the copy is not whole, the older ones stay: {problems[0]}")
+        os.replace(fresh, target)
+    except (OSError, sqlite3.Error) as error:
+        raise JournalError(f"no copy could be made at {target.parent}: {error}") from error
+    finally:
+        fresh.unlink(missing_ok=True)
+    _sync(target.parent)
+    if path is None:
+        for old in sorted(copies(file).glob("*.db"), reverse=True)[KEEP:]:
+            old.unlink(missing_ok=True)
+    return target
+
+
+def _copy(source: Path, target: Path) -> None:
+    """SQLite's online copy, on disk when it returns."""
+    with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as reader:
+        with contextlib.closing(sqlite3.connect(target)) as writer:
+            os.chmod(target, 0o600)
+            reader.backup(writer, pages=512, sleep=0.005)
+            writer.execute("PRAGMA journal_mode=DELETE")
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _problems(file: Path, pragma: str = "quick_check") -> list[str]:
+    """What SQLite finds wrong."""
+    try:
+        # not read-only: a write-ahead log that a killed process left must be played first
+        with contextlib.closing(sqlite3.connect(file, timeout=30)) as connection:
+            rows = connection.execute(f"PRAGMA {pragma}(20)").fetchall()
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
+            raise JournalError(f"{file} cannot be read: {error}") from error
+        return [str(error)]
+    return [row[0] for row in rows if row[0] != "ok"]
+
+
+def _stamp() -> str:
+    return datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on disk once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
