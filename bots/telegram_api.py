@@ -1,0 +1,238 @@
+"""The wire to Telegram: one call at a time out, its answer or one of four clear failures back; and how often to call.
+
+python-telegram-bot's Bot makes the requests. Its typed methods are not used: they read answers and updates into
+objects and raise where one field is strange, long after a message was sent. Nothing here retries, and no error
+carries an URL, because the token stands in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import random
+import re
+from collections import deque
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from telegram import Bot
+from telegram.error import TelegramError
+from telegram.request import HTTPXRequest
+
+from core.delivery import MaybeSent, NotSent, RetryAfter, SendError, Unservable
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+READ_TIMEOUT = 20.0
+UNKNOWN_TOKEN = "TELEGRAM_TOKEN: Telegram does not know this token; get one from @BotFather"
+_NEVER_LEFT = (
+    httpx.ConnectError,  # DNS and TLS failures too
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.UnsupportedProtocol,
+    RuntimeError,  # the client was closed before
+)
+
+
+class Rejected(TelegramError):
+    """Telegram answered no. `code` as in HTTP; the description is Telegram's, in one line."""
+
+    def __init__(self, code: int, description: str, parameters: dict[str, Any]) -> None:
+        super().__init__(f"{code} {description}".strip())
+        self.code, self.description, self.parameters = code, description, parameters
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds; NaN where Telegram named none."""
+        seconds = self.parameters.get("retry_after")
+        return float(seconds) if isinstance(seconds, int | float) and abs(seconds) < 1e9 else math.nan
+
+    @property
+    def moved_to(self) -> int | None:
+        """The supergroup that this group became."""
+        chat = self.parameters.get("migrate_to_chat_id")
+        return chat if isinstance(chat, int) and chat else None
+
+
+class Unreadable(TelegramError):
+    """Telegram said yes, in bytes that are no JSON."""
+
+    def __init__(self, payload: bytes) -> None:
+        super().__init__("an answer that is no JSON")
+        self.payload = payload
+
+
+class _Request(HTTPXRequest):
+    """Answers that say no become Rejected here, where the status and all parameters are still known."""
+
+    async def do_request(self, *args: Any, **kwargs: Any) -> tuple[int, bytes]:
+        code, payload = await super().do_request(*args, **kwargs)
+        if not 200 <= code < 300:
+            raise _rejected(code, payload)
+        return code, payload
+
+    @staticmethod
+    def parse_json_payload(payload: bytes) -> dict[str, Any]:
+        try:
+            answer = json.loads(payload)
+        except (ValueError, RecursionError):
+            raise Unreadable(payload) from None
+        if not isinstance(answer, dict):
+            raise Unreadable(payload)
+        if "result" not in answer:
+            raise _rejected(502, payload)
+        return answer
+
+
+def _rejected(code: int, payload: bytes) -> Rejected:
+    try:
+        answer = json.loads(payload)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):  # some proxy's page: it may show the address, and with it the token
+        return Rejected(code, "", {})
+    parameters, said = answer.get("parameters"), answer.get("error_code")
+    return Rejected(
+        said if isinstance(said, int) and 300 <= said < 600 else code,
+        " ".join(str(answer.get("description", ""))[:200].split()),
+        parameters if isinstance(parameters, dict) else {},
+    )
+
+
+class TelegramApi:
+    def __init__(self, token: str, base: str) -> None:
+        """`base` as in TELEGRAM_API_BASE: the token follows it directly."""
+        self._token = token
+        # a proxy named in the environment leads out, not to this machine
+        direct = {"trust_env": urlsplit(base).hostname not in LOOPBACK}
+        self._requests = [
+            _Request(size, READ_TIMEOUT, 20.0, 10.0, 30.0, httpx_kwargs=direct)  # read, write, connect, pool
+            for size in (2, 256)  # polling has its own, so that no crowd of sends keeps it waiting
+        ]
+        self._bot = Bot(token, base, request=self._requests[1], get_updates_request=self._requests[0])
+
+    async def open(self) -> None:
+        """Again after `aclose`."""
+        for request in self._requests:
+            await request.initialize()
+
+    async def aclose(self) -> None:
+        for request in self._requests:
+            await request.shutdown()
+
+    async def call(self, method: str, *, wait: float = 0.0, **parameters: Any) -> Any:
+        """The JSON result of a Bot API method; `wait`: seconds that Telegram itself may take.
+
+        Raises Rejected (no), Unreadable (yes, but what?), NotSent (it never left), MaybeSent (nobody knows).
+        """
+        spelt = re.sub(r"(?=[A-Z])", "_", method)  # get_Updates: PTB warns where it has a method of its own
+        try:
+            async with asyncio.timeout(60.0 + wait):  # httpx's are per byte: one that drips would hold us for ever
+                return await self._bot.do_api_request(spelt, api_kwargs=parameters, read_timeout=READ_TIMEOUT + wait)
+        except TimeoutError:
+            raise MaybeSent("no whole answer from Telegram in time") from None
+        except Rejected as error:
+            raise Rejected(error.code, error.description.replace(self._token, "[token]"), error.parameters) from None
+        except Unreadable:
+            raise
+        except TelegramError as error:
+            cause = error.__cause__
+            kind = type(cause or error).__name__
+            if isinstance(cause, _NEVER_LEFT):
+                raise NotSent(f"Telegram cannot be reached ({kind})") from None
+            raise MaybeSent(f"no answer from Telegram ({kind})") from None
+
+    async def insist(self, method: str, **parameters: Any) -> Any:
+        """`call`, whenever Telegram can be reached. Raises Unservable, and Rejected for a no that stays."""
+        failures = 0
+        while True:
+            try:
+                return await self.call(method, **parameters)
+            except (Rejected, Unreadable, SendError) as error:
+                if isinstance(error, Rejected) and error.code in (400, 403):
+                    raise
+                if isinstance(error, Rejected) and error.code == 404:
+                    raise Unservable(f"{UNKNOWN_TOKEN}, or mend TELEGRAM_API_BASE") from None
+                await wait_after(error, failures)
+                failures += 1
+
+
+async def wait_after(error: Exception, failures: int) -> None:
+    """Log the first of a row of failures, and wait as long as is fit. Raises Unservable when no time will mend it."""
+    if isinstance(error, Rejected) and error.code == 401:
+        raise Unservable(UNKNOWN_TOKEN) from None
+    if not failures:
+        log.warning("Telegram: %s; trying again", error)
+    if isinstance(error, Rejected) and error.code == 429:
+        await asyncio.sleep(RetryAfter(error.retry_after).seconds)
+    else:
+        await asyncio.sleep(backoff(failures))
+
+
+def backoff(failures: int, longest: float = 30.0) -> float:
+    """Seconds; jittered, so that many do not come back at once."""
+    return random.uniform(0.5, 1.0) * min(longest, 0.5 * 2.0 ** min(failures, 10))
+
+
+class Window:
+    """At most `count` in any `seconds`, the past ones remembered one by one: bursts are free, sums are kept."""
+
+    def __init__(self, count: int, seconds: float) -> None:
+        self._taken: deque[float] = deque(maxlen=count)
+        self._seconds = seconds
+
+    def take(self, now: float) -> float:
+        """Take the next place; the seconds until its time comes."""
+        full = len(self._taken) == self._taken.maxlen
+        at = max(now, self._taken[0] + self._seconds) if full else now
+        self._taken.append(at)
+        return at - now
+
+    def idle(self, now: float) -> bool:
+        return not self._taken or self._taken[-1] + self._seconds <= now
+
+
+class Pace:
+    """Telegram's limits, each a hair wider for the way there: 30 messages a second in all, 20 a minute to a group, one
+    a second to a chat, a few more in a burst. https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this
+    """
+
+    MANY = 10_000
+
+    def __init__(self) -> None:
+        self._all = Window(30, 1.05)
+        self._chats: dict[int, list[Window]] = {}
+        self._held: dict[int, float] = {}
+
+    async def turn(self, chat: int) -> None:
+        """Wait until `chat` may be sent one message. Raises RetryAfter while Telegram has told it to wait."""
+        loop = asyncio.get_running_loop()
+        if (held := self.held(chat)) > 0:
+            raise RetryAfter(held, "Telegram asked this chat to wait")
+        for window in (*self._windows(chat), self._all):
+            if wait := window.take(loop.time()):
+                await asyncio.sleep(wait)
+
+    def hold(self, chat: int, seconds: float) -> None:
+        """Telegram told `chat` to wait; others need not."""
+        now = asyncio.get_running_loop().time()
+        self._held = {chat: until for chat, until in self._held.items() if until > now}
+        self._held[chat] = now + seconds
+
+    def held(self, chat: int) -> float:
+        """Seconds that `chat` must still wait."""
+        until = self._held.get(chat)
+        return 0.0 if until is None else max(0.0, until - asyncio.get_running_loop().time())
+
+    def _windows(self, chat: int) -> list[Window]:
+        if chat not in self._chats:
+            if len(self._chats) >= self.MANY:
+                now = asyncio.get_running_loop().time()
+                self._chats = {c: ws for c, ws in self._chats.items() if not all(w.idle(now) for w in ws)}
+            self._chats[chat] = [Window(3, 3.1)] + ([Window(20, 60.5)] if chat < 0 else [])
+        return self._chats[chat]

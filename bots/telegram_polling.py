@@ -1,0 +1,149 @@
+"""Long polling: fetch, commit, and only then ask for more, which is how Telegram is told. One poller per token.
+
+https://core.telegram.org/bots/api#getupdates
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from bots.telegram_api import Rejected, TelegramApi, Unreadable, backoff, wait_after
+from bots.telegram_updates import PLATFORM, WANTED
+from bots.telegram_webhook import parse
+from core.delivery import MaybeSent, NotAccepted, SendError
+
+if TYPE_CHECKING:
+    from core.chat import Chat
+
+log = logging.getLogger(__name__)
+
+HOLD = 25
+"""Seconds that Telegram holds a poll with nothing to say."""
+BATCH = 100
+LEASE = 10.0
+"""Seconds until another instance polls when this one dies; renewed three times as often."""
+TWO_POLLERS = (
+    "somebody else polls with this bot's token; stop the other instance, or give each its own token from @BotFather"
+)
+
+
+class Poller:
+    def __init__(self, api: TelegramApi, chat: Chat, take: Callable[[list[Any]], Awaitable[None]], bot_id: int) -> None:
+        """`take` returns when the updates are in the journal, and raises NotAccepted when they are not."""
+        self._api, self._chat, self._take = api, chat, take
+        self._lease_name = f"{PLATFORM}:{bot_id}"
+        self._mine = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled, or until one of the two raises."""
+        works = [asyncio.create_task(self._keep_lease()), asyncio.create_task(self._poll())]
+        try:
+            done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+            for work in done:
+                work.result()
+        finally:
+            for work in works:
+                work.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
+
+    async def _poll(self) -> None:
+        """An offset confirms and is then forgotten: after a quiet week the ids go on at random, perhaps below it.
+
+        `careful`: so many updates are fetched one by one, to get at one that spoils its batch. An answer that is no
+        JSON counts as the update's fault, and not the wire's, when it comes twice the same.
+        """
+        offset, failures, careful, spoilt = None, 0, 0, b""
+        while True:
+            await self._chat.paused()
+            await self._mine.wait()
+            try:
+                updates = await self._fetch(offset, 1 if careful else BATCH)
+            except Unreadable as error:
+                poison = parse(error.payload) if careful and error.payload == spoilt else None
+                if poison is None:
+                    careful, spoilt = BATCH, error.payload
+                    await wait_after(error, failures)
+                    failures += 1
+                    continue
+                updates = [poison]
+            except (Rejected, SendError) as error:
+                await self._mend(error, failures)
+                failures += 1
+                continue
+            if failures:
+                log.info("Telegram: polling goes on")
+            failures, careful, spoilt = 0, max(0, careful - 1), b""
+            await self._take_surely(updates)
+            offset = max(map(_number, updates)) + 1 if updates else None
+
+    async def _fetch(self, offset: int | None, limit: int) -> list[Any]:
+        """The next updates, oldest first; those below `offset` are confirmed. [] after HOLD seconds of silence."""
+        began = asyncio.get_running_loop().time()
+        given = {} if offset is None else {"offset": offset}
+        updates = await self._api.call(
+            "getUpdates", wait=float(HOLD), timeout=HOLD, limit=limit, allowed_updates=WANTED, **given
+        )
+        if not isinstance(updates, list) or (updates and max(map(_number, updates)) < 0):
+            raise MaybeSent("Telegram's updates are no updates")
+        if not updates and asyncio.get_running_loop().time() - began < 0.2:
+            await asyncio.sleep(0.2)  # a server that holds no poll
+        return updates
+
+    async def _take_surely(self, updates: list[Any]) -> None:
+        tries = 0
+        while updates:
+            try:
+                return await self._take(updates)
+            except NotAccepted as error:
+                if not tries:
+                    log.warning("%d updates are not confirmed until the journal takes them: %s", len(updates), error)
+                await asyncio.sleep(backoff(tries, 5.0))
+                tries += 1
+
+    async def _mend(self, error: Rejected | SendError, failures: int) -> None:
+        """After a failed poll: what can be done about it, and a pause."""
+        if not (isinstance(error, Rejected) and error.code == 409):
+            return await wait_after(error, failures)
+        said = error.description.lower()
+        if "webhook" in said and "terminated" not in said:
+            log.warning("Telegram: a webhook was set; it is removed, because TELEGRAM_WEBHOOK_URL is not set")
+            await self._api.insist("deleteWebhook", drop_pending_updates=False)
+            return None
+        if not failures:
+            log.warning("Telegram: %s", TWO_POLLERS)
+        return await asyncio.sleep(random.uniform(2.0, 6.0))
+
+    async def _keep_lease(self) -> None:
+        """Hold `_mine` set while the lease is ours; the other instances on this journal wait until it is free."""
+        loop, until, waiting = asyncio.get_running_loop(), 0.0, False
+        try:
+            while True:
+                now = loop.time()
+                try:
+                    until = now + LEASE if await self._chat.lease(self._lease_name, LEASE) else 0.0
+                except NotAccepted as error:
+                    log.debug("the lease is not renewed: %s", error)
+                if loop.time() < until:
+                    self._mine.set()
+                else:
+                    self._mine.clear()
+                    if not waiting:
+                        log.warning("Telegram: another instance polls with this token; waiting to take over")
+                waiting = not self._mine.is_set()
+                await asyncio.sleep(LEASE / 3)
+        finally:
+            if self._mine.is_set():
+                self._mine.clear()
+                with contextlib.suppress(Exception):  # it ends by itself
+                    await self._chat.release(self._lease_name)
+
+
+def _number(update: Any) -> int:
+    """The update's id, -1 when it has none."""
+    id = update.get("update_id") if isinstance(update, dict) else None
+    return id if isinstance(id, int) else -1

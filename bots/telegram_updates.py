@@ -1,0 +1,216 @@
+"""Reading Telegram's updates: raw JSON in, what a person said, asked of the bot or did to the chat out. Pure.
+
+A topic of a forum is a channel of its own, "-100123:45". Ids of messages are unique in their channel for ever: when a
+group becomes a supergroup its messages count from 1 again, so those of a basic group are spelt "g17".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, TypeVar
+
+from core.messages import Author, Channel, Message
+from core.text import clean
+
+PLATFORM = "telegram"
+MAX_TEXT = 4096
+"""UTF-16 units in one message, both ways: https://core.telegram.org/bots/api#sendmessage"""
+WANTED = ["message", "edited_message", "my_chat_member"]
+SPEAKS_FOR_A_CHAT = (1087968824, 136817688)
+"""GroupAnonymousBot and Channel_Bot: people who write in the name of their group or channel, not bots."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Me:
+    """The bot itself."""
+
+    id: int
+    username: str
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    name: str
+    channel: Channel
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A group became a supergroup."""
+
+    old: Channel
+    new: Channel
+
+
+COMMANDS = {"start": "say hello", "help": "say what I am", "reset": "forget this conversation and start anew"}
+
+
+def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
+    """What the update means for us; None is nothing. ValueError when it is not as the Bot API has it."""
+    if "unreadable" in update:
+        raise ValueError("it is no JSON")
+    edited = "edited_message" in update
+    message = _get(update, "edited_message" if edited else "message", dict)
+    if message is None:
+        return None
+    chat = _need(message, "chat", dict)
+    chat_id, kind = _need(chat, "id", int), _need(chat, "type", str)
+    if moved := _moved(message, chat_id):
+        return moved
+    author, text = _author(message), _text(message)
+    if kind not in ("private", "group", "supergroup") or author is None or author.is_bot or not text:
+        return None
+    channel, id = _channel(message, chat_id), spelt(_need(message, "message_id", int), kind)
+    if edited:
+        return _said(message, channel, id, author, strip_mention(text, me), kind, edit=True)
+    private = kind == "private"
+    if match := _command(text):
+        name, target = match[1].lower(), match[2]
+        if target and target.lower() != me.username.lower():
+            return None
+        if name in COMMANDS:
+            return Command(name, channel, id)
+        if not target and not private:
+            return None  # some other bot's
+        return _said(message, channel, id, author, f"{match[1]} {text[match.end() :]}", kind)
+    if private or mentioned(message, text, me) or _replied(message, me):
+        return _said(message, channel, id, author, strip_mention(text, me), kind)
+    return None
+
+
+def failed(update: object) -> Message:
+    """The row that stands for an update nobody could read: its own JSON, cut; where it came from if that is clear."""
+    event: Any = {}
+    number: object = None
+    if isinstance(update, dict):
+        number = update.get("update_id")
+        event = next((value for name, value in update.items() if name != "update_id"), {})
+    chat = event.get("chat") if isinstance(event, dict) else None
+    where = chat.get("id") if isinstance(chat, dict) else None
+    try:
+        text = update if isinstance(update, str) else json.dumps(update)
+    except (ValueError, RecursionError, TypeError):
+        text = "too deep to be shown"
+    channel = Channel(PLATFORM, str(where) if isinstance(where, int) else "unknown")
+    return Message(channel, f"update {number}"[:64], Author("", ""), clean(text[:MAX_TEXT])[:500], datetime.now(UTC))
+
+
+def spelt(message_id: int, chat_type: str) -> str:
+    return f"g{message_id}" if chat_type == "group" else str(message_id)
+
+
+def target(id: str, chat: int) -> int | None:
+    """The number of the message to reply to in `chat`; None when it did not come along into the supergroup."""
+    if id.startswith("g") and chat < -(10**12):
+        return None
+    number = id.removeprefix("g")
+    return int(number) if number.isdecimal() else None
+
+
+def mentioned(message: Mapping[str, Any], text: str, me: Me) -> bool:
+    """@username anywhere, in any case, or the bot's name made a link to it."""
+    return bool(_at(me.username).search(text)) or any(
+        isinstance(entity, dict)
+        and entity.get("type") == "text_mention"
+        and isinstance(entity.get("user"), dict)
+        and entity["user"].get("id") == me.id
+        for entity in _get(message, "entities", list) or _get(message, "caption_entities", list) or ()
+    )
+
+
+def strip_mention(text: str, me: Me) -> str:
+    """The text without @username, and without the comma that followed it."""
+    found = _at(me.username)
+    if not found.search(text):
+        return text.strip()
+    return re.sub(r"[ \t]{2,}", " ", found.sub(" ", text)).strip().lstrip(",:;").strip()
+
+
+@cache
+def _at(username: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![\w@])@{re.escape(username)}(?!\w)", re.IGNORECASE)
+
+
+def _command(text: str) -> re.Match[str] | None:
+    return re.match(r"/([A-Za-z0-9_]{1,32})(?:@(\w{1,64}))?(?=\s|$)", text)
+
+
+def _said(
+    message: Mapping[str, Any], channel: Channel, id: str, author: Author, text: str, chat_type: str, edit: bool = False
+) -> Message:
+    server = "" if chat_type == "private" else channel.id.partition(":")[0]
+    return Message(channel, id, author, text.strip(), _date(message), "edit" if edit else "ask", server)
+
+
+def _channel(message: Mapping[str, Any], chat_id: int) -> Channel:
+    thread = _get(message, "message_thread_id", int)
+    topic = thread if message.get("is_topic_message") is True else None  # else it is only a chain of replies
+    return Channel(PLATFORM, str(chat_id) if topic is None else f"{chat_id}:{topic}")
+
+
+def _author(message: Mapping[str, Any]) -> Author | None:
+    """None for posts that a linked channel passed on."""
+    if message.get("is_automatic_forward") is True:
+        return None
+    user, chat = _get(message, "from", dict), _get(message, "sender_chat", dict)
+    if chat is not None and (user is None or user.get("id") in SPEAKS_FOR_A_CHAT):
+        return Author(str(_need(chat, "id", int)), _name(chat, "title"))
+    if user is None:
+        return None
+    name = f"{_name(user, 'first_name')} {_name(user, 'last_name')}".strip()
+    return Author(str(_need(user, "id", int)), name, user.get("is_bot") is True)
+
+
+def _name(person: Mapping[str, Any], field: str) -> str:
+    return " ".join(clean((_get(person, field, str) or "")[:128]).split())
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """Text or caption; "" for service messages and bare media."""
+    text = _get(message, "text", str) or _get(message, "caption", str) or ""
+    return text[:MAX_TEXT].encode("utf-8", "ignore").decode().replace("\0", "").strip()
+
+
+def _replied(message: Mapping[str, Any], me: Me) -> bool:
+    """To a message of the bot; in a topic every message replies to the one that opened it, which says nothing."""
+    earlier = _get(message, "reply_to_message", dict)
+    if earlier is None or "forum_topic_created" in earlier:
+        return False
+    author = _get(earlier, "from", dict)
+    return author is not None and author.get("id") == me.id
+
+
+def _moved(message: Mapping[str, Any], chat_id: int) -> Moved | None:
+    new, old = _get(message, "migrate_to_chat_id", int), _get(message, "migrate_from_chat_id", int)
+    if new is None and old is None:
+        return None
+    pair = (chat_id, new) if new is not None else (old, chat_id)
+    return Moved(Channel(PLATFORM, str(pair[0])), Channel(PLATFORM, str(pair[1])))
+
+
+def _date(message: Mapping[str, Any]) -> datetime:
+    try:
+        return datetime.fromtimestamp(message["date"], UTC)
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        return datetime.now(UTC)
+
+
+def _get(fields: Mapping[str, Any], name: str, kind: type[T]) -> T | None:
+    value = fields.get(name)
+    if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+        return value
+    raise ValueError(f"{name} is no {kind.__name__}")
+
+
+def _need(fields: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    value = _get(fields, name, kind)
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    return value
