@@ -8,6 +8,7 @@ object with "text" and, if it should not be learnt, "weight": 0.
 from __future__ import annotations
 
 import json
+import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,10 @@ def write_tsv(path: Path, dialogues: Iterable[Dialogue]) -> int:
     """Write DialoGPT's format; returns how many dialogues."""
     count = 0
     with path.open("w", encoding="utf-8") as out:
-        for count, dialogue in enumerate(dialogues, start=1):
+        for dialogue in dialogues:
             turns = [f"{weight:d} {text}" for weight, text in dialogue]
             out.write(" EOS ".join(turns[:-1]) + "\t" + turns[-1] + "\n")
+            count += 1
     return count
 
 
@@ -71,7 +73,9 @@ def _from_json(line: str) -> Dialogue:
     turns = whole["turns"] if isinstance(whole, dict) else whole
     if not isinstance(turns, list):
         raise ValueError("the turns are a list")
-    return [(1, normalise(t)) if isinstance(t, str) else (int(t.get("weight", 1) > 0), normalise(t["text"])) for t in turns]
+    return [
+        (1, normalise(t)) if isinstance(t, str) else (int(t.get("weight", 1) > 0), normalise(t["text"])) for t in turns
+    ]
 
 
 def encode(
@@ -98,8 +102,6 @@ def encode(
 
 def batches(examples: Sequence[Example], tokens: int, seed: int) -> list[list[int]]:
     """Indices of `examples` in batches of at most `tokens` (padding counted), like lengths together, shuffled."""
-    import random
-
     rng = random.Random(seed)
     order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids) // 8, rng.random()))
     found: list[list[int]] = [[]]

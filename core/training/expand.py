@@ -134,7 +134,9 @@ class Expander:
         value = self._value(rng, told, fact)
         told.facts.pop(fact.noun, None)
         told.facts[fact.noun] = (fact, value)
-        return self._pair(rng, rng.choice(fact.change if change else fact.tell), rng.choice(fact.acknowledge), {"v": value}, told)
+        return self._pair(
+            rng, rng.choice(fact.change if change else fact.tell), rng.choice(fact.acknowledge), {"v": value}, told
+        )
 
     def _two_at_once(self, rng: random.Random, told: Told) -> list[Said]:
         like = rng.choice(memory.FAVORITES)
@@ -184,8 +186,7 @@ class Expander:
         asked = SLOT.sub(filler, slipped)
         if told.lower:
             asked = asked.lower()
-        said = [Said(weight, spelled(asked) or "hm"), Said(1, spelled(SLOT.sub(filler, bot)))]
-        return said
+        return [Said(weight, spelled(asked) or "hm"), Said(1, spelled(SLOT.sub(filler, bot)))]
 
     def _fill(self, rng: random.Random, told: Told) -> dict[str, str]:
         return {slot: value for slot, (_, value) in told.facts.items() if slot == "name"}

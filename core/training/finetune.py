@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from core.tokenizer import Tokenizer
@@ -86,9 +86,12 @@ def finetune(
     torch.manual_seed(recipe.seed)
     model, folder = _open(base, tokenizer_folder)
     tokenizer = Tokenizer.load(folder)
-    options = {"max_length": recipe.max_length, "reverse": recipe.reverse, "cut": recipe.cut}
-    examples = encode(read_dialogues(data), tokenizer, **options)
-    held_back = encode(read_dialogues(valid), tokenizer, **options) if valid else examples[::50]
+
+    def read(path: Path) -> list[Example]:
+        return encode(read_dialogues(path), tokenizer, recipe.max_length, reverse=recipe.reverse, cut=recipe.cut)
+
+    examples = read(data)
+    held_back = read(valid) if valid else examples[::50]
     if not valid:
         examples = [example for index, example in enumerate(examples) if index % 50]
     if not examples or not held_back:
@@ -128,7 +131,8 @@ class Trainer:
         quiet: bool = False,
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model, self.examples, self.held_back = model.to(self.device), examples, held_back
+        self.model, self.examples, self.held_back = model, examples, held_back
+        torch.nn.Module.to(model, self.device)
         self.recipe, self.out, self.quiet = recipe, out, quiet
         self.progress = Progress()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -148,9 +152,10 @@ class Trainer:
         threads = torch.get_num_threads()
         if self.parts > 1:
             torch.set_num_threads(1)  # parts of a batch side by side need no barrier at every operation
-        columns = [*Bar.get_default_columns()]
-        with Bar(*columns, disable=self.quiet) as bar, ThreadPoolExecutor(self.parts) as pool:
-            task = bar.add_task("training", total=1.0, completed=self.share_done)
+        torch.set_flush_denormal(True)  # numbers next to nothing make a CPU ten times slower
+        pool = ThreadPoolExecutor(self.parts, initializer=torch.set_flush_denormal, initargs=(True,))
+        with Bar(disable=self.quiet) as bar, pool:
+            task = bar.add_task("training", total=1)
             for step_batches in self._batches():
                 if self.share_done >= 1:
                     break
@@ -159,7 +164,10 @@ class Trainer:
                 if self.progress.step % 50 == 0:
                     self.progress.train.append((self.progress.step, sum(recent) / len(recent)))
                     recent.clear()
-                    text = f"step {self.progress.step} loss {self.progress.train[-1][1]:.3f} tokens {self.progress.tokens}"
+                    text = (
+                        f"step {self.progress.step} loss {self.progress.train[-1][1]:.3f} tokens {self.progress.tokens}"
+                    )
+                    self._note()
                     bar.update(task, completed=self.share_done, description=text)
                 if time.monotonic() - saved > self.recipe.save_every:
                     self._measure(pool)
@@ -188,7 +196,9 @@ class Trainer:
     def _batches(self) -> Iterator[list[list[int]]]:
         """`parts` batches at a time, epoch after epoch, from where the progress stands."""
         while True:
-            found = batches(self.examples, self.recipe.batch_tokens // self.parts, self.recipe.seed + self.progress.epoch)
+            found = batches(
+                self.examples, self.recipe.batch_tokens // self.parts, self.recipe.seed + self.progress.epoch
+            )
             for at in range(self.progress.batch, len(found), self.parts):
                 self.progress.batch = at + self.parts
                 yield found[at : at + self.parts]
@@ -226,11 +236,11 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.bfloat16):
             hidden = self.model.transformer(ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, D)
             logits = self.model.lm_head(hidden[learn[:, 1:]])  # (learnt, V)
-        return F.cross_entropy(logits.float(), ids[:, 1:][learn[:, 1:]], reduction="sum")
+        return cross_entropy(logits.float(), ids[:, 1:][learn[:, 1:]], reduction="sum")
 
     @torch.no_grad()
     def _measure(self, pool: ThreadPoolExecutor) -> None:
-        self.model.eval()
+        self.model.train(False)
         parts = [self.held_back[at : at + 16] for at in range(0, len(self.held_back), 16)]
 
         def loss(part: list[Example]) -> float:
@@ -251,6 +261,9 @@ class Trainer:
         }
         torch.save(state, half_done)
         half_done.rename(self.out / "checkpoint.pt")
+        self._note()
+
+    def _note(self) -> None:
         (self.out / "progress.json").write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
 
     def _resume(self) -> None:
@@ -302,7 +315,12 @@ def plot(progress: Progress, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
     for points, label in ((progress.train, "training"), (progress.valid, "held out")):
-        axes.plot([step for step, _ in points], [loss for _, loss in points], label=label, marker="." if len(points) < 40 else "")
+        axes.plot(
+            [step for step, _ in points],
+            [loss for _, loss in points],
+            label=label,
+            marker="." if len(points) < 40 else "",
+        )
     axes.set(xlabel="step", ylabel="loss per token (nats)", title=f"{progress.tokens / 1e6:.1f} million tokens")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -318,9 +336,9 @@ def write_card(path: Path, model: GPT2LMHeadModel, recipe: Recipe, progress: Pro
     path.write_text(
         f"""# A model for Palaver
 
-{size / 1e6:.1f} million parameters, trained with `palaver finetune` on {dialogues} dialogues: {progress.step} steps,
-{progress.tokens / 1e6:.2f} million tokens, {progress.seconds / 60:.0f} minutes. Loss per token: {train:.3f} in training,
-{valid:.3f} on held-out dialogues (perplexity {math.exp(valid):.1f}).
+{size / 1e6:.1f} million parameters, trained with `palaver finetune` on {dialogues} dialogues:
+{progress.step} steps, {progress.tokens / 1e6:.2f} million tokens, {progress.seconds / 60:.0f} minutes.
+Loss per token: {train:.3f} in training, {valid:.3f} on held-out dialogues (perplexity {math.exp(valid):.1f}).
 
 ![losses](losses.png)
 

@@ -13,9 +13,17 @@ SLANG = {
     "who's": "whos", "how's": "hows", "going to": "gonna", "want to": "wanna", "do you": "d you", "and": "n",
     "i'd": "id", "won't": "wont", "something": "smth", "right": "rite", "to": "2", "for": "4",
 }  # fmt: skip
-BEFORE = "hey | so | well | hmm | ok | oh | ok so | btw | by the way | um | hey palaver | and | but | also | now | hi | haha | lol | yo"
-AFTER = "lol | haha | :) | please | bro | man | then | buddy | my friend | though | palaver | ? | ?? | ! | !! | ... | :D | x"
-DROPPABLE = frozenset("do does is are the a an to of really so just very that it i".split())
+BEFORE = [
+    *("hey", "so", "well", "hmm", "ok", "oh", "ok so", "btw", "by the way", "um", "hey palaver", "and", "but"),
+    *("also", "now", "hi", "haha", "lol", "yo"),
+]
+AFTER = [
+    *("lol", "haha", ":)", "please", "bro", "man", "then", "buddy", "my friend", "though", "palaver"),
+    *("?", "??", "!", "!!", "...", ":D", "x"),
+]
+DROPPABLE = {
+    *("do", "does", "is", "are", "the", "a", "an", "to", "of", "really", "so", "just", "very", "that", "it", "i"),
+}
 
 
 def mistype(rng: random.Random, text: str) -> str:
@@ -51,7 +59,11 @@ def _letters(rng: random.Random, text: str) -> str:
     index = rng.choice(long)
     word, at = words[index], rng.randrange(1, len(words[index]) - 1)
     words[index] = rng.choice(
-        (word[:at] + word[at + 1] + word[at] + word[at + 2 :], word[:at] + word[at:][0] + word[at:], word[:at] + word[at + 1 :])
+        (
+            word[:at] + word[at + 1] + word[at] + word[at + 2 :],
+            word[:at] + word[at:][0] + word[at:],
+            word[:at] + word[at + 1 :],
+        )
     )
     return " ".join(words)
 
@@ -64,8 +76,8 @@ def _capital(rng: random.Random, text: str) -> str:
 
 def _around(rng: random.Random, text: str) -> str:
     if rng.random() < 0.5:
-        return f"{rng.choice(BEFORE.split(' | '))}{rng.choice(('', ','))} {text}"
-    return f"{text} {rng.choice(AFTER.split(' | '))}"
+        return f"{rng.choice(BEFORE)}{rng.choice(('', ','))} {text}"
+    return f"{text} {rng.choice(AFTER)}"
 
 
 def _drop_word(rng: random.Random, text: str) -> str:

@@ -1,0 +1,101 @@
+"""The model talks to itself for 30 turns. What goes wrong in long talks shows: empty, repeated, shorter replies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from core.engine.base import Engine, SamplingParams
+from core.evaluation.metrics import distinct, entropy, mean_length, slope
+from core.messages import Turn
+from core.text import normalise
+from core.tokenizer import Tokenizer
+from core.window import Window
+
+OPENERS = Path(__file__).parent / "openers.txt"
+"""200 things a stranger may say first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Shares are 0 to 1, lengths in words."""
+
+    replies: int
+    empty: float
+    repeated: float
+    """Equal to what the same side said the turn before."""
+    said_before: float
+    """Equal to anything that side said before in this talk."""
+    length: float
+    length_slope: float
+    """Words per turn; below 0 the replies dry up."""
+    ent4: float
+    dist1: float
+    dist2: float
+
+
+def read_openers() -> list[str]:
+    return OPENERS.read_text(encoding="utf-8").splitlines()
+
+
+class Talker:
+    """Continues talks given as plain texts, in the model's spelling."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams, budget: int) -> None:
+        self.engine, self.tokenizer, self.params = engine, tokenizer, params
+        room = engine.info.max_positions - min(params.max_tokens, engine.info.max_positions // 2)
+        self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room))
+
+    async def reply(self, texts: Sequence[str], seed: int) -> str:
+        """What comes after `texts`, oldest first, the last of them to be answered."""
+        roles = ("user", "assistant")
+        turns = [Turn(roles[i % 2], "", text, i) for i, text in enumerate(texts)]  # type: ignore[arg-type]
+        prompt = self.window.prompt(turns)
+        done = await self.engine.generate(prompt, replace(self.params, seed=seed, n=1))
+        return self.tokenizer.decode(done[0].token_ids).strip()
+
+
+async def self_chat(talker: Talker, opener: str, seed: int, turns: int = 30) -> list[str]:
+    """`turns` texts after the opener, both sides by the model; an empty one ends the talk."""
+    texts = [normalise(opener)]
+    for turn in range(turns):
+        texts.append(await talker.reply(texts, seed * 1000 + turn))
+        if not texts[-1]:
+            break
+    return texts
+
+
+def health(talks: Sequence[Sequence[str]]) -> Health:
+    """Over all texts but the openers."""
+    spoken = [text for talk in talks for text in talk[1:]]
+    again = before = 0
+    for talk in talks:
+        for i in range(1, len(talk)):
+            own = talk[i % 2 : i : 2]
+            again += bool(own) and talk[i] == own[-1]
+            before += talk[i] in own
+    rows = [[len(talk[i].split()) for talk in talks if i < len(talk)] for i in range(1, max(map(len, talks)))]
+    return Health(
+        replies=len(spoken),
+        empty=sum(not text for text in spoken) / len(spoken),
+        repeated=again / len(spoken),
+        said_before=before / len(spoken),
+        length=mean_length(spoken),
+        length_slope=slope([sum(row) / len(row) for row in rows]),
+        ent4=entropy(spoken, 4),
+        dist1=distinct(spoken, 1),
+        dist2=distinct(spoken, 2),
+    )
+
+
+async def self_chats(talker: Talker, count: int, *, turns: int = 30, seed: int = 1) -> list[list[str]]:
+    """`count` talks from the list of openers, 16 side by side."""
+    openers, gate = read_openers(), asyncio.Semaphore(16)
+
+    async def one(number: int) -> list[str]:
+        async with gate:
+            return await self_chat(talker, openers[number % len(openers)], seed + number, turns)
+
+    return list(await asyncio.gather(*(one(number) for number in range(count))))
