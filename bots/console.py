@@ -1,0 +1,119 @@
+"""The terminal, and the smallest bot: copy it to start a new platform.
+
+A person at a terminal has one conversation that goes on after a restart. Piped input is a script: a conversation of its
+own, one line out for every line in, then the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from core.delivery import NotAccepted
+from core.messages import Author, Channel, Message, Reply
+from core.text import MAX_CHARS, clean
+
+if TYPE_CHECKING:
+    from core.chat import Chat
+
+WELCOME = "This is a bot; it makes things up. /reset starts anew, /quit ends."
+AGAIN = "That is forgotten. Hello again!"
+UNHEARD = "(I can only read words.)"
+SILENCE = "(No answer came.)"
+
+
+class ConsoleBot:
+    name = "console"
+
+    def __init__(self, patience: float = 75.0) -> None:
+        """`patience`: seconds to wait for an answer, a little more than the queue's deadline."""
+        self.at_terminal = sys.stdin is not None and sys.stdin.isatty()
+        self.channel = Channel(self.name, "local" if self.at_terminal else secrets.token_hex(8))
+        self._patience = patience
+        self._asked: dict[str, asyncio.Future[str]] = {}
+
+    async def serve(self, chat: Chat) -> None:
+        """Returns at the end of the input or at /quit."""
+        self._show(f"{WELCOME}\n> " if self.at_terminal else "")
+        try:
+            async for line in read_lines():
+                if line == "/quit":
+                    break
+                said = await self._answer(chat, line)
+                self._show(f"\r\x1b[K{said}\n> " if self.at_terminal else f"{said}\n")
+        except BrokenPipeError:  # nobody reads on: `palaver chat | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    async def _answer(self, chat: Chat, text: str) -> str:
+        if text == "/reset":
+            await chat.reset(self.channel)
+            return AGAIN
+        if not text:
+            return ""
+        now = datetime.now(UTC)
+        message = Message(self.channel, secrets.token_hex(8), Author("you", "you"), text, now)
+        reply = self._asked[message.id] = asyncio.get_running_loop().create_future()
+        try:
+            await chat.receive(message)
+            if not chat.voice.hears(text):
+                return UNHEARD if self.at_terminal else ""
+            return await asyncio.wait_for(reply, self._patience)
+        except TimeoutError:
+            return SILENCE
+        except NotAccepted as error:
+            return f"({error})"
+        finally:
+            del self._asked[message.id]
+
+    # -- what the courier calls ----------------------------------------------------------------------------------
+
+    async def send(self, reply: Reply) -> str:
+        text = " ".join(clean(reply.text).split())
+        waiting = self._asked.get(reply.to)
+        if waiting and not waiting.done():
+            waiting.set_result(text)
+        elif reply.channel == self.channel:  # owed since before a restart
+            self._show(f"\r\x1b[K{text}\n> ")
+        return str(reply.id)  # a script that is gone reads nothing
+
+    async def find_sent(self, reply: Reply) -> str | None:
+        return None
+
+    async def typing(self, channel: Channel) -> None:
+        if self.at_terminal and channel == self.channel:
+            self._show("\r\x1b[K…")
+
+    def split(self, text: str) -> list[str]:
+        return [text]
+
+    def _show(self, text: str) -> None:
+        print(text, end="", flush=True)
+
+
+async def read_lines() -> AsyncIterator[str]:
+    """Standard input's lines, at most MAX_CHARS each, without white space around them; the loop runs on meanwhile."""
+    rest, more = b"", sys.stdin is not None
+    while more:
+        await _readable(0)
+        more = bool(chunk := os.read(0, 65_536))
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines if more or not rest else [rest]:
+            yield clean(line.decode("utf-8", "replace")).strip()[:MAX_CHARS]
+
+
+async def _readable(descriptor: int) -> None:
+    """Returns when reading would not block."""
+    ready, loop = asyncio.Event(), asyncio.get_running_loop()
+    try:
+        loop.add_reader(descriptor, ready.set)
+    except PermissionError:  # a plain file is always readable
+        return
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)

@@ -1,0 +1,409 @@
+"""The page's server, spoken to as a browser speaks: real HTTP and WebSockets on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+from pydantic import ValidationError
+
+from bots.web import COOKIE, WebBot, WebSettings, open_web
+from core.chat import BUSY
+from core.delivery import Unservable
+from core.settings import QueueLimits
+from tests.bots.house import House, until
+
+PATIENCE = 20.0
+
+
+def web(**settings: Any) -> WebBot:
+    return open_web(WebSettings(**{"web_port": 0, **settings}))
+
+
+class Page:
+    """The client half of the protocol, frames as they come."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self.socket = socket
+
+    async def say(self, id: str, text: str) -> None:
+        await self.socket.send_json({"id": id, "text": text})
+
+    async def hears(self, kind: str) -> Any:
+        """The next frame of this kind, others skipped; typing comes when it likes."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                frame = await self.socket.receive_json()
+                if kind in frame:
+                    return frame[kind]
+                assert "typing" in frame or kind != "quiet", frame
+
+    async def history(self) -> list[tuple[str, str]]:
+        await self.socket.send_json({"hello": True})
+        return [(turn["role"], turn["text"]) for turn in await self.hears("history")]
+
+
+@contextlib.asynccontextmanager
+async def browser(bot: WebBot) -> AsyncIterator[aiohttp.ClientSession]:
+    await until(lambda: bot.address)
+    async with aiohttp.ClientSession(bot.address, cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
+        yield session
+
+
+@contextlib.asynccontextmanager
+async def tab(session: aiohttp.ClientSession, **headers: str) -> AsyncIterator[Page]:
+    async with session.ws_connect("/ws", headers=headers) as socket:
+        yield Page(socket)
+
+
+async def test_a_question_is_stored_and_answered() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        assert await page.history() == []
+        await page.say("question-1", "  Hello there!")
+        assert await page.hears("stored") == {"id": "question-1", "text": "  Hello there!", "heard": True}
+        assert await page.hears("typing") is True
+        assert await page.hears("reply") == {"to": "question-1", "text": "You said Hello there!"}
+        assert await page.history() == [("user", "  Hello there!"), ("assistant", "You said Hello there!")]
+
+
+async def test_a_question_said_again_is_answered_once() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        for _ in range(3):
+            await page.say("question-1", "once")
+            await page.hears("stored")
+        await page.say("question-2", "twice")
+        assert (await page.hears("reply"))["to"] == "question-1"
+        assert (await page.hears("reply"))["to"] == "question-2"
+        assert len(house.engine.prompts) == 2
+
+
+async def test_tabs_share_a_conversation_and_browsers_do_not() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as mine, browser(bot) as other:
+        async with tab(mine) as first, tab(mine) as second, tab(other) as foreign:
+            await first.say("question-1", "my cat is called Ink")
+            assert (await second.hears("stored"))["text"] == "my cat is called Ink"
+            assert (await second.hears("reply"))["to"] == "question-1"
+            assert await foreign.history() == []
+            await foreign.say("question-1", "who is Ink?")
+            await foreign.hears("reply")
+            assert house.engine.prompts[-1] == ["who is Ink ?"]
+
+
+async def test_the_key_is_a_strict_cookie_and_its_channel_does_not_show_it() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        async with session.get("/") as response:
+            assert "Set-Cookie" not in response.headers
+        async with session.ws_connect("/ws") as socket:
+            cookie = socket._response.headers["Set-Cookie"]
+            key = socket._response.cookies[COOKIE].value
+        assert "HttpOnly" in cookie and "SameSite=Strict" in cookie and "Path=/" in cookie and len(key) == 32
+        assert "Secure" not in cookie
+        async with tab(session) as page:
+            await page.say("question-1", "hi")
+            await page.hears("reply")
+        assert [row.message.channel.platform for row in house.disk.rows] == ["web"]
+        assert key not in house.disk.rows[0].message.channel.id and len(house.disk.rows[0].message.channel.id) == 24
+        async with session.ws_connect("/ws", headers={"X-Forwarded-Proto": "https"}) as socket:
+            assert "Secure" in socket._response.headers["Set-Cookie"]
+
+
+async def test_a_made_up_cookie_is_replaced() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        for bad in ("short", "x" * 32 + "y", "../../etc/passwd-and-some-more-xx"):
+            async with session.ws_connect("/ws", headers={"Cookie": f"{COOKIE}={bad}"}) as socket:
+                assert socket._response.cookies[COOKIE].value != bad
+
+
+async def test_what_is_no_text_gets_a_hint_and_no_answer() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        await page.say("question-1", "🦄🦄")
+        assert await page.hears("stored") == {"id": "question-1", "text": "🦄🦄", "heard": False}
+        assert [row.state for row in house.disk.rows] == ["heard"]
+
+
+async def test_reset_starts_anew_in_every_tab() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page, tab(session) as second:
+        await page.say("question-1", "remember me")
+        await page.hears("reply")
+        await page.socket.send_json({"reset": True})
+        assert await page.hears("forgotten") is True
+        assert await second.hears("forgotten") is True
+        assert await page.history() == []
+        await page.say("question-2", "hello")
+        await page.hears("reply")
+        assert house.engine.prompts[-1] == ["hello"]
+
+
+async def test_long_and_broken_texts() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        await page.say("question-1", "word " * 1000)
+        assert len((await page.hears("stored"))["text"]) == 2000
+        await page.socket.send_str('{"id": "question-2", "text": "a\\u0000b\\ud800c\\u202ed"}')
+        assert (await page.hears("stored"))["text"] == "abcd"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "",
+        "no json",
+        "[1]",
+        '"text"',
+        "{}",
+        "[" * 20_000,
+        '{"id": "question-1"}',
+        '{"id": 1, "text": "a"}',
+        '{"id": "short", "text": "a"}',
+        '{"id": "with space!", "text": "a"}',
+        '{"id": "question-1", "text": ["a"]}',
+        '{"id": "' + "x" * 65 + '", "text": "a"}',
+    ],
+)
+async def test_a_bad_frame_is_an_error_and_the_talk_goes_on(frame: str) -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        await page.socket.send_str(frame)
+        assert await page.hears("error")
+        await page.socket.send_bytes(b"bytes")
+        assert await page.hears("error")
+        await page.say("question-9", "still there?")
+        assert await page.hears("reply")
+        assert len(house.disk.rows) == 1
+
+
+async def test_a_frame_too_long_ends_the_connection() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        await page.say("question-1", "x" * 40_000)
+        message = await page.socket.receive()
+        assert message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
+        assert page.socket.close_code == aiohttp.WSCloseCode.MESSAGE_TOO_BIG
+
+
+async def test_a_journal_that_takes_nothing_is_said_and_heals() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        house.journal._refuse = 1.0
+        await page.say("question-1", "hello")
+        assert await page.hears("later") == "question-1"
+        await page.socket.send_json({"reset": True})
+        assert await page.hears("error")
+        house.journal._refuse = 0.0
+        await page.say("question-1", "hello")
+        assert (await page.hears("reply"))["to"] == "question-1"
+
+
+async def test_more_than_fits_is_told_so() -> None:
+    house, bot = House(QueueLimits(per_channel=1)), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        house.engine.gate.clear()
+        await page.say("question-1", "one")
+        await until(lambda: house.engine.prompts)
+        for number in (2, 3, 4):
+            await page.say(f"question-{number}", "more")
+        assert await page.hears("reply") == {"to": "question-3", "text": BUSY}
+        house.engine.gate.set()
+        assert [(await page.hears("reply"))["to"] for _ in range(2)] == ["question-1", "question-2"]
+
+
+async def test_a_reply_made_while_nobody_looks_is_there_later() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        house.engine.gate.clear()
+        async with tab(session) as page:
+            await page.say("question-1", "hello")
+            await page.hears("stored")
+        house.engine.gate.set()
+        await until(lambda: house.disk.replies and house.disk.replies[0].reply.state == "sent")
+        async with tab(session) as page:
+            assert await page.history() == [("user", "hello"), ("assistant", "You said hello")]
+
+
+async def test_a_restart_answers_what_was_asked() -> None:
+    house, bot = House(), web()
+    async with browser_over_restarts() as session:
+        async with house.serve(bot):
+            await until(lambda: bot.address)
+            house.engine.gate.clear()
+            async with session.ws_connect(bot.address + "/ws") as socket:
+                await Page(socket).say("question-1", "hello")
+                await Page(socket).hears("stored")
+        house.engine.gate.set()
+        bot = web()
+        async with house.serve(bot):
+            await until(lambda: bot.address)
+            async with session.ws_connect(bot.address + "/ws") as socket:
+                page = Page(socket)
+                await page.say("question-1", "hello")  # as the page does for what has no answer yet
+                await until(lambda: house.disk.replies)
+                assert await page.history() == [("user", "hello"), ("assistant", "You said hello")]
+    assert len(house.disk.rows) == len(house.disk.replies) == 1
+
+
+@contextlib.asynccontextmanager
+async def browser_over_restarts() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
+        yield session
+
+
+async def test_what_is_said_while_the_history_is_read_comes_after_it() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot) as chat, browser(bot) as session, tab(session) as page:
+        await page.history()
+        (channel,) = bot._tabs
+        read = chat.history
+
+        async def slowly(*args: Any, **kwargs: Any) -> Any:
+            turns = await read(*args, **kwargs)
+            await bot.typing(channel)
+            return turns
+
+        chat.history = slowly  # type: ignore[method-assign]  # a reply arrives between the query and its frame
+        await page.socket.send_json({"hello": True})
+        async with asyncio.timeout(PATIENCE):
+            assert "history" in await page.socket.receive_json()
+            assert "typing" in await page.socket.receive_json()
+
+
+async def test_who_talks_too_fast_is_slowed_and_loses_nothing() -> None:
+    house, bot = House(QueueLimits(per_channel=1000)), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        await page.history()
+        began = asyncio.get_running_loop().time()
+        for number in range(23):
+            await page.say(f"question-{number}", f"number {number}")
+        assert [(await page.hears("reply"))["to"] for _ in range(23)] == [f"question-{n}" for n in range(23)]
+        assert asyncio.get_running_loop().time() - began > 1.4
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1"])
+async def test_pages_of_others_may_not_talk(origin: str) -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await session.ws_connect("/ws", headers={"Origin": origin})
+        assert refused.value.status == 403
+
+
+async def test_our_own_page_may_talk_and_a_proxy_that_is_set() -> None:
+    house, bot = House(), web(web_origin="https://Chat.example.com/")
+    async with house.serve(bot), browser(bot) as session:
+        for origin in (bot.address, "https://chat.example.com"):
+            async with tab(session, Origin=origin) as page:
+                assert await page.history() == []
+        async with session.get("/", headers={"Host": "chat.example.com"}) as response:
+            assert response.status == 200
+
+
+async def test_a_foreign_name_for_this_machine_is_refused() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        for host, status in (
+            ("evil.example:80", 421),
+            ("127.0.0.1.evil.example", 421),
+            ("localhost:1", 200),
+            ("[::1]", 200),
+        ):
+            async with session.get("/", headers={"Host": host}) as response:
+                assert response.status == status, host
+
+
+async def test_the_page_and_its_headers() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        for path, kind in (
+            ("/", "text/html"),
+            ("/style.css", "text/css"),
+            ("/script.js", "text/javascript"),
+            ("/icon.svg", "image/svg+xml"),
+        ):
+            async with session.get(path) as response:
+                assert response.status == 200 and response.content_type == kind
+                assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+                assert "unsafe" not in response.headers["Content-Security-Policy"]
+                assert response.headers["X-Content-Type-Options"] == "nosniff"
+                text = await response.text()
+                assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
+        for path in ("/index.html", "/../web.py", "/%2e%2e/web.py", "/nothing"):
+            async with session.get(path) as response:
+                assert response.status == 404
+
+
+async def test_metrics_and_health() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        async with session.get("/metrics") as response:
+            assert response.status == 200 and response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            assert "palaver_messages_received_total" in await response.text()
+        async with session.get("/livez") as response:
+            assert (response.status, await response.text()) == (200, "ok\n")
+        missing = ""
+
+        async def readiness() -> str:
+            return missing
+
+        async with session.get("/readyz") as response:
+            assert (response.status, await response.text()) == (503, "starting\n")
+        bot.readiness = readiness
+        async with session.get("/readyz") as response:
+            assert (response.status, await response.text()) == (200, "ready\n")
+        missing = "journal: the disk is full"
+        async with session.get("/readyz") as response:
+            assert (response.status, await response.text()) == (503, "journal: the disk is full\n")
+
+
+async def test_the_address_is_printed(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    house, bot = House(), web()
+    with caplog.at_level(logging.INFO):
+        async with house.serve(bot), browser(bot):
+            assert capsys.readouterr().out == f"Palaver talks at {bot.address}\n"
+            assert f"Palaver talks at {bot.address}" in caplog.text and "whoever" not in caplog.text
+    assert bot.address == ""
+
+
+async def test_an_open_house_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    house, bot = House(), web(web_host="0.0.0.0")
+    async with house.serve(bot), browser(bot):
+        assert "whoever reaches this machine may chat" in caplog.text
+
+
+async def test_a_port_that_is_taken_says_the_mend() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(Unservable, match=f"^WEB_PORT: port {port} is taken; set another, .* WEB_PORT={port + 1}$"):
+            async with House().serve(bot := web(web_port=port)):
+                await until(lambda: bot.address or house_ended())
+
+
+def house_ended() -> bool:
+    """The bot's task is gone as soon as nothing serves."""
+    return not any("WebBot.serve" in repr(task.get_coro()) for task in asyncio.all_tasks())
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+async def test_a_host_that_is_not_ours_says_the_mend(host: str) -> None:
+    with pytest.raises(Unservable, match=r"^WEB_HOST: .* WEB_HOST=127\.0\.0\.1$"):
+        async with House().serve(web(web_host=host)):
+            await until(house_ended)
+
+
+@pytest.mark.parametrize("origin", ["chat.example.com", "https://a/b", "ftp://a", "https://u:p@a", "https://"])
+def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
+    with pytest.raises(ValidationError, match="must be http:// or https://"):
+        WebSettings(web_origin=origin)
