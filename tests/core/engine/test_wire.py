@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from core.engine import wire
 from core.engine.base import Completion, EngineError, Failed, SamplingParams
 
-GOOD = {"prompt": [1, 2], "params": {}, "session": "", "deadline": None}
+GOOD: dict[str, Any] = {"prompt": [1, 2], "params": {}, "session": "", "deadline": None}
 
 
 @given(
