@@ -1,0 +1,133 @@
+"""Sampling, rule by rule against Transformers' processors, and in distribution."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from core.engine.base import SamplingParams
+from core.engine.sampler import distribution, draw, process, repeated
+
+EOS = 11
+
+
+def processors(params: SamplingParams, prompt_len: int) -> Any:
+    """What `generate` would use, in its order."""
+    chain: list[Any] = []
+    if params.repetition_penalty != 1:
+        chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.no_repeat_ngram:
+        chain.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram))
+    chain.append(MinNewTokensLengthLogitsProcessor(prompt_len, 1, EOS))
+    chain.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        chain.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        chain.append(TopPLogitsWarper(params.top_p))
+    return LogitsProcessorList(chain)
+
+
+def dense(scores: Tensor, params: SamplingParams) -> Tensor:
+    ids, probabilities = distribution(scores, params)
+    out = torch.zeros(len(scores), dtype=torch.float64)
+    out[ids] = probabilities
+    return out
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    vocab=st.integers(20, 400),
+    length=st.integers(1, 40),
+    prompt_len=st.integers(1, 40),
+    temperature=st.floats(0.1, 3),
+    top_k=st.sampled_from([0, 1, 2, 5, 40, 1000]),
+    top_p=st.floats(0.05, 1),
+    penalty=st.sampled_from([1.0, 1.3, 0.8, 5.0]),
+    ngram=st.sampled_from([0, 1, 2, 3]),
+    coarse=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_same_distribution_as_transformers(
+    seed: int,
+    vocab: int,
+    length: int,
+    prompt_len: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    penalty: float,
+    ngram: int,
+    coarse: bool,
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(vocab, generator=rng) * 4
+    if coarse:  # ties, as bfloat16 makes them
+        logits, top_p = logits.round(), 1.0
+    length = max(length, prompt_len)
+    tokens = torch.randint(min(vocab, 12), (length,), generator=rng).tolist()
+    params = SamplingParams(temperature, top_k, top_p, penalty, ngram)
+    banned = EOS if length == prompt_len else None
+    want = processors(params, prompt_len)(torch.tensor([tokens]), logits[None].clone())[0].softmax(0)
+    got = dense(process(logits, tokens, params, banned), params)
+    torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_greedy_is_argmax_and_the_logprob_is_unfiltered() -> None:
+    logits = torch.tensor([0.0, 3.0, 3.0, 1.0])
+    params = SamplingParams(temperature=0, repetition_penalty=2)
+    token, logprob = draw(logits, [1], params, random.Random(0), eos_id=3, is_first=False)
+    assert token == 2
+    assert logprob == pytest.approx(float(logits.log_softmax(0)[2]))
+    assert draw(logits, [0], SamplingParams(temperature=0), random.Random(0), eos_id=3, is_first=False)[0] == 1
+
+
+def test_eos_is_never_first_and_free_afterwards() -> None:
+    logits = torch.tensor([0.0, 1.0, 50.0])
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature)
+        assert all(draw(logits, [0], params, random.Random(i), eos_id=2, is_first=True)[0] != 2 for i in range(50))
+        assert draw(logits, [0], params, random.Random(0), eos_id=2, is_first=False)[0] == 2
+
+
+def test_a_vocabulary_that_is_used_up_may_repeat() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    params = SamplingParams(temperature=0, no_repeat_ngram=1)
+    assert draw(logits, [0, 1, 2], params, random.Random(0), eos_id=2, is_first=True)[0] == 1
+
+
+def test_draws_follow_the_distribution() -> None:
+    """Chi-square over 20,000 draws, with top_k and top_p in play."""
+    logits = torch.randn(60, generator=torch.Generator().manual_seed(3)) * 2
+    params = SamplingParams(temperature=0.9, top_k=20, top_p=0.9)
+    expected = dense(logits, params)
+    rng = random.Random(1)
+    n = 20_000
+    counts = Counter(draw(logits, [0], params, rng, eos_id=59, is_first=False)[0] for _ in range(n))
+    assert set(counts) <= set(expected.nonzero()[:, 0].tolist())
+    degrees = int((expected > 0).sum()) - 1
+    chi = sum((counts[i] - n * float(p)) ** 2 / (n * float(p)) for i, p in enumerate(expected) if p > 0)
+    assert chi < degrees + 5 * (2 * degrees) ** 0.5
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 4))
+def test_repeated_ngrams_by_hand(tokens: list[int], n: int) -> None:
+    grams = {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+    tail = tuple(tokens[len(tokens) - n + 1 :]) if n > 1 else ()
+    want = {t for t in range(4) if (*tail, t) in grams} if len(tokens) >= n else set()
+    assert repeated(tokens, n) == want

@@ -1,0 +1,273 @@
+"""Scheduler and KV cache, without a model: a counting machine draws the tokens."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from core.engine.base import Cancelled, Completion, EngineError, Failed, QueueFull, SamplingParams
+from core.engine.kv_cache import ROUND, KVCache, common_prefix
+from core.engine.scheduler import Scheduler
+from core.engine.sequence import Request, Span
+
+EOS = 9
+
+
+def make_scheduler(total: int = 4 * ROUND, **options: int) -> Scheduler:
+    limits = {"max_running": 8, "token_budget": 64, "max_waiting": 100} | options
+    return Scheduler(KVCache(total), max_positions=2 * ROUND, eos_id=EOS, draw_seed=lambda: 5, **limits)
+
+
+class Client:
+    """Asks, and remembers how it ended."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.ends: dict[int, list[Completion] | EngineError] = {}
+
+    def ask(self, prompt: list[int], session: str = "", deadline: float | None = None, **params: Any) -> Request:
+        number = len(self.ends)
+        self.ends[number] = []
+
+        def deliver(end: list[Completion] | EngineError) -> None:
+            assert self.ends[number] == [], "delivered twice"
+            self.ends[number] = end
+
+        request = Request(prompt, SamplingParams(**({"max_tokens": 5} | params)), session, deadline, deliver)
+        self.scheduler.add(request)
+        return request
+
+    def end(self, number: int = -1) -> Any:
+        return list(self.ends.values())[number]
+
+
+def next_token(tokens: list[int], seed: int = 0) -> int:
+    """A stand-in for a model: depends on all that stands before."""
+    return random.Random(f"{seed} {tokens}").randrange(EOS + 1)
+
+
+def step(scheduler: Scheduler, bad: frozenset[int] = frozenset()) -> list[Span]:
+    """Run what is scheduled; prompts that hold an id of `bad` have bad numbers."""
+    spans = scheduler.schedule()
+    for span in spans:
+        assert span.sequence.slot
+        assert len(span.sequence.slot.tokens) == span.start
+        span.sequence.slot.copy_from = None  # the runner has copied it
+    last = [s.sequence for s in spans if s.is_last]
+    drawn = [None if bad & set(s.tokens) else (next_token(s.tokens), -1.0) for s in last]
+    scheduler.update(spans, drawn)
+    scheduler.check_integrity()
+    return spans
+
+
+def finish(scheduler: Scheduler) -> None:
+    for _ in range(10_000):
+        if not step(scheduler):
+            return
+    raise AssertionError("it never ends")
+
+
+def expected(prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens and (token := next_token(tokens)) != EOS:
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+def test_decode_rows_come_first_and_prompts_are_cut() -> None:
+    scheduler = make_scheduler(token_budget=20)
+    client = Client(scheduler)
+    client.ask([1, 2, 4], max_tokens=100)
+    step(scheduler)
+    client.ask([1] * 50)
+    client.ask([2] * 30)
+    shapes = [[(s.start, s.count) for s in step(scheduler)] for _ in range(3)]
+    assert shapes == [[(3, 1), (0, 19)], [(4, 1), (19, 19)], [(5, 1), (38, 12), (0, 7)]]
+
+
+def test_first_come_first_served() -> None:
+    scheduler = make_scheduler(max_running=1)
+    client = Client(scheduler)
+    for i in range(5):
+        client.ask([i + 1, 2])
+    order = []
+    while spans := step(scheduler):
+        order.append(spans[0].sequence.prompt_len and spans[0].sequence.request.prompt[0])
+    assert order == sorted(order)
+
+
+def test_a_big_request_is_not_overtaken_for_want_of_room() -> None:
+    scheduler = make_scheduler(total=2 * ROUND)
+    client = Client(scheduler)
+    client.ask([1], max_tokens=20)
+    step(scheduler)
+    client.ask([2] * 200)
+    client.ask([3])
+    assert {s.sequence.request.prompt[0] for s in step(scheduler)} == {1}
+    finish(scheduler)
+    assert all(client.ends.values())
+
+
+def test_idle_slots_leave_in_order_of_last_use() -> None:
+    scheduler = make_scheduler(total=3 * ROUND)
+    client = Client(scheduler)
+    for session in ("a", "b", "c", "a", "d"):
+        client.ask([1, 2, 3], session)
+        finish(scheduler)
+    assert [slot.session for slot in scheduler.cache.idle] == ["c", "a", "d"]
+
+
+def test_a_slot_grows_by_moving_and_keeps_its_prefix() -> None:
+    cache = KVCache(4 * ROUND)
+    small = cache.acquire("s", [1] * 100, 120)
+    assert small
+    small.tokens += [1] * 100
+    cache.release(small, keep=True)
+    large = cache.acquire("s", [1] * 110 + [2], 200)
+    assert large and large.copy_from is small and large.tokens == [1] * 100
+    assert cache.used == 2 * ROUND
+    large.copy_from = None
+    cache.release(large, keep=True)
+    cache.check_integrity()
+
+
+def test_another_sessions_cache_is_never_used() -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    client.ask([1, 2, 3, 4], "a")
+    finish(scheduler)
+    client.ask([1, 2, 3, 4], "b")
+    finish(scheduler)
+    client.ask([1, 2, 3, 4])
+    finish(scheduler)
+    assert [end[0].cached_tokens for end in client.ends.values() if isinstance(end, list)] == [0, 0, 0]
+
+
+def test_a_forgotten_session_leaves_nothing_even_while_it_runs() -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    client.ask([1, 2, 3], "a", max_tokens=50)
+    step(scheduler)
+    scheduler.cache.forget("a")
+    finish(scheduler)
+    assert client.end()
+    assert scheduler.cache.used == 0
+
+
+def test_bad_numbers_cost_the_session_its_cache_and_one_retry() -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    client.ask([1, 2, 3], "a")
+    finish(scheduler)
+    client.ask([1, 2, 3, 6], "a")
+    client.ask([1, 2, 3, 7], "b")
+    step(scheduler, bad=frozenset([6]))
+    assert all(slot.session != "a" for slot in scheduler.cache.idle)
+    finish(scheduler)
+    assert client.end(1)[0].token_ids == expected([1, 2, 3, 6], 5)
+    client.ask([8, 8], "a", n=3)
+    for _ in range(4):
+        step(scheduler, bad=frozenset([8]))
+    assert isinstance(client.end(), Failed)
+    assert not scheduler.running
+
+
+def test_deadlines_and_full_queues() -> None:
+    scheduler = make_scheduler(max_running=1, max_waiting=2)
+    client = Client(scheduler)
+    client.ask([1], max_tokens=100)
+    step(scheduler)
+    client.ask([2], deadline=10.0)
+    client.ask([3])
+    client.ask([4])
+    assert isinstance(client.end(), QueueFull)
+    scheduler.expire(9.9)
+    assert client.end(1) == []
+    scheduler.expire(10.0)
+    assert isinstance(client.end(1), Cancelled)
+    scheduler.check_integrity()
+
+
+def test_common_prefix() -> None:
+    assert [common_prefix(a, [1, 2, 3]) for a in ([], [1], [1, 2, 3, 4], [1, 9, 3], [2])] == [0, 1, 3, 1, 0]
+
+
+class Traffic(RuleBasedStateMachine):
+    """Requests come and go in any order; the books stay right and every answer is what the prompt alone decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = make_scheduler(total=5 * ROUND, max_running=4, token_budget=24, max_waiting=6)
+        self.client = Client(self.scheduler)
+        self.asked: list[tuple[Request, list[int], int, bool]] = []
+        self.bad: frozenset[int] = frozenset()
+
+    @rule(
+        prompt=st.lists(st.integers(0, 8), min_size=1, max_size=30),
+        long=st.booleans(),
+        session=st.sampled_from(["", "a", "b", "c"]),
+        max_tokens=st.integers(1, 40),
+        n=st.integers(1, 3),
+    )
+    def ask(self, prompt: list[int], long: bool, session: str, max_tokens: int, n: int) -> None:
+        prompt = prompt * 6 if long else prompt
+        request = self.client.ask(prompt, session, max_tokens=max_tokens, n=n)
+        self.asked.append((request, prompt, max_tokens, False))
+
+    @rule(count=st.integers(1, 12))
+    def run(self, count: int) -> None:
+        for _ in range(count):
+            step(self.scheduler, self.bad)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.asked)
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.asked))[0]
+        self.scheduler.give_up(request, Cancelled("by the test"))
+
+    @rule(session=st.sampled_from(["a", "b", "c"]))
+    def forget(self, session: str) -> None:
+        self.scheduler.cache.forget(session)
+        assert all(s.session != session for s in (*self.scheduler.cache.idle, *self.scheduler.cache.running))
+
+    @rule()
+    def drop_idle(self) -> None:
+        self.scheduler.cache.drop_idle()
+
+    @rule(bad=st.frozensets(st.integers(0, 8), max_size=2))
+    def spoil(self, bad: frozenset[int]) -> None:
+        self.bad = bad
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.scheduler.check_integrity()
+
+    def teardown(self) -> None:
+        self.bad = frozenset()
+        finish(self.scheduler)
+        assert not self.scheduler.running and not self.scheduler.waiting and not self.scheduler.cache.running
+        for (_, prompt, max_tokens, _), end in zip(self.asked, self.client.ends.values(), strict=True):
+            assert end != []
+            if isinstance(end, list):
+                want = expected(prompt, min(max_tokens, 2 * ROUND - len(prompt)))
+                assert [c.token_ids for c in end] == [want] * len(end)
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_candidates_prefill_their_prompt_once(n: int) -> None:
+    scheduler = make_scheduler(total=20 * ROUND)
+    client = Client(scheduler)
+    client.ask([1] * 40, n=n, max_tokens=3)
+    rows = 0
+    while spans := step(scheduler):
+        rows += sum(s.count for s in spans)
+    assert rows <= 40 + n * 3

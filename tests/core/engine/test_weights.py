@@ -1,0 +1,186 @@
+"""Every form a checkpoint comes in says the same; every broken one is one clear line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.engine import weights
+from core.engine.base import BadCheckpoint
+from core.engine.torch_engine import TorchEngine
+from tests.checkpoints import make_checkpoint, make_config, make_tensors, save_tensors
+from tests.core.engine.oracle import ask, greedy, prompts
+
+Open = Callable[..., Coroutine[Any, Any, TorchEngine]]
+Make = Callable[..., Path]
+
+FORMS: dict[str, dict[str, Any]] = {
+    "safetensors": {},
+    "bin": {"form": "bin"},
+    "no prefix": {"prefix": False},
+    "bin, no prefix, buffers": {"form": "bin", "prefix": False, "buffers": True},
+    "buffers": {"buffers": True},
+    "lm_head beside the tie": {"head": "explicit"},
+    "lm_head in a bin": {"head": "explicit", "form": "bin"},
+    "shards": {"form": "safetensors-shards"},
+    "bin shards": {"form": "bin-shards", "buffers": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_every_form_says_the_same(engine: Open, checkpoint: Make, form: str) -> None:
+    e = await engine(checkpoint("odd", **FORMS[form]))
+    for prompt in prompts([3, 40], 301):
+        assert (await ask(e, prompt)).token_ids == greedy(checkpoint("odd"), prompt)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+async def test_half_precision_files_run_in_float32(engine: Open, checkpoint: Make, form: str) -> None:
+    folder = checkpoint("plain", dtype=torch.float16, form=form)
+    e = await engine(folder)
+    for prompt in prompts([3, 40], 384):
+        assert (await ask(e, prompt)).token_ids == greedy(folder, prompt)
+
+
+async def test_a_head_of_its_own(engine: Open, checkpoint: Make) -> None:
+    """The reverse model's file calls it lm_head.decoder.weight."""
+    own, reverse = checkpoint("plain", head="own"), checkpoint("plain", head="decoder", form="bin", prefix=False)
+    e, r = await engine(own), await engine(reverse)
+    for prompt in prompts([3, 40], 384):
+        want = greedy(own, prompt)
+        assert want != greedy(checkpoint("plain"), prompt)
+        assert (await ask(e, prompt)).token_ids == (await ask(r, prompt)).token_ids == want
+
+
+def test_dialogpts_own_config_has_defaults(tmp_path: Path) -> None:
+    """The first DialoGPT files name neither model_type nor eos, activation or tying."""
+    sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024, "n_ctx": 1024}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(sizes | {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02}), "utf-8")
+    config = weights.read_config(path)
+    assert (config.eos_id, config.n_inner, config.activation, config.tied) == (50256, 3072, "tanh", True)
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        change(tensors)
+        path.unlink()
+        save_file(tensors, path)
+
+    return edit
+
+
+def cut(name: str, keep: int | float) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(keep if keep > 1 else len(data) * keep)])
+
+    return edit
+
+
+def poison(value: float) -> Callable[[Path], None]:
+    def put(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] = value
+
+    return edit_tensors(put)
+
+
+def resave(form: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        save_tensors(folder, make_tensors(make_config("plain")), form)
+
+    return edit
+
+
+def then(*edits: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        for one in edits:
+            one(folder)
+
+    return edit
+
+
+class Dangerous:
+    """Pickled code, not weights."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, ("1 + 1",)
+
+
+def dangerous(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"wte.weight": Dangerous()}, folder / "pytorch_model.bin")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another family": (edit_config(model_type="llama"), "config.json: model_type is llama"),
+    "cross attention": (edit_config(add_cross_attention=True), "config.json: add_cross_attention"),
+    "another activation": (edit_config(activation_function="silu"), "activation_function silu"),
+    "no size": (edit_config(n_layer=None), "n_layer is None"),
+    "heads that do not divide": (edit_config(n_head=5), "n_embd 64 is not a multiple of n_head 5"),
+    "eos outside": (edit_config(eos_token_id=50256), "eos_token_id 50256 is not in the vocabulary of 384"),
+    "config no JSON": (cut("config.json", 0.5), "config.json cannot be read"),
+    "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json cannot be read"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
+    "header cut": (cut("model.safetensors", 100), "model.safetensors is damaged or cut short"),
+    "data cut": (cut("model.safetensors", 0.7), "model.safetensors is damaged or cut short"),
+    "empty": (cut("model.safetensors", 0), "model.safetensors is damaged or cut short"),
+    "bin cut": (then(resave("bin"), cut("pytorch_model.bin", 0.7)), "pytorch_model.bin is damaged, cut short"),
+    "bin empty": (then(resave("bin"), cut("pytorch_model.bin", 0)), "pytorch_model.bin is damaged, cut short"),
+    "bin with code": (dangerous, "pytorch_model.bin is damaged, cut short, or holds more than weights"),
+    "a git-lfs pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
+        "model.safetensors is damaged or cut short",
+    ),
+    "shard missing": (
+        then(resave("bin-shards"), lambda f: (f / "pytorch_model-00002-of-00002.bin").unlink()),
+        "names pytorch_model-00002-of-00002.bin, which is not there",
+    ),
+    "index broken": (then(resave("bin-shards"), cut("pytorch_model.bin.index.json", 0.5)), "is not an index of shards"),
+    "one missing": (edit_tensors(lambda t: t.pop("transformer.ln_f.bias")), "lacks ln_f.bias"),
+    "many missing": (edit_config(n_layer=3), "lacks h.2.attn.c_attn.bias, .* and 9 more"),
+    "surplus": (edit_config(n_layer=1), "has unknown h.1.attn.c_attn.bias"),
+    "wrong shape": (edit_config(n_positions=300), r"wpe.weight has shape \(256, 64\), config.json says \(300, 64\)"),
+    "wrong vocabulary": (edit_config(vocab_size=400), r"wte.weight has shape \(384, 64\)"),
+    "NaN": (poison(float("nan")), "h.1.mlp.c_fc.weight holds NaN or infinity"),
+    "infinity": (poison(float("inf")), "h.1.mlp.c_fc.weight holds NaN or infinity"),
+    "whole numbers": (
+        edit_tensors(lambda t: t.update({"transformer.ln_f.bias": torch.zeros(64, dtype=torch.int8)})),
+        "ln_f.bias is torch.int8",
+    ),
+    "an untied head": (
+        edit_tensors(lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1})),
+        "lm_head.weight differs from wte.weight",
+    ),
+    "no head": (edit_config(tie_word_embeddings=False), "lacks lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path, name: str) -> None:
+    edit, words = BROKEN[name]
+    folder = make_checkpoint(tmp_path / "model", "plain")
+    edit(folder)
+    with pytest.raises(BadCheckpoint) as caught:
+        weights.load(folder)
+    line = str(caught.value)
+    assert re.search(words, line), line
+    assert str(folder) in line and "\n" not in line and len(line) < 400
