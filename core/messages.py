@@ -53,7 +53,7 @@ class Message:
     server: str = ""
     """The Discord server or Telegram group it was said in; "" in a direct message. For caps and lists."""
     account: str = ""
-    """Whose message ids these are, where each of our accounts sees its own (Telegram); "" where ids are the platform's."""
+    """Whose message ids these are, where each of our accounts has its own (Telegram); else ""."""
 
 
 @dataclass(frozen=True, slots=True)

