@@ -62,7 +62,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     except RevisionNotFoundError as error:
         raise BadCheckpoint(f"{name} has no revision {revision}: check MODEL_REVISION") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise BadCheckpoint(f"{name} is no folder here and no repository on the hub: check MODEL") from error
+        raise BadCheckpoint(f"{name} is no folder here and no public repository on the hub: check MODEL") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise BadCheckpoint(
             f"{name} is no folder here, not in the hub's cache, and the hub is out of reach: fetch it once while online"

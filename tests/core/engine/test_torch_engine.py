@@ -188,7 +188,8 @@ class Faulty:
         self._model = engine.core.runner.model
         self._spoil = spoil
         self.largest = 0
-        engine.core.runner.model = self  # type: ignore[assignment]
+        runner: Any = engine.core.runner
+        runner.model = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
