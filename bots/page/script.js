@@ -120,8 +120,7 @@ function typing() {
   if (!first) return;
   const follow = atEnd();
   const box = exchanges.get(first[0]).box;
-  const dots = document.querySelector(".typing") || bubble("bot typing", "Palaver is typing");
-  if (!dots.querySelector("i")) dots.append(...[1, 2, 3].map(() => document.createElement("i")));
+  const dots = document.querySelector(".typing") || typingDots();
   if (dots.parentNode !== box) box.append(dots);
   clearTimeout(typingEnds);
   typingEnds = setTimeout(quiet, TYPING_LASTS);
@@ -136,8 +135,7 @@ function quiet() {
 // -- what is shown ----------------------------------------------------------------------------------------------
 
 function put(id, text) {
-  const exchange = { box: document.createElement("div") };
-  exchange.box.className = "exchange";
+  const exchange = { box: make("div", "exchange") };
   exchange.box.classList.toggle("sending", waiting.get(id)?.stored === false);
   if (text) exchange.box.append(bubble("person", "You said: ", text));
   talk.append(exchange.box);
@@ -163,26 +161,28 @@ function settle(id) {
   if (waiting.delete(id)) keep();
 }
 
-function bubble(kind, who, text = "") {
-  const element = document.createElement("div");
-  element.className = "bubble " + kind + (connected ? " new" : "");
-  const unseen = document.createElement("span");
-  unseen.className = "unseen";
-  unseen.textContent = who;
-  const words = document.createElement("span");
-  words.className = "words";
-  words.textContent = text;
-  element.append(unseen, words);
+function bubble(kind, who, text) {
+  const element = make("div", "bubble " + kind + (connected ? " new" : ""));
+  element.append(make("span", "unseen", who), make("span", "words", text));
+  return element;
+}
+
+function typingDots() {
+  const element = make("div", "bubble bot typing");
+  element.append(make("span", "unseen", "Palaver is typing"), make("i"), make("i"), make("i"));
+  return element;
+}
+
+function make(tag, kind = "", text = "") {
+  const element = document.createElement(tag);
+  element.className = kind;
+  element.textContent = text;
   return element;
 }
 
 function note(exchange, text) {
   exchange.box.querySelector(".note")?.remove();
-  if (!text) return;
-  const line = document.createElement("p");
-  line.className = "note";
-  line.textContent = text;
-  exchange.box.append(line);
+  if (text) exchange.box.append(make("p", "note", text));
 }
 
 function show() {

@@ -1,0 +1,301 @@
+"""The page as a person sees it: headless Chromium, the real server, a house in memory that can be restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
+
+from bots.web import WebBot, WebSettings
+from tests.bots.house import House, until
+
+PATIENCE = 30_000.0  # ms; the machine may be busy
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def chromium() -> AsyncIterator[Browser]:
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not path:
+        pytest.fail("no Chromium on this machine; install it, for example: apt-get install chromium", pytrace=False)
+    expect.set_options(timeout=PATIENCE)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=path, args=FLAGS, timeout=60_000)
+        yield browser
+        await browser.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def browser(chromium: Browser) -> AsyncIterator[Browser]:
+    """The one Chromium; what a test opened in it is closed."""
+    yield chromium
+    for context in chromium.contexts:
+        await context.close()
+
+
+@pytest.fixture
+def bot() -> WebBot:
+    """On a port that stays its own over a restart."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return WebBot(WebSettings(web_port=free.getsockname()[1]))
+
+
+async def visit(where: Browser | BrowserContext, bot: WebBot, **context: Any) -> Page:
+    """The page, connected."""
+    await until(lambda: bot.address)
+    page = await (await where.new_context(**context) if isinstance(where, Browser) else where).new_page()
+    page.set_default_timeout(PATIENCE)
+    await page.goto(bot.address)
+    await expect(page.locator("#connection")).to_have_attribute("data-state", "connected")
+    return page
+
+
+async def say(page: Page, text: str) -> None:
+    await page.get_by_label("Your message").fill(text)
+    await page.keyboard.press("Enter")
+
+
+def said(page: Page) -> Any:
+    return page.locator(".bubble .words")
+
+
+async def test_talks_and_shows_typing(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        complaints: list[str] = []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        await expect(page.get_by_role("heading", name="Say something")).to_be_visible()
+        await expect(page.get_by_text("A bot, not a person.")).to_be_visible()
+        house.engine.gate.clear()
+        await say(page, "Hello there!")
+        await expect(page.locator(".typing")).to_be_visible()
+        await expect(page.get_by_role("heading", name="Say something")).to_be_hidden()
+        house.engine.gate.set()
+        await expect(said(page)).to_have_text(["Hello there!", "You said Hello there!"])
+        await expect(page.locator(".typing")).to_have_count(0)
+        await expect(page.get_by_label("Your message")).to_be_focused()
+        await page.reload()
+        await expect(said(page)).to_have_text(["Hello there!", "You said Hello there!"])
+        assert complaints == []
+
+
+async def test_shift_enter_makes_a_new_line_and_a_suggestion_speaks(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await page.get_by_role("button", name="Tell me a joke").click()
+        await expect(said(page)).to_have_text(["Tell me a joke", "You said Tell me a joke"])
+        field = page.get_by_label("Your message")
+        low = (await field.bounding_box() or {"height": 0})["height"]
+        await field.focus()
+        for number in range(3):
+            await page.keyboard.type(f"line {number}")
+            await page.keyboard.press("Shift+Enter")
+        assert (await field.bounding_box() or {"height": 0})["height"] > low + 40
+        await page.get_by_role("button", name="Send").click()
+        await expect(said(page)).to_have_count(4)
+        assert await said(page).nth(2).inner_text() == "line 0\nline 1\nline 2"
+        assert (await field.bounding_box() or {"height": 0})["height"] == low
+
+
+async def test_two_browsers_are_apart_and_two_tabs_are_not(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        first = await visit(browser, bot)
+        tab = await visit(first.context, bot)
+        other = await visit(browser, bot)
+        await say(first, "my secret is a heron")
+        await expect(said(tab)).to_have_text(["my secret is a heron", "You said my secret is a heron"])
+        await say(other, "any secrets?")
+        await expect(said(other)).to_have_text(["any secrets?", "You said any secrets?"])
+        assert house.engine.prompts[-1] == ["any secrets ?"]
+        late = await visit(first.context, bot)
+        await expect(said(late)).to_have_text(["my secret is a heron", "You said my secret is a heron"])
+
+
+async def test_survives_a_restart_of_the_server(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, "first")
+        await expect(said(page)).to_have_text(["first", "You said first"])
+        house.engine.gate.clear()
+        await say(page, "second")
+        await expect(page.locator(".typing")).to_be_visible()
+        await expect(page.locator(".exchange.sending")).to_have_count(0)
+    await expect(page.locator("#connection")).to_have_attribute("data-state", "lost")
+    await say(page, "third, said to nobody")
+    await expect(page.locator(".exchange.sending")).to_have_count(1)
+    house.engine.gate.set()
+    async with house.serve(bot):
+        await expect(page.locator("#connection")).to_have_attribute("data-state", "connected")
+        talk = [
+            *("first", "You said first", "second", "You said second"),
+            *("third, said to nobody", "You said third, said to nobody"),
+        ]
+        await expect(said(page)).to_have_text(talk)
+        await expect(page.locator(".exchange.sending")).to_have_count(0)
+        await page.reload()
+        await expect(said(page)).to_have_text(talk)
+        assert len(house.disk.rows) == 3
+
+
+async def test_a_reload_while_a_question_waits(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        tab = await visit(page.context, bot)
+        house.engine.gate.clear()
+        await say(page, "wait for me")
+        await until(lambda: house.engine.prompts)
+        await page.reload()
+        await tab.reload()  # this one does not know of the question
+        await expect(said(page)).to_have_text(["wait for me"])
+        await expect(tab.locator("#connection")).to_have_attribute("data-state", "connected")
+        house.engine.gate.set()
+        for each in (page, tab):
+            await expect(said(each)).to_have_text(["wait for me", "You said wait for me"])
+
+
+async def test_answers_stand_below_their_questions(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        house.engine.gate.clear()
+        for text in ("one", "two", "three"):
+            await say(page, text)
+        await expect(page.locator(".exchange")).to_have_count(3)
+        house.engine.gate.set()
+        talk = ["one", "You said one", "two", "You said two", "three", "You said three"]
+        await expect(said(page)).to_have_text(talk)
+        await page.reload()
+        await expect(said(page)).to_have_text(talk)
+
+
+async def test_starting_anew_asks_first(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        again = page.get_by_role("button", name="Start anew")
+        await expect(again).to_be_disabled()
+        await say(page, "remember this")
+        await expect(said(page)).to_have_count(2)
+        await again.click()
+        await page.get_by_role("button", name="Keep talking").click()
+        await expect(said(page)).to_have_count(2)
+        await again.click()
+        await page.get_by_role("dialog").get_by_role("button", name="Start anew").click()
+        await expect(said(page)).to_have_count(0)
+        await expect(page.get_by_role("heading", name="Say something")).to_be_visible()
+        await say(page, "hello")
+        await expect(said(page)).to_have_text(["hello", "You said hello"])
+        assert house.engine.prompts[-1] == ["hello"]
+
+
+async def test_what_is_forgotten_while_it_is_answered_stays_away(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, "first")
+        await expect(said(page)).to_have_count(2)
+        house.engine.gate.clear()
+        await say(page, "second")
+        await until(lambda: len(house.engine.prompts) == 2)
+        await page.get_by_role("button", name="Start anew").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Start anew").click()
+        await expect(said(page)).to_have_count(0)
+
+
+async def test_markup_stays_text(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script><b>bold</b>"
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, evil)
+        await expect(said(page)).to_have_count(2)
+        assert await said(page).nth(0).inner_text() == evil
+        assert await page.locator("#talk img, #talk script, #talk b").count() == 0
+        house.engine.words.decode = lambda ids: evil  # type: ignore[method-assign]  # the model says it too
+        await say(page, "and you?")
+        await expect(said(page)).to_have_count(4)
+        assert "onerror" in await said(page).nth(3).inner_text()
+        assert await page.locator("#talk img, #talk script, #talk b").count() == 0
+        await page.reload()
+        await expect(said(page)).to_have_count(4)
+        assert await page.locator("#talk img, #talk script, #talk b").count() == 0
+        assert await page.title() == "Palaver"
+
+
+async def test_what_it_cannot_read_gets_a_hint(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, "🦄🦄🦄")
+        await expect(page.get_by_text("I can only read words.")).to_be_visible()
+        await expect(page.locator(".typing")).to_have_count(0)
+
+
+async def test_a_phone_needs_no_sideways_scrolling(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot, **PHONE)
+        await say(page, "w" * 300 + " " + "https://example.com/" + "a" * 200)
+        await say(page, "\n".join(f"line {n}" for n in range(40)))
+        await expect(said(page)).to_have_count(4)
+        widths = "[document.documentElement, document.body, document.querySelector('main')].map(e => e.scrollWidth)"
+        assert all(width <= 360 for width in await page.evaluate(widths))
+        for target in ("#reset", "#say button", "#text"):
+            box = await page.locator(target).bounding_box()
+            assert box and box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 640
+            assert box["width"] >= 38 and box["height"] >= 38
+        assert await page.evaluate("scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - 5")
+
+
+async def test_two_thousand_characters_are_the_most(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await page.get_by_label("Your message").focus()
+        await page.keyboard.insert_text("word " * 500)
+        await page.keyboard.press("Enter")
+        await expect(said(page)).to_have_count(2)
+        assert len(house.disk.rows[0].message.text) <= 2000
+
+
+async def test_it_can_be_used_without_sight(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, "hello")
+        await expect(said(page)).to_have_count(2)
+        tree = await page.locator("body").aria_snapshot()
+        for part in ('log "Conversation"', 'textbox "Your message"', 'button "Send"', 'button "Start anew"', "status"):
+            assert part in tree, tree
+        assert re.search(r"You said:\s*hello", tree) and re.search(r"Palaver said:\s*You said hello", tree), tree
+        assert await page.evaluate("[...document.querySelectorAll('img')].every(image => image.hasAttribute('alt'))")
+
+
+async def test_a_connection_that_breaks_without_a_word(browser: Browser, bot: WebBot) -> None:
+    """Frames into the void: the page notices what is not acknowledged, connects again and says it again."""
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await page.evaluate("socket.send = () => {}")
+        await say(page, "is anybody there?")
+        await asyncio.sleep(0.1)
+        assert house.disk.rows == []
+        await expect(said(page)).to_have_text(["is anybody there?", "You said is anybody there?"])
