@@ -54,7 +54,7 @@ class HttpEngine:
     def __init__(self, address: str, process: EngineProcess | None = None, patience: float = PATIENCE) -> None:
         """`address`: http://…, https://… or unix:PATH."""
         self.address, self.patience = address, patience
-        self._process = process
+        self.process = process
         self._unix = address.startswith("unix:")
         self._base = "http://engine" if self._unix else address.rstrip("/")
         connector = aiohttp.UnixConnector(address.removeprefix("unix:"), limit=0) if self._unix else None
@@ -72,9 +72,9 @@ class HttpEngine:
     async def open(self) -> HttpEngine:
         """Wait until it is there and learn its model. Raises BadCheckpoint or EngineClosed."""
         try:
-            if self._process:
-                self._info = await self._process.open()
-                self._spawn(self._probe(self._process))
+            if self.process:
+                self._info = await self.process.open()
+                self._spawn(self._probe(self.process))
             else:
                 self._info = wire.load_info(await self._insist("GET", "/info"))
                 here = await asyncio.to_thread(Path(self._info.path).is_dir) if self._unix else False
@@ -102,15 +102,15 @@ class HttpEngine:
             return wire.dump_request(prompt, params, session, None if end is None else end - time.monotonic())
 
         answer = await self._insist("POST", "/generate", body, end)
-        if self._process:
-            self._process.proved()
+        if self.process:
+            self.process.proved()
         return wire.load_completions(answer)
 
     async def ready(self) -> str:
         if self._closed:
             return "the engine is closed"
-        if self._process and self._process.why:
-            return self._process.why
+        if self.process and self.process.why:
+            return self.process.why
         try:
             async with self._session.get(f"{self._base}/readyz", timeout=aiohttp.ClientTimeout(total=5.0)) as answer:
                 return "" if answer.status == 200 else " ".join((await answer.text())[:300].split())
@@ -119,7 +119,7 @@ class HttpEngine:
 
     async def forget(self, session: str) -> None:
         """A child that died has forgotten already; one elsewhere is asked until it answers, or EngineClosed."""
-        if self._process and not self._process.up.is_set():
+        if self.process and not self.process.up.is_set():
             return
         await self._insist("POST", "/forget", lambda: {"session": session})
 
@@ -129,8 +129,8 @@ class HttpEngine:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._process:
-            await self._process.aclose()
+        if self.process:
+            await self.process.aclose()
         await self._session.close()
         if self._files:
             self._files.close()
@@ -144,7 +144,7 @@ class HttpEngine:
         tries = deaths = 0
         lost_at: float | None = None
         while not self._closed:
-            generation = self._process.generation if self._process else 0
+            generation = self.process.generation if self.process else 0
             try:
                 async with self._suspects if deaths >= SUSPECT else contextlib.nullcontext():
                     return await self._once(method, path, body, end)
@@ -153,7 +153,7 @@ class HttpEngine:
             lost_at = lost_at or time.monotonic()
             await self._wait(tries, why, lost_at + self.patience if end is None else end)
             tries += 1
-            if self._process and self._process.generation != generation:
+            if self.process and self.process.generation != generation:
                 deaths, tries, lost_at = deaths + 1, 0, None
             if deaths >= MOST_DEATHS:
                 raise Failed(f"the engine process died {deaths} times while it answered this")
@@ -164,14 +164,15 @@ class HttpEngine:
         left = end - time.monotonic()
         if left <= 0:
             raise EngineClosed(why)
-        if tries == 1 and not self._process:
+        if tries == 1 and not self.process:
             log.warning("%s; trying again", why)
         await asyncio.sleep(min(left, random.uniform(0.5, 1.0) * min(2.0, 0.05 * 2.0**tries)))
-        if self._process:
-            try:
-                await asyncio.wait_for(self._process.up.wait(), end - time.monotonic())
-            except TimeoutError:
-                raise EngineClosed(self._process.why or why) from None
+        if self.process:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.process.up.wait(), end - time.monotonic())
+            why = self.process.why or why
+        if time.monotonic() >= end:
+            raise EngineClosed(why)
 
     async def _once(
         self, method: str, path: str, body: Callable[[], dict[str, object]], end: float | None
@@ -196,10 +197,10 @@ class HttpEngine:
 
     async def _overdue(self, exchange: asyncio.Task[dict[str, Any]], bound: float) -> None:
         """A child that says nothing for `bound` seconds more, not even that it gave the request up, hangs."""
-        if self._process:
+        if self.process:
             await asyncio.wait({exchange}, timeout=bound)
             if not exchange.done():
-                self._process.kill("no answer at twice the deadline of a request")
+                self.process.kill("no answer at twice the deadline of a request")
         exchange.cancel()
 
     async def _exchange(self, method: str, path: str, body: dict[str, object]) -> dict[str, Any]:
@@ -220,14 +221,14 @@ class HttpEngine:
             return said
         refusal = wire.load_error(said)
         if isinstance(refusal, EngineClosed):  # it is about to end, or loads
-            if self._process:
-                self._process.kill(str(refusal))
+            if self.process:
+                self.process.kill(str(refusal))
             raise Unreachable(str(refusal))
         raise refusal
 
     def _unreachable(self, error: BaseException) -> str:
         reason = (isinstance(error, OSError) and error.strerror) or wire.one_line(error)
-        return f"the engine {'process' if self._process else f'at {self.address}'} does not answer ({reason})"
+        return f"the engine {'process' if self.process else f'at {self.address}'} does not answer ({reason})"
 
     # -- the other end -------------------------------------------------------------------------------------------
 

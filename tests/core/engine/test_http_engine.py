@@ -1,0 +1,525 @@
+"""The engine in another process, with real kills: nobody notices but the clock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core import metrics
+from core.engine import http_engine
+from core.engine.base import (
+    BadCheckpoint,
+    Cancelled,
+    Completion,
+    Engine,
+    EngineClosed,
+    EngineError,
+    Failed,
+    PromptTooLong,
+    QueueFull,
+    SamplingParams,
+)
+from core.engine.echo_engine import EchoEngine
+from core.engine.folder import PrivateFolder
+from core.engine.http_engine import HttpEngine, connect_engine, spawn_engine
+from core.engine.server import Server, bound
+from core.engine.torch_engine import TorchEngine
+from core.settings import Settings
+from core.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+LONG = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, max_tokens=200)
+Open = Callable[..., Coroutine[Any, Any, TorchEngine]]
+Make = Callable[..., Path]
+
+
+def settings(model: Path | str, **others: Any) -> Settings:
+    return Settings(model=str(model), threads=1, dtype="float32", **others)
+
+
+@contextlib.asynccontextmanager
+async def spawned(model: Path | str, **others: Any) -> AsyncIterator[HttpEngine]:
+    engine = await spawn_engine(settings(model, **others))
+    try:
+        yield engine
+    finally:
+        await engine.aclose()
+
+
+@contextlib.asynccontextmanager
+async def over_http(engine: Engine) -> AsyncIterator[HttpEngine]:
+    """A client of `engine`, which is in this process, so that one can look inside."""
+    folder = PrivateFolder()
+    address = f"unix:{folder.path}/socket"
+    with bound(address) as sock:
+        async with Server(engine, "").listening(sock):
+            client = await connect_engine(address)
+            try:
+                yield client
+            finally:
+                await client.aclose()
+    folder.close()
+
+
+def pid(engine: HttpEngine) -> int:
+    assert engine.process
+    return engine.process.pid
+
+
+def proc(engine: HttpEngine, what: str) -> str:
+    return Path(f"/proc/{pid(engine)}/{what}").read_text()
+
+
+def gone(process: int) -> bool:
+    try:
+        return " Z " in Path(f"/proc/{process}/stat").read_text()
+    except FileNotFoundError:
+        return True
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not true():  # noqa: ASYNC110 (nothing tells us)
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def restarts() -> Callable[[], float]:
+    """How many restarts were counted since the test began."""
+
+    def counted() -> float:
+        return sum(sample.value for metric in metrics.engine_restarts.collect() for sample in metric.samples[:1])
+
+    before = counted()
+    return lambda: counted() - before
+
+
+# -- the same as in process ---------------------------------------------------------------------------------------
+
+
+async def test_a_child_draws_what_the_engine_in_this_process_draws(engine: Open, checkpoint: Make) -> None:
+    here = await engine("plain")
+    asked = [
+        ([7, 8, 9, 256], SamplingParams(temperature=0)),
+        ([40, 41, 256, 3, 256], SamplingParams(temperature=1.0, seed=5, n=3, max_tokens=20)),
+        ([1] * 200, SamplingParams(temperature=0.7, seed=6, repetition_penalty=1.3, no_repeat_ngram=3)),
+    ]
+    async with spawned(checkpoint()) as there:
+        assert there.info.vocab_size == here.info.vocab_size
+        assert there.info.path == str(checkpoint())
+        for prompt, params in asked:
+            mine = await here.generate(prompt, params, session="s")
+            theirs = await there.generate(prompt, params, session="s")
+            assert [c.token_ids for c in theirs] == [c.token_ids for c in mine]
+            assert [c.logprob for c in theirs] == pytest.approx([c.logprob for c in mine])
+            assert [c.finish_reason for c in theirs] == [c.finish_reason for c in mine]
+
+
+async def test_a_hundred_requests_at_once(engine: Open) -> None:
+    here = await engine("plain")
+    async with over_http(here) as there:
+        prompts = [[i, i + 1, 256] for i in range(100)]
+        params = SamplingParams(temperature=0, max_tokens=6)
+        theirs = await asyncio.gather(*(there.generate(p, params, deadline=120) for p in prompts))
+        mine = [await here.generate(p, params) for p in prompts]
+        assert [c.token_ids for (c,) in theirs] == [c.token_ids for (c,) in mine]
+
+
+async def test_every_refusal_arrives_as_what_it_is(engine: Open) -> None:
+    here = await engine("plain", max_running=1, max_waiting=1)
+    async with over_http(here) as there:
+        with pytest.raises(PromptTooLong) as caught:
+            await there.generate([1] * 256, LONG)
+        with pytest.raises(PromptTooLong) as same:
+            await here.generate([1] * 256, LONG)
+        assert str(caught.value) == str(same.value)
+        for odd in ([], [384], [-1]):
+            with pytest.raises(ValueError, match="prompt"):
+                await there.generate(odd, LONG)
+        ends = await asyncio.gather(*(there.generate([i, 256], LONG) for i in range(12)), return_exceptions=True)
+        assert any(isinstance(end, QueueFull) for end in ends)
+        assert all(isinstance(end, QueueFull | list) for end in ends)
+
+
+async def test_a_deadline_is_a_cancellation(engine: Open) -> None:
+    async with over_http(await engine("deep")) as there:
+        with pytest.raises(Cancelled):
+            await there.generate([1, 256], SamplingParams(temperature=0, max_tokens=1000), deadline=0.05)
+        with pytest.raises(Cancelled):
+            await there.generate([1, 256], LONG, deadline=-1)
+
+
+async def test_who_hangs_up_frees_the_row(engine: Open) -> None:
+    here = await engine("deep")
+    async with over_http(here) as there:
+        task = asyncio.create_task(there.generate([1, 256], SamplingParams(temperature=0, max_tokens=1000)))
+        running = here.core.scheduler.running
+        await until(lambda: bool(running))
+        (row,) = running
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: not running)
+        assert row.finish_reason is None
+        assert len(row.new_tokens) < 1000
+
+
+async def test_forget_drops_what_was_cached(engine: Open) -> None:
+    async with over_http(await engine("plain")) as there:
+        prompt, params = [*range(100), 256], SamplingParams(temperature=0, max_tokens=2)
+        cached = []
+        for session in ("a", "a", "b", "a"):
+            if session == "b":
+                await there.forget("a")
+            else:
+                cached.append((await there.generate(prompt, params, session=session))[0].cached_tokens)
+        assert cached[0] == 0
+        assert cached[1] > 60
+        assert cached[2] == 0
+
+
+# -- a child that dies --------------------------------------------------------------------------------------------
+
+
+async def test_killed_in_the_middle_of_ten_requests_it_answers_all_ten(
+    checkpoint: Make, restarts: Callable[[], float]
+) -> None:
+    async with spawned(checkpoint("deep")) as engine:
+        first = pid(engine)
+        params = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, max_tokens=300)  # no seed: drawn once, here
+        asked = [asyncio.create_task(engine.generate([i, 256], params, deadline=120)) for i in range(10)]
+        await asyncio.sleep(0.1)
+        assert not any(task.done() for task in asked)
+        os.kill(first, signal.SIGKILL)
+        answers = await asyncio.gather(*asked)
+        assert len(answers) == 10
+        assert all(completion.token_ids for (completion,) in answers)
+        assert pid(engine) != first
+        assert restarts() == 1
+        assert await engine.ready() == ""
+
+
+async def test_a_request_that_is_sent_again_is_the_same_request(checkpoint: Make) -> None:
+    """With a seed, so that what a killed engine would have said is known."""
+    params = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, max_tokens=300, seed=3)
+    async with spawned(checkpoint("deep")) as engine:
+        want = await engine.generate([5, 256], params)
+        asked = asyncio.create_task(engine.generate([5, 256], params))
+        await asyncio.sleep(0.03)
+        os.kill(pid(engine), signal.SIGKILL)
+        assert [c.token_ids for c in await asked] == [c.token_ids for c in want]
+
+
+async def test_the_seed_is_drawn_before_the_first_send(checkpoint: Make) -> None:
+    seeds: list[int | None] = []
+
+    class Noting(EchoEngine):
+        async def generate(
+            self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
+        ) -> list[Completion]:
+            seeds.append(params.seed)
+            if len(seeds) == 1:
+                raise EngineClosed("restarting, ask again")
+            return await super().generate(prompt, params)
+
+    async with over_http(Noting(checkpoint())) as there:
+        await there.generate([1, 256], SamplingParams())
+        await there.generate([1, 256], SamplingParams())
+        first, again, other = seeds
+        assert first == again is not None
+        assert other != first
+
+
+async def test_killed_again_and_again_it_comes_back(checkpoint: Make, restarts: Callable[[], float]) -> None:
+    async with spawned(checkpoint(), engine="echo") as engine:
+        for kill in range(4):
+            os.kill(pid(engine), signal.SIGKILL)
+            answers = await asyncio.gather(*(engine.generate([i, 256], LONG, deadline=60) for i in range(5)))
+            assert [c.token_ids for (c,) in answers] == [[i] for i in range(5)]
+            assert restarts() == kill + 1
+
+
+async def test_a_child_that_is_stopped_is_replaced(checkpoint: Make, restarts: Callable[[], float]) -> None:
+    async with spawned(checkpoint("deep")) as engine:
+        engine.probe_every, engine.probe_waits = 0.1, 1.0
+        asked = asyncio.create_task(engine.generate([5, 256], LONG, deadline=120))
+        await asyncio.sleep(0.03)
+        os.kill(pid(engine), signal.SIGSTOP)
+        (completion,) = await asked
+        assert completion.token_ids
+        assert restarts() == 1
+
+
+async def test_no_answer_at_twice_the_deadline_ends_the_child(checkpoint: Make, restarts: Callable[[], float]) -> None:
+    async with spawned(checkpoint(), engine="echo") as engine:
+        engine.probe_every, engine.mercy = 600.0, 0.5
+        os.kill(pid(engine), signal.SIGSTOP)
+        with pytest.raises(Cancelled):
+            await engine.generate([5, 256], LONG, deadline=0.5)
+        assert restarts() == 0
+        await until(lambda: restarts() == 1)
+        assert await engine.generate([5, 256], LONG, deadline=60)
+
+
+async def test_an_engine_that_died_inside_its_process_is_a_dead_process(checkpoint: Make) -> None:
+    """While it is down a request waits for its deadline at most, and ready() says in one line what is wrong."""
+    async with spawned(checkpoint(), engine="echo") as engine:
+        config = checkpoint() / "config.json"
+        text = config.read_text("utf-8")
+        try:
+            config.unlink()
+            os.kill(pid(engine), signal.SIGKILL)
+            with pytest.raises(EngineClosed, match=r"config\.json|starting again"):
+                await engine.generate([5, 256], LONG, deadline=2)
+            await engine.forget("somebody")  # the dead remember nothing
+            assert await engine.ready()
+            assert "\n" not in await engine.ready()
+        finally:
+            config.write_text(text, "utf-8")
+        assert await engine.generate([5, 256], LONG, deadline=60)
+        assert await engine.ready() == ""
+
+
+POISON = """
+import os, signal
+from core.engine.echo_engine import EchoEngine
+
+harmless = EchoEngine.generate
+
+async def generate(self, prompt, params, **others):
+    if 13 in prompt:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return await harmless(self, prompt, params, **others)
+
+EchoEngine.generate = generate
+"""
+
+
+async def test_a_request_that_kills_is_given_up_and_the_others_live(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, restarts: Callable[[], float]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(POISON)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with spawned(checkpoint(), engine="echo") as engine:
+        asked = [engine.generate([i, 256], LONG, deadline=120) for i in range(20)]
+        *ends, last = await asyncio.gather(*asked, return_exceptions=True)
+        assert isinstance(ends[13], Failed)
+        assert f"died {http_engine.MOST_DEATHS} times" in str(ends[13])
+        for i, end in enumerate([*ends, last]):
+            assert i == 13 or (isinstance(end, list) and end[0].token_ids == [i])
+        assert restarts() == http_engine.MOST_DEATHS
+
+
+# -- its start and its end ----------------------------------------------------------------------------------------
+
+
+async def test_a_bad_checkpoint_surfaces_with_its_line(tmp_path: Path, checkpoint: Make) -> None:
+    with pytest.raises(BadCheckpoint, match=r"no config\.json"):
+        await spawn_engine(settings(tmp_path))
+    (tmp_path / "config.json").write_text((checkpoint() / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(BadCheckpoint) as caught:
+        await spawn_engine(settings(tmp_path))
+    assert "model.safetensors" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_child_that_dies_at_its_start_says_its_last_words(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "aiohttp").mkdir()
+    (tmp_path / "aiohttp" / "__init__.py").write_text("raise RuntimeError('no such day')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(EngineClosed, match=r"ended with exit code 1 while it started: .*no such day") as caught:
+        await spawn_engine(settings(checkpoint(), engine="echo"))
+    assert "\n" not in str(caught.value)
+
+
+async def test_the_working_directory_cannot_replace_modules(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "aiohttp.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    async with spawned(checkpoint(), engine="echo") as engine:
+        assert await engine.ready() == ""
+
+
+async def test_it_has_no_secrets(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    secret = "canary-8c1f"
+    (tmp_path / secret).write_text("postgresql+asyncpg://localhost/x")
+    for name in ("DISCORD_TOKEN", "TELEGRAM_TOKEN", "DATABASE_URL", "CREDENTIALS_DIRECTORY"):
+        monkeypatch.setenv(name, secret)
+        monkeypatch.setenv(f"{name}_FILE", str(tmp_path / secret))
+    for name in ("HF_TOKEN", "TELEGRAM_WEBHOOK_SECRET", "PGPASSWORD", "OPENAI_API_KEY", "discord_token"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("HISTORY_TOKENS", "64")
+    async with spawned(checkpoint(), engine="echo") as engine:
+        environment, arguments = proc(engine, "environ"), proc(engine, "cmdline")
+    assert secret not in environment + arguments
+    assert "HISTORY_TOKENS=64" in environment
+
+
+async def test_its_log_lines_are_ours(checkpoint: Make, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        async with spawned(checkpoint()) as engine:
+            os.kill(pid(engine), signal.SIGKILL)
+            await engine.generate([1, 256], LONG, deadline=60)
+    assert "killed by SIGKILL" in caplog.text
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+async def test_what_is_sent_to_all_of_a_service_does_not_end_it(checkpoint: Make, how: signal.Signals) -> None:
+    async with spawned(checkpoint(), engine="echo") as engine:
+        before = pid(engine)
+        os.kill(before, how)
+        assert await engine.generate([1, 256], LONG, deadline=60)
+        assert pid(engine) == before
+
+
+async def test_closing_ends_the_child_and_what_waits(checkpoint: Make) -> None:
+    engine = await spawn_engine(settings(checkpoint("deep")))
+    asked = asyncio.create_task(engine.generate([1, 256], SamplingParams(temperature=0, max_tokens=1000)))
+    await asyncio.sleep(0.05)
+    assert engine.process
+    folder = engine.process.path.parent
+    await engine.aclose()
+    with pytest.raises(EngineClosed):
+        await asked
+    with pytest.raises(EngineClosed):
+        await engine.generate([1, 256], LONG)
+    assert await engine.ready()
+    assert gone(pid(engine))
+    assert not folder.exists()
+    await engine.aclose()
+
+
+PARENT = """
+import asyncio, sys
+from core.engine.http_engine import spawn_engine
+from core.engine.base import SamplingParams
+from core.settings import Settings
+
+async def main():
+    engine = await spawn_engine(Settings(model=sys.argv[1], engine=sys.argv[2], threads=1))
+    (completion,) = await engine.generate([1, 256], SamplingParams(max_tokens=2, temperature=0))
+    assert completion.token_ids
+    print(engine.process.pid, *sorted({"torch", "transformers", "numpy"} & set(sys.modules)), flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("kind", ["process", "echo"])
+def test_the_child_dies_with_its_parent_which_never_imports_torch(checkpoint: Make, kind: str) -> None:
+    """The child is stopped first: only the kernel can end it then."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(checkpoint()), kind], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout
+    child, *imported = parent.stdout.readline().split()
+    assert imported == []
+    os.kill(int(child), signal.SIGSTOP)
+    parent.kill()
+    parent.communicate()
+    end = time.monotonic() + 60
+    while not gone(int(child)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert gone(int(child))
+
+
+# -- an engine elsewhere ------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def elsewhere(address: str, model: Path) -> AsyncIterator[str]:
+    """`palaver engine` at `address`; yields the address to connect to."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "bots", "engine", address),
+        env=os.environ | {"MODEL": str(model), "THREADS": "1", "DTYPE": "float32", "GRACE": "1"},
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout
+    try:
+        line = (await process.stdout.readline()).decode()
+        yield line.split(" at ")[1].split(": model ")[0]
+    finally:
+        process.kill()
+        await process.communicate()
+
+
+async def test_palaver_engine_on_tcp_serves_another_machine(engine: Open, checkpoint: Make) -> None:
+    here = await engine("plain")
+    async with elsewhere("127.0.0.1:0", checkpoint()) as address:
+        there = await connect_engine(address)
+        try:
+            params = SamplingParams(temperature=0, max_tokens=10)
+            assert await there.ready() == ""
+            assert there.info.path != here.info.path  # nothing of that machine's disk is needed
+            assert Tokenizer.load(there.info.path).encode("hi") == Tokenizer.load(here.info.path).encode("hi")
+            assert [c.token_ids for c in await there.generate([1, 256], params)] == [
+                c.token_ids for c in await here.generate([1, 256], params)
+            ]
+        finally:
+            await there.aclose()
+        with pytest.raises(BadCheckpoint):
+            Tokenizer.load(there.info.path)
+
+
+async def test_an_engine_elsewhere_may_go_and_come_back(checkpoint: Make) -> None:
+    folder = PrivateFolder()
+    address = f"unix:{folder.path}/socket"
+    async with elsewhere(address, checkpoint()):
+        there = await connect_engine(address)
+    try:
+        assert "does not answer" in await there.ready()
+        with pytest.raises(EngineClosed, match="does not answer"):
+            await there.generate([1, 256], LONG, deadline=0.3)
+        asked = asyncio.create_task(there.generate([1, 256], LONG, deadline=120))
+        await asyncio.sleep(0.1)
+        async with elsewhere(address, checkpoint()):
+            assert await asked
+            assert await there.ready() == ""
+    finally:
+        await there.aclose()
+        folder.close()
+
+
+@pytest.mark.parametrize("address", ["http://", "unix:", "ftp://", "somewhere"])
+async def test_what_is_no_address_is_one_line(address: str) -> None:
+    with pytest.raises(EngineClosed, match="is no address"):
+        await connect_engine(address)
+
+
+async def test_nobody_there_is_one_line_after_a_while() -> None:
+    with bound("127.0.0.1:0") as sock:
+        free = sock.getsockname()[1]
+    began = time.monotonic()
+    with pytest.raises(EngineClosed, match=f"http://127.0.0.1:{free} does not answer"):
+        await connect_engine(f"http://127.0.0.1:{free}", patience=0.3)
+    assert time.monotonic() - began >= 0.3
+
+
+async def test_what_is_no_engine_is_one_line(tmp_path: Path) -> None:
+    async def page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 5\r\n\r\n<html")
+        writer.close()
+
+    server = await asyncio.start_server(page, "127.0.0.1")
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(EngineError, match="answers 404 and not like an engine"):
+            await connect_engine(f"http://127.0.0.1:{port}", patience=0.2)
