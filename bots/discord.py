@@ -1,0 +1,504 @@
+"""Discord through discord.py: hears direct messages, mentions and replies; answers as replies that ping nobody.
+
+Events are taken from the gateway as raw JSON, in its order, and handed to chat in batches: one commit for a burst.
+What was said while we were away is read from each channel's watermark on (Discord replays only a short while), and a
+send carries a stored nonce, so that Discord itself drops a second copy; later, the history tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import discord
+import yarl
+from discord import app_commands
+from discord.gateway import DiscordWebSocket
+from discord.http import Route
+from pydantic import Field, SecretStr, field_validator
+
+from bots import discord_events as events
+from bots.splitting import split
+from core.delivery import MaybeSent, NotAccepted, NotSent, Refused, RetryAfter, Unservable
+from core.messages import Channel, Message, Reply
+from core.settings import Group
+from core.text import clean
+
+if TYPE_CHECKING:
+    from core.chat import Chat
+
+log = logging.getLogger(__name__)
+
+MAX_TEXT = 2000
+SUPPRESS_EMBEDS = 1 << 2
+CALL_SECONDS = 60.0
+CATCH_UP_MESSAGES = 2000
+CATCH_UP_DIRECT = 100
+CATCH_UP_HOURS = 24
+GUILDS_SECONDS = 10.0
+MARK_EVERY = 5.0
+SESSIONS_A_DAY = 900
+"""Discord resets a token that identifies a thousand times a day."""
+FORGOTTEN = "Forgotten. We start fresh."
+NOT_NOW = "That did not work just now, please try again."
+
+
+class DiscordSettings(Group):
+    discord_token: SecretStr | None = Field(
+        None, description="the bot's token; starts Discord", examples=["MTIzNDU2Nzg5MDEyMzQ1Njc4.GaBcDe.the-rest-of-it"]
+    )
+    discord_message_content: bool = Field(
+        False,
+        description="ask for the Message Content intent: replies to the bot without a ping are understood too",
+        examples=["true"],
+    )
+    discord_api_base: str = Field(
+        "https://discord.com/api/v10",
+        description="another server that speaks Discord's REST API",
+        examples=["http://127.0.0.1:8090/api/v10"],
+    )
+    discord_gateway_url: str = Field(
+        "wss://gateway.discord.gg/",
+        description="another server that speaks Discord's gateway",
+        examples=["ws://127.0.0.1:8090/gateway"],
+    )
+
+    @field_validator("discord_token")
+    @classmethod
+    def _like_a_token(cls, token: SecretStr | None) -> SecretStr | None:
+        text = token.get_secret_value().strip() if token else ""
+        if token and (len(text) < 8 or any(c.isspace() for c in text) or text.lower().startswith(("your", "<", "xxx"))):
+            raise ValueError("looks like a placeholder; paste the token from the developer portal, under Bot")
+        return SecretStr(text) if token else None
+
+    @field_validator("discord_api_base", "discord_gateway_url")
+    @classmethod
+    def _an_address(cls, address: str) -> str:
+        if address.startswith(("http://", "https://", "ws://", "wss://")) and yarl.URL(address).host:
+            return address
+        raise ValueError("must be an address with http(s):// or ws(s)://")
+
+
+def open_discord(settings: DiscordSettings) -> DiscordBot:
+    """The bot for these settings. The addresses hold for the whole process: discord.py keeps them on classes."""
+    assert settings.discord_token is not None
+    Route.BASE = settings.discord_api_base.rstrip("/")
+    DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(settings.discord_gateway_url)
+    return DiscordBot(settings.discord_token.get_secret_value(), settings.discord_message_content)
+
+
+class DiscordBot:
+    name = events.PLATFORM
+
+    def __init__(self, token: str, message_content: bool = False, guild_ready_timeout: float = 2.0) -> None:
+        self._token = token
+        self._message_content = message_content
+        self._guild_ready_timeout = guild_ready_timeout
+        self._client: discord.Client | None = None
+        self._logged_in = asyncio.Event()
+
+    # -- hearing -------------------------------------------------------------------------------------------------
+
+    async def serve(self, chat: Chat) -> None:
+        """Raises Unservable for a token or an intent that Discord refuses."""
+        client = self._build(chat)
+        hearing = Hearing(client, chat)
+        work = [asyncio.create_task(hearing.run()), asyncio.create_task(self._connect(client))]
+        try:
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            raise ConnectionError("the client ended")
+        except discord.LoginFailure:
+            raise Unservable(
+                "DISCORD_TOKEN: Discord does not know this token; reset it in the developer portal, under Bot"
+            ) from None
+        except discord.PrivilegedIntentsRequired:
+            raise Unservable(
+                "DISCORD_MESSAGE_CONTENT: the intent is off; switch on Message Content Intent in the developer portal, "
+                "under Bot, or set DISCORD_MESSAGE_CONTENT=false"
+            ) from None
+        except discord.ConnectionClosed as error:
+            if error.code in (4004, 4010, 4011, 4012, 4013):
+                what = {4004: "DISCORD_TOKEN: Discord does not take this token; reset it in the developer portal"}
+                raise Unservable(
+                    what.get(error.code, f"Discord closed the gateway for good, code {error.code}")
+                ) from None
+            raise
+        finally:
+            self._logged_in.clear()
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+            with contextlib.suppress(Exception):
+                await client.close()
+            self._client = None
+
+    def _build(self, chat: Chat) -> discord.Client:
+        intents = discord.Intents.none()
+        intents.guilds = intents.guild_messages = intents.dm_messages = True
+        intents.message_content = self._message_content
+        client = discord.Client(
+            intents=intents,
+            max_messages=None,
+            chunk_guilds_at_startup=False,
+            member_cache_flags=discord.MemberCacheFlags.none(),
+            allowed_mentions=discord.AllowedMentions.none(),
+            guild_ready_timeout=self._guild_ready_timeout,
+            max_ratelimit_timeout=30.0,
+        )
+        tree = app_commands.CommandTree(client)
+
+        @tree.command(name="reset", description="Forget what was said in this channel and start fresh")
+        async def reset(interaction: discord.Interaction) -> None:
+            try:
+                await chat.reset(Channel(self.name, str(interaction.channel_id)))
+                said = FORGOTTEN
+            except NotAccepted:
+                said = NOT_NOW
+            await interaction.response.send_message(said, ephemeral=True)
+
+        self._tree = tree
+        return client
+
+    async def _connect(self, client: discord.Client) -> None:
+        await client.login(self._token)
+        self._client = client
+        self._logged_in.set()
+        offering = asyncio.create_task(self._offer_commands())
+        try:
+            await client.connect()
+        finally:
+            offering.cancel()
+
+    async def _offer_commands(self) -> None:
+        try:
+            await self._tree.sync()
+        except (discord.DiscordException, aiohttp.ClientError, OSError, KeyError) as error:
+            log.warning("/reset could not be offered on Discord: %s", error)
+
+    # -- speaking ------------------------------------------------------------------------------------------------
+
+    def split(self, text: str) -> list[str]:
+        """In pieces of 2,000 characters at most."""
+        return split(clean(text), MAX_TEXT)
+
+    async def send(self, reply: Reply) -> str:
+        """The message's id. Raises NotSent | MaybeSent | Refused | RetryAfter."""
+        body = {
+            "content": reply.text,
+            "nonce": reply.nonce,
+            "enforce_nonce": True,
+            "allowed_mentions": {"parse": [], "replied_user": False},
+            "flags": SUPPRESS_EMBEDS,
+            "message_reference": {"message_id": reply.to, "fail_if_not_exists": False},
+        }
+        route = Route("POST", "/channels/{channel_id}/messages", channel_id=int(reply.channel.id))
+        try:
+            sent = await self._call(route, json=body)
+        except Refused as error:
+            if "message_reference" not in str(error) and "REPLIES" not in str(error).upper():
+                raise
+            del body["message_reference"]  # what it answers is gone; the answer is not
+            sent = await self._call(route, json=body)
+        return str(sent["id"])
+
+    async def find_sent(self, reply: Reply) -> str | None:
+        """Our message in the channel that replies to the question with this text; "" when there is none."""
+        for event in await self._after(reply.channel.id, reply.to):
+            if events.answers(event, str(self._me)) == reply.to and event.get("content") == reply.text:
+                return str(event["id"])
+            if event.get("nonce") == reply.nonce:
+                return str(event["id"])
+        return ""
+
+    async def typing(self, channel: Channel) -> None:
+        await self._call(Route("POST", "/channels/{channel_id}/typing", channel_id=int(channel.id)))
+
+    @property
+    def _me(self) -> int:
+        return self._client.user.id if self._client and self._client.user else 0
+
+    async def _after(self, channel: str, id: str) -> list[dict[str, Any]]:
+        """Up to 100 messages behind `id`, oldest first."""
+        route = Route("GET", "/channels/{channel_id}/messages", channel_id=int(channel))
+        found = await self._call(route, params={"after": id, "limit": 100})
+        return sorted(found, key=lambda event: int(event["id"]))
+
+    async def _call(self, route: Route, **arguments: Any) -> Any:
+        """One REST call, failures as the courier wants them."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._logged_in.wait(), 5.0)
+        if self._client is None:
+            raise NotSent("not logged in yet")
+        return await call(self._client, route, **arguments)
+
+
+async def call(client: discord.Client, route: Route, **arguments: Any) -> Any:
+    """One REST call through discord.py, which keeps Discord's rate limits. Raises a SendError."""
+    try:
+        async with asyncio.timeout(CALL_SECONDS):
+            return await client.http.request(route, **arguments)
+    except discord.RateLimited as error:
+        raise RetryAfter(error.retry_after) from None
+    except discord.HTTPException as error:
+        if error.status == 429:
+            raise RetryAfter(1.0) from None
+        if error.status >= 500:
+            raise MaybeSent(f"Discord answered {error.status}") from None
+        if error.status == 401:
+            raise NotSent("Discord does not take the token any more") from None
+        raise Refused(f"Discord answered {error.status}: {' '.join(error.text.split())[:200]}") from None
+    except (aiohttp.ClientConnectorError, aiohttp.ClientConnectorDNSError) as error:
+        raise NotSent(f"no connection to Discord ({type(error).__name__})") from None
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise MaybeSent(f"the connection broke ({type(error).__name__})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """All before it in the inbox is stored: the channel's watermark may move here."""
+
+    channel: str
+    id: str
+
+
+class Hearing:
+    """One client's ears: gateway events in their order, behind them what was missed, into chat in batches."""
+
+    def __init__(self, client: discord.Client, chat: Chat) -> None:
+        self._client, self._chat = client, chat
+        self._inbox: asyncio.Queue[Message | Mark] = asyncio.Queue()
+        self._marks: dict[str, str] = {}
+        self._dirty: set[str] = set()
+        self._behind: dict[str, list[Message]] = {}  # channels to be caught up, and what is said there meanwhile
+        self._guilds: set[str] = set()
+        self._guilds_came = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        parsers = client._connection.parsers
+        for name, parse in list(parsers.items()):
+            parsers[name] = self._guarded(name, parse)
+
+    async def run(self) -> None:
+        """Until cancelled. The watermarks are read before the first event can come."""
+        await self._insist(self._load_marks)
+        writing = asyncio.create_task(self._write_marks())
+        try:
+            while True:
+                batch = [await self._inbox.get()]
+                while not self._inbox.empty() and len(batch) < 200:
+                    batch.append(self._inbox.get_nowait())
+                await self._insist(self._chat.receive, *(item for item in batch if isinstance(item, Message)))
+                for item in batch:
+                    if isinstance(item, Mark):
+                        self._mark(item.channel, item.id)
+        finally:
+            writing.cancel()
+            for task in self._tasks:
+                task.cancel()
+
+    async def _load_marks(self) -> None:
+        self._marks = await self._chat.watermarks(events.PLATFORM)
+
+    async def _insist(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Nothing was stored: Discord does not send it again, so we keep it and come again."""
+        wait = 0.2
+        while True:
+            try:
+                await work(*arguments)
+                return
+            except NotAccepted as error:
+                log.warning("the journal does not take Discord's events now: %s", error)
+                await asyncio.sleep(wait)
+                wait = min(5.0, 2 * wait)
+
+    # -- gateway events, each within the turn of the event loop that read it --------------------------------------
+
+    def _guarded(self, name: str, parse: Callable[[Any], None]) -> Callable[[Any], None]:
+        """discord.py ends the client when an event cannot be parsed; ours is read first, and neither ends anything."""
+        hear = {
+            "READY": self._on_ready,
+            "GUILD_CREATE": self._on_guild,
+            "MESSAGE_CREATE": self._on_message,
+            "MESSAGE_UPDATE": self._on_edit,
+            "MESSAGE_DELETE": self._on_delete,
+            "MESSAGE_DELETE_BULK": self._on_deletes,
+        }.get(name)
+
+        def guarded(event: Any) -> None:
+            for read in (hear, parse):
+                try:
+                    if read is not None:
+                        read(event)
+                except Exception as error:
+                    log.warning("an event %s of Discord's could not be read: %s", name, type(error).__name__)
+                    if read is hear and name == "MESSAGE_CREATE":
+                        self._spawn(self._insist(self._unread, event, type(error).__name__))
+
+        return guarded
+
+    async def _unread(self, event: Any, why: str) -> None:
+        await self._chat.refail(events.unread(event, why), note=f"unreadable: {why}")
+
+    def _on_ready(self, event: Mapping[str, Any]) -> None:
+        """A new session: nothing is replayed, so every channel we know is behind until its history was read."""
+        self._me = str(event["user"]["id"])
+        self._guilds = {str(guild["id"]) for guild in event.get("guilds") or ()}
+        self._guilds_came.clear()
+        self._behind = {channel: [] for channel in self._marks} | self._behind
+        self._spawn(self._count_session())
+        self._spawn(self._catch_up_rest(set(self._behind)))
+
+    def _on_guild(self, event: Mapping[str, Any]) -> None:
+        """The newest message of each channel comes with its server: what is behind is read, what is new is marked."""
+        behind = []
+        for channel in [*(event.get("channels") or ()), *(event.get("threads") or ())]:
+            id, newest = str(channel["id"]), channel.get("last_message_id")
+            if not newest:
+                self._release(id)
+            elif id not in self._marks:
+                self._mark(id, str(newest))
+            elif int(newest) > int(self._marks[id]):
+                behind.append(id)
+            else:
+                self._release(id)
+        self._guilds.discard(str(event["id"]))
+        if not self._guilds:
+            self._guilds_came.set()
+        self._spawn(self._catch_up(behind, str(event["id"])))
+
+    def _on_message(self, event: Mapping[str, Any]) -> None:
+        channel, id = str(int(event["channel_id"])), str(int(event["id"]))
+        message = events.read(event, self._me)
+        if message is not None:
+            self._take(message)
+        if channel not in self._behind:
+            self._inbox.put_nowait(Mark(channel, id))
+
+    def _on_edit(self, event: Mapping[str, Any]) -> None:
+        if event.get("edited_timestamp") and event.get("author"):  # else only its embeds changed
+            message = events.read(event, self._me, "edit")
+            if message is not None:
+                self._take(message)
+
+    def _on_delete(self, event: Mapping[str, Any]) -> None:
+        self._take(events.gone(event["channel_id"], event["id"]))
+
+    def _on_deletes(self, event: Mapping[str, Any]) -> None:
+        for id in event["ids"]:
+            self._take(events.gone(event["channel_id"], id))
+
+    def _take(self, message: Message) -> None:
+        """Its place in line; in a channel that is behind, after what was missed."""
+        held = self._behind.get(message.channel.id)
+        if held is None:
+            self._inbox.put_nowait(message)
+        else:
+            held.append(message)
+
+    def _release(self, channel: str) -> None:
+        for message in self._behind.pop(channel, ()):
+            self._inbox.put_nowait(message)
+
+    # -- what was said while we were away --------------------------------------------------------------------------
+
+    async def _catch_up_rest(self, channels: set[str]) -> None:
+        """Channels that come with no server: direct messages, threads left, servers that are late."""
+        if self._guilds:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._guilds_came.wait(), GUILDS_SECONDS)
+        rest = sorted(channels & set(self._behind), key=lambda id: int(self._marks.get(id, 0)), reverse=True)
+        await self._catch_up(rest[:CATCH_UP_DIRECT], "")
+        for channel in rest[CATCH_UP_DIRECT:]:
+            self._release(channel)
+
+    async def _catch_up(self, channels: list[str], guild: str) -> None:
+        for channel in channels:
+            try:
+                await self._read_missed(channel, guild)
+            except Exception as error:
+                log.warning("what was missed in channel %s could not be read: %s", channel, error)
+            finally:
+                self._release(channel)
+
+    async def _read_missed(self, channel: str, guild: str) -> None:
+        """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered."""
+        route = Route("GET", "/channels/{channel_id}/messages", channel_id=int(channel))
+        mark, found = self._marks.get(channel, "0"), dict[int, dict[str, Any]]()
+        while True:
+            page = await self._page(route, mark)
+            found |= {int(event["id"]): event for event in page}
+            if len(page) < 100:
+                break
+            if len(found) >= CATCH_UP_MESSAGES:
+                log.warning(
+                    "more than %d messages were missed in channel %s; the rest is not read", len(found), channel
+                )
+                break
+            mark = str(max(int(event["id"]) for event in page))
+        if not found:
+            return
+        newest = events.sent_at(max(found))
+        answered = {events.answers(event, self._me) for event in found.values()}
+        for id in sorted(found):
+            event = {**found[id], **({"guild_id": guild} if guild else {})}
+            try:
+                message = events.read(event, self._me)
+            except Exception as error:
+                await self._insist(self._unread, event, type(error).__name__)
+                continue
+            if message is None or (newest - message.sent_at).total_seconds() > 3600 * CATCH_UP_HOURS:
+                continue
+            if message.id in answered and not await self._chat.replied(message.channel, message.id):
+                message = replace(message, kind="heard")
+            self._inbox.put_nowait(message)
+        self._inbox.put_nowait(Mark(channel, str(max(found))))
+
+    async def _page(self, route: Route, mark: str) -> list[dict[str, Any]]:
+        for _ in range(5):
+            try:
+                page: list[dict[str, Any]] = await call(self._client, route, params={"after": mark, "limit": 100})
+                return page
+            except Refused:
+                return []  # we may not read there any more
+            except RetryAfter as error:
+                await asyncio.sleep(error.seconds)
+            except (NotSent, MaybeSent):
+                await asyncio.sleep(1.0)
+        raise ConnectionError("the history is out of reach")
+
+    # -- watermarks and sessions ------------------------------------------------------------------------------------
+
+    def _mark(self, channel: str, id: str) -> None:
+        if int(id) > int(self._marks.get(channel, "0")):
+            self._marks[channel] = id
+            self._dirty.add(channel)
+
+    async def _write_marks(self) -> None:
+        """Now and then: a mark that is too old costs a look, never a message."""
+        while True:
+            await asyncio.sleep(MARK_EVERY)
+            dirty, self._dirty = self._dirty, set()
+            try:
+                for channel in sorted(dirty):
+                    await self._chat.advance(Channel(events.PLATFORM, channel), self._marks[channel])
+            except NotAccepted:
+                self._dirty |= dirty
+
+    async def _count_session(self) -> None:
+        try:
+            count = await self._chat.identified(events.PLATFORM)
+        except NotAccepted:
+            return
+        if count > SESSIONS_A_DAY:
+            log.error("%d sessions on Discord in 24 hours; at 1,000 the token is reset: stop and look why", count)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
