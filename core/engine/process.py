@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 """Where `core` stands: the child imports from here and not from the working directory."""
 SECRET = re.compile(r"TOKEN(_|$)|SECRET|PASSW|CREDENTIAL|DATABASE_URL|(^|_)(API|PRIVATE|ACCESS)_?KEY", re.IGNORECASE)
-START_LIMIT = 600.0
+START_LIMIT = 300.0
 """Seconds from start to ready, after which it counts as hung."""
 LONGEST_PAUSE = 30.0
-LAST_WORDS = 3
+LAST_WORDS, LONGEST_LINE = 3, 2_000
 _LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+) (.*)")
 
 
@@ -123,15 +123,18 @@ class EngineProcess:
             "log_level": logging.getLevelName(logging.getLogger().getEffectiveLevel()),
             "engine": self._engine,
         }
-        # in this thread on purpose: on Linux a child dies with the thread that started it
-        self._child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "core.engine.child", json.dumps(options)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C in the terminal is for us, and we drain first
-        )
+        try:
+            # in this thread on purpose: on Linux a child dies with the thread that started it
+            self._child = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "core.engine.child", json.dumps(options)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C in the terminal is for us, and we drain first
+            )
+        except OSError as error:
+            raise EngineClosed(f"no process can be started: {error.strerror or error}") from error
         self._logs = asyncio.create_task(self._forward(self._child))
         try:
             info = await asyncio.wait_for(self._ready(self._child), START_LIMIT)
@@ -144,13 +147,16 @@ class EngineProcess:
 
     async def _ready(self, child: asyncio.subprocess.Process) -> ModelInfo:
         assert child.stdout and self._logs
-        line = await child.stdout.readline()
-        said = json.loads(line) if line.endswith(b"\n") else {}
-        if "info" in said:
-            return wire.load_info(said["info"])
-        await child.wait()
-        if "error" in said:
+        async for line in child.stdout:
+            if not line.startswith(b"{"):  # not from us
+                self._say(line.decode("utf-8", "replace"))
+                continue
+            said = json.loads(line)
+            if "info" in said:
+                return wire.load_info(said["info"])
+            await child.wait()
             raise wire.load_error(said)
+        await child.wait()
         await asyncio.wait({self._logs}, timeout=1.0)  # its last words may still be in the pipe
         words = " | ".join(self._last_words) or "it said nothing"
         raise EngineClosed(f"the engine process {_how(child.returncode)} while it started: {words}")
@@ -180,8 +186,8 @@ class EngineProcess:
     def _say(self, line: str) -> None:
         if not line.strip():
             return
-        found = _LINE.fullmatch(line)
-        level, name, text = found.groups() if found else ("WARNING", "engine", line.rstrip())
+        found = _LINE.fullmatch(line[:LONGEST_LINE])
+        level, name, text = found.groups() if found else ("WARNING", "engine", line[:LONGEST_LINE].rstrip())
         if text.strip(" ^~"):
             self._last_words.append(text.strip()[:300])
         logging.getLogger(name).log(logging.getLevelNamesMapping()[level], "%s", text)

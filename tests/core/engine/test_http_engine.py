@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -272,8 +273,37 @@ async def test_no_answer_at_twice_the_deadline_ends_the_child(checkpoint: Make, 
         assert await engine.generate([5, 256], LONG, deadline=60)
 
 
-async def test_an_engine_that_died_inside_its_process_is_a_dead_process(checkpoint: Make) -> None:
-    """While it is down a request waits for its deadline at most, and ready() says in one line what is wrong."""
+DIES_INSIDE = """
+import os, pathlib
+from core.engine.base import EngineClosed
+from core.engine.echo_engine import EchoEngine
+
+alive = EchoEngine.generate
+
+async def generate(self, prompt, params, **others):
+    mark = pathlib.Path(os.environ["MARK"])
+    if not mark.exists():
+        mark.touch()
+        raise EngineClosed("the device is lost")
+    return await alive(self, prompt, params, **others)
+
+EchoEngine.generate = generate
+"""
+
+
+async def test_an_engine_that_died_inside_its_process_is_a_dead_process(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, restarts: Callable[[], float]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(DIES_INSIDE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    async with spawned(checkpoint(), engine="echo") as engine:
+        assert await engine.generate([5, 256], LONG, deadline=60)
+        assert restarts() == 1
+
+
+async def test_while_it_is_down_a_request_waits_for_its_deadline_at_most(checkpoint: Make) -> None:
+    """And ready() says in one line what is wrong."""
     async with spawned(checkpoint(), engine="echo") as engine:
         config = checkpoint() / "config.json"
         text = config.read_text("utf-8")
@@ -370,12 +400,18 @@ async def test_it_has_no_secrets(checkpoint: Make, monkeypatch: pytest.MonkeyPat
     assert "HISTORY_TOKENS=64" in environment
 
 
-async def test_its_log_lines_are_ours(checkpoint: Make, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        async with spawned(checkpoint()) as engine:
-            os.kill(pid(engine), signal.SIGKILL)
-            await engine.generate([1, 256], LONG, deadline=60)
-    assert "killed by SIGKILL" in caplog.text
+async def test_its_log_lines_are_ours(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    says = "'ERROR core.engine.odd one\\ntwo ' + 'x' * 200_000 + '\\rthree'"
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; print({says}, file=sys.stderr); print('four')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with spawned(checkpoint(), engine="echo"):
+        pass
+    assert ("core.engine.odd", logging.ERROR, "one") in caplog.record_tuples
+    for stray in ("three", "four"):
+        assert ("engine", logging.WARNING, stray) in caplog.record_tuples
+    assert max(len(record.message) for record in caplog.records) <= 2000
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
@@ -439,15 +475,35 @@ def test_the_child_dies_with_its_parent_which_never_imports_torch(checkpoint: Ma
     assert gone(int(child))
 
 
+def test_the_child_ends_with_its_standard_input(checkpoint: Make) -> None:
+    """The way that works where no kernel helps."""
+    folder = PrivateFolder()
+    echo = {"kind": "echo", "model": str(checkpoint()), "revision": "", "device": "", "dtype": "", "threads": 1}
+    address = f"unix:{folder.path}/socket"
+    options = {"parent": os.getpid(), "address": address, "log_level": "INFO", "engine": echo}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "core.engine.child", json.dumps(options)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout and child.stdin
+    assert b"info" in child.stdout.readline()
+    child.stdin.close()
+    assert child.wait(60) == 1
+    child.stdout.close()
+    folder.close()
+
+
 # -- an engine elsewhere ------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
-async def elsewhere(address: str, model: Path) -> AsyncIterator[str]:
+async def elsewhere(address: str, model: Path, kind: str = "process") -> AsyncIterator[str]:
     """`palaver engine` at `address`; yields the address to connect to."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bots", "engine", address),
-        env=os.environ | {"MODEL": str(model), "THREADS": "1", "DTYPE": "float32", "GRACE": "1"},
+        env=os.environ | {"MODEL": str(model), "THREADS": "1", "DTYPE": "float32", "ENGINE": kind},
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -481,7 +537,7 @@ async def test_palaver_engine_on_tcp_serves_another_machine(engine: Open, checkp
 async def test_an_engine_elsewhere_may_go_and_come_back(checkpoint: Make) -> None:
     folder = PrivateFolder()
     address = f"unix:{folder.path}/socket"
-    async with elsewhere(address, checkpoint()):
+    async with elsewhere(address, checkpoint(), "echo"):
         there = await connect_engine(address)
     try:
         assert "does not answer" in await there.ready()
@@ -489,7 +545,7 @@ async def test_an_engine_elsewhere_may_go_and_come_back(checkpoint: Make) -> Non
             await there.generate([1, 256], LONG, deadline=0.3)
         asked = asyncio.create_task(there.generate([1, 256], LONG, deadline=120))
         await asyncio.sleep(0.1)
-        async with elsewhere(address, checkpoint()):
+        async with elsewhere(address, checkpoint(), "echo"):
             assert await asked
             assert await there.ready() == ""
     finally:

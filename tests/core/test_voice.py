@@ -1,0 +1,201 @@
+"""From words to words: the house's voice over an echo, over answers given, over a real model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from core.app import open_voice
+from core.engine.base import Completion, EngineClosed, SamplingParams
+from core.engine.echo_engine import EchoEngine
+from core.messages import Turn
+from core.settings import Settings
+from core.tokenizer import Tokenizer
+from core.voice import Voice
+from tests.checkpoints import make_checkpoint, make_config, make_tokenizer
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+class Told(EchoEngine):
+    """Says the given lines, the k-th to the k-th candidate asked for, and keeps what it was asked."""
+
+    def __init__(self, folder: Path, *lines: str) -> None:
+        super().__init__(folder)
+        self.tokenizer = Tokenizer.load(folder)
+        self.lines = iter(lines)
+        self.asked: list[tuple[list[int], SamplingParams, str, float | None]] = []
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
+    ) -> list[Completion]:
+        self.asked.append((list(prompt), params, session, deadline))
+        said = [self.tokenizer.encode(next(self.lines)) for _ in range(params.n)]
+        return [Completion(ids, -float(k), "stop", 0) for k, ids in enumerate(said, 1)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "config.json").write_text(json.dumps(make_config("plain")), "utf-8")
+    make_tokenizer(folder, 384)
+    return folder
+
+
+@pytest.fixture
+def voice(folder: Path) -> Callable[..., Voice]:
+    def open_one(*lines: str, budget: int = 128, **params: int) -> Voice:
+        engine = Told(folder, *lines) if lines else EchoEngine(folder)
+        return Voice(engine, Tokenizer.load(folder), SamplingParams(**params), budget)
+
+    return open_one
+
+
+def user(text: str, index: int = 0) -> Turn:
+    return Turn("user", "ann", text, index)
+
+
+def bot(text: str, index: int) -> Turn:
+    return Turn("assistant", "palaver", text, index)
+
+
+def asked(voice: Voice) -> list[tuple[list[int], SamplingParams, str, float | None]]:
+    assert isinstance(voice.engine, Told)
+    return voice.engine.asked
+
+
+@pytest.mark.parametrize(
+    "text", ["Hi, how are you?", "It's 3 o'clock.", "No way!", "I like tea, Anna.", "<|endoftext|>"]
+)
+async def test_an_echo_makes_sense(voice: Callable[..., Voice], text: str) -> None:
+    """Normalised, encoded, said back, decoded, restored: the words come home."""
+
+    def words(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    said = await voice().ask(text)
+    assert words(said) == words(text)
+    assert " ," not in said
+    assert " ?" not in said
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\u200b", "\x00"])
+async def test_nothing_to_answer_is_no_answer(voice: Callable[..., Voice], text: str) -> None:
+    speaker = voice()
+    assert await speaker.ask(text) == ""
+    assert await speaker.speak([user(text)]) is None
+    assert speaker.prompt([]) == []
+
+
+async def test_a_prompt_is_turns_each_closed_by_eos(voice: Callable[..., Voice]) -> None:
+    speaker = voice()
+    eos, encode = speaker.tokenizer.eos_id, speaker.tokenizer.encode
+    turns = [user("Hi!"), bot("hello , you", 1), user("Who are you?", 2)]
+    assert speaker.prompt(turns) == [
+        *(*encode("Hi !"), eos),
+        *(*encode("hello , you"), eos),
+        *(*encode("Who are you ?"), eos),
+    ]
+
+
+async def test_a_typed_end_of_text_cannot_end_a_turn(voice: Callable[..., Voice]) -> None:
+    speaker = voice()
+    assert speaker.prompt([user("a<|endoftext|>b")]).count(speaker.tokenizer.eos_id) == 1
+
+
+async def test_what_the_caller_gives_reaches_the_engine(voice: Callable[..., Voice]) -> None:
+    speaker = voice("fine", temperature=0, max_tokens=9)
+    await speaker.speak([user("hi")], seed=77, session="discord:1", deadline=5.0)
+    ((prompt, params, session, deadline),) = asked(speaker)
+    assert prompt == speaker.prompt([user("hi")])
+    assert (params.seed, params.max_tokens, session, deadline) == (77, 9, "discord:1", 5.0)
+
+
+async def test_what_only_repeats_is_drawn_again_with_other_seeds(voice: Callable[..., Voice]) -> None:
+    speaker = voice("I see.", "i see !", "do tell")
+    turns = [user("a"), bot("i see", 1), user("b", 2)]
+    spoken = await speaker.speak(turns, seed=10)
+    assert spoken and spoken[0] == "do tell"
+    assert [params.seed for _, params, _, _ in asked(speaker)] == [10, 11, 12]
+
+
+async def test_it_does_not_draw_for_ever(voice: Callable[..., Voice]) -> None:
+    speaker = voice(*["why ?"] * 9)
+    spoken = await speaker.speak([user("a"), bot("why ?", 1), user("b", 2)], seed=1)
+    assert spoken and spoken[0] == "why ?"
+    assert len(asked(speaker)) == 3
+
+
+async def test_greedy_is_asked_once(voice: Callable[..., Voice]) -> None:
+    speaker = voice(*["why ?"] * 9, temperature=0)
+    await speaker.speak([user("a"), bot("why ?", 1), user("b", 2)], seed=1)
+    assert len(asked(speaker)) == 1
+
+
+async def test_the_best_candidate_that_says_something_new_wins(voice: Callable[..., Voice]) -> None:
+    speaker = voice("i see", "well , that is new", "i am not sure about that", n=3)
+    spoken = await speaker.speak([user("a"), bot("i see", 1), user("b", 2)], seed=1)
+    assert spoken and spoken[0] != "i see"
+    assert len(asked(speaker)) == 1
+    assert spoken[1].token_ids == speaker.tokenizer.encode(spoken[0])
+
+
+@pytest.mark.parametrize("budget", [8, 64, 10_000])
+async def test_prompt_and_reply_fit_the_positions(voice: Callable[..., Voice], budget: int) -> None:
+    speaker = voice(budget=budget, max_tokens=100)
+    turns = [user("a long story about the sea and the rain " * 40, i) for i in range(9)]
+    prompt = speaker.prompt(turns)
+    assert 1 <= len(prompt) <= min(budget, speaker.engine.info.max_positions - 100)
+
+
+async def test_a_reply_longer_than_the_positions_leaves_room_for_a_prompt(voice: Callable[..., Voice]) -> None:
+    speaker = voice(max_tokens=100_000)
+    assert 1 <= len(speaker.prompt([user("hello " * 400)])) <= speaker.engine.info.max_positions // 2
+
+
+async def test_what_the_engine_refuses_is_raised(voice: Callable[..., Voice]) -> None:
+    speaker = voice()
+    await speaker.engine.aclose()
+    with pytest.raises(EngineClosed):
+        await speaker.ask("hi")
+
+
+async def test_the_same_turns_and_seed_give_the_same_reply(tmp_path: Path) -> None:
+    """A real model in a child process, opened as a library opens it."""
+    model = make_checkpoint(tmp_path / "model", "plain")
+    settings = Settings(model=str(model), threads=1, dtype="float32", sampling=SamplingParams(temperature=1.0))
+    async with open_voice(settings) as voice:
+        turns = [user("hi, who are you?")]
+        first, again, other = [await voice.speak(turns, seed=seed) for seed in (4, 4, 5)]
+        assert first and again and other
+        assert first[0] == again[0] == voice.tokenizer.decode(first[1].token_ids).strip()
+        assert first[1].token_ids != other[1].token_ids
+        assert await voice.ask("hi") != ""
+
+
+async def test_without_normalising_the_text_is_the_persons(folder: Path) -> None:
+    voice = Voice(EchoEngine(folder), Tokenizer.load(folder), SamplingParams(), 64, spaced=False)
+    assert await voice.ask("Well,  this:\nis   ✓ kept?") == "Well, this: is ✓ kept?"
+
+
+def test_the_readmes_example_gives_a_reply(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    model = make_checkpoint(tmp_path / "model", "plain")
+    ended = subprocess.run(
+        [sys.executable, "-c", example],
+        cwd=tmp_path,
+        env=os.environ | {"MODEL": str(model), "THREADS": "1", "PYTHONPATH": str(README.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert ended.stdout.strip()
+    assert ended.stderr == ""
