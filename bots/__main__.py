@@ -65,13 +65,18 @@ def run() -> None:
 
 @cli.command()
 def chat() -> None:
-    """Talk in the terminal. With piped input: one reply line per input line, then it ends."""
+    """Talk in the terminal. With piped input: one reply line per input line, then it ends.
+
+    /reset starts anew, /quit ends. At the terminal, the conversation goes on where it ended last time; piped input is
+    a conversation of its own each time, so that a script gives the same again (with SAMPLING__SEED set). A line with
+    nothing to answer, blank or only emoji, gets a blank line.
+    """
     from bots.console import ConsoleBot
 
     (settings,) = _settings(Settings)
     if "log_level" not in settings.model_fields_set:
         logging.getLogger().setLevel(logging.WARNING)
-    raise typer.Exit(_go(_serve(settings, [ConsoleBot()])))
+    raise typer.Exit(_go(_serve(settings, [ConsoleBot(settings.queue.deadline + 15)])))
 
 
 @cli.command()

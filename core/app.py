@@ -97,8 +97,11 @@ class App:
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self.stop)
+        for bot in bots:
+            if hasattr(bot, "readiness"):  # it serves /readyz
+                bot.readiness = self.ready
         await self.courier.open(bots)
-        await self.chat.open()
+        await self.chat.open([bot.name for bot in bots])
         house = [asyncio.create_task(self.chat.serve()), asyncio.create_task(self._beat())]
         serving = [asyncio.create_task(self._supervise(bot)) for bot in bots]
         systemd.notify("READY=1")

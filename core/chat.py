@@ -11,7 +11,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -147,9 +147,10 @@ class Chat:
 
     # -- the life of the house -----------------------------------------------------------------------------------
 
-    async def open(self) -> None:
-        """Take up what the journal still owes; before any bot serves, or a message could stand here twice."""
-        for request in await insist(self.journal.backlog, self._limits.deadline, MAX_ATTEMPTS):
+    async def open(self, platforms: Collection[str] | None = None) -> None:
+        """Take up what the journal still owes `platforms` (None: all); before any bot serves, or a message could stand
+        here twice. What waits on other platforms is the business of the process that runs them."""
+        for request in await insist(self.journal.backlog, self._limits.deadline, MAX_ATTEMPTS, platforms):
             self._queue.put(self._timed(request))
 
     async def serve(self) -> None:

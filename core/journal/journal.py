@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -142,14 +142,20 @@ class Journal:
         if batch:
             await self._writer.do(work)
 
-    async def backlog(self, deadline: float, max_attempts: int = 3) -> list[Request]:
-        """At start, in arrival order: what still waits. Of what is past its deadline, the newest question of each
-        channel gets a fresh one (`max_attempts` times, then it failed) and the others expire."""
-        return await self._writer.do(lambda connection: self._backlog(connection, deadline, max_attempts))
+    async def backlog(
+        self, deadline: float, max_attempts: int = 3, platforms: Collection[str] | None = None
+    ) -> list[Request]:
+        """At start, in arrival order: what still waits on `platforms` (None: on all). Of what is past its deadline, the
+        newest question of each channel gets a fresh one (`max_attempts` times, then it failed); the others expire."""
+        return await self._writer.do(lambda connection: self._backlog(connection, deadline, max_attempts, platforms))
 
-    def _backlog(self, connection: Connection, deadline: float, max_attempts: int) -> list[Request]:
+    def _backlog(
+        self, connection: Connection, deadline: float, max_attempts: int, platforms: Collection[str] | None
+    ) -> list[Request]:
         now = time.time()
         waiting = select(messages).where(messages.c.state == "waiting").order_by(messages.c.id)
+        if platforms is not None:
+            waiting = waiting.where(messages.c.platform.in_(platforms))
         rows = connection.execute(waiting).all()
         newest = {(row.platform, row.channel): row.id for row in rows}
         owed = []

@@ -6,7 +6,7 @@ Kept beside the real one by running the same contract suite on both (tests/core/
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -112,9 +112,15 @@ class MemoryJournal:
         await self._after()
         return Received(tuple(asked), tuple(changed), tuple(cancelled))
 
-    async def backlog(self, deadline: float, max_attempts: int = 3) -> list[Request]:
+    async def backlog(
+        self, deadline: float, max_attempts: int = 3, platforms: Collection[str] | None = None
+    ) -> list[Request]:
         await self._before()
-        waiting = [row for row in self._disk.rows if row.state == "waiting"]
+        waiting = [
+            row
+            for row in self._disk.rows
+            if row.state == "waiting" and (platforms is None or row.message.channel.platform in platforms)
+        ]
         newest = {row.message.channel: row.row for row in waiting if row.deadline <= self._now()}
         for row in waiting:
             if row.deadline > self._now():

@@ -166,6 +166,13 @@ async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(journ
     assert all(r.deadline > datetime.now(UTC) for r in owed)
 
 
+async def test_the_backlog_of_some_platforms_leaves_the_others_alone(journal: Journal) -> None:
+    await journal.receive(message("1"), message("2"), message("3", channel=Channel("other", "one")), deadline=-1)
+    assert [str(r.message.channel) for r in await journal.backlog(60, platforms=["other", "third"])] == ["other:one"]
+    assert await journal.backlog(60, platforms=[]) == []
+    assert await states(journal) == {"waiting": 3}
+
+
 async def test_a_question_that_never_gets_done_fails_in_the_end(journal: Journal) -> None:
     await journal.receive(message("1"), deadline=-1)
     assert [len(await journal.backlog(-1, max_attempts=3)) for _ in range(5)] == [1, 1, 1, 0, 0]
