@@ -208,7 +208,7 @@ def _go(work: Coroutine[None, None, int]) -> int:
 
 
 def main() -> None:
-    cli()
+    cli(prog_name="palaver")
 
 
 if __name__ == "__main__":

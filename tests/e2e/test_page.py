@@ -79,7 +79,7 @@ async def test_talks_and_shows_typing(browser: Browser, bot: WebBot) -> None:
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         await expect(page.get_by_role("heading", name="Say something")).to_be_visible()
-        await expect(page.get_by_text("A bot, not a person.")).to_be_visible()
+        await expect(page.get_by_text("A bot. It makes things up.")).to_be_visible()
         house.engine.gate.clear()
         await say(page, "Hello there!")
         await expect(page.locator(".typing")).to_be_visible()

@@ -1,0 +1,133 @@
+"""The command line as a process: `palaver run`, what stops it, and what it says about wrong settings."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.bots.process import PATIENCE, palaver, running
+
+SECRET = "hunter2-and-more"
+
+
+async def say(address: str, id: str, text: str, session: aiohttp.ClientSession) -> str:
+    """The reply to `text` on the page at `address`."""
+    async with session.ws_connect(address + "/ws") as page, asyncio.timeout(PATIENCE):
+        await page.send_json({"id": id, "text": text})
+        while True:
+            frame = await page.receive_json()
+            if frame.get("reply", {}).get("to") == id:
+                return str(frame["reply"]["text"])
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
+        yield session
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+async def test_run_serves_the_page_until_a_signal(
+    tmp_path: Path, browser: aiohttp.ClientSession, name: signal.Signals
+) -> None:
+    async with running(tmp_path) as (process, address):
+        assert await say(address, "question-1", "hello there", browser) == "Hello there"
+        async with browser.get(address + "/readyz") as response:
+            assert (response.status, await response.text()) == (200, "ready\n")
+        async with browser.get(address + "/metrics") as response:
+            assert 'palaver_messages_finished_total{platform="web",state="answered"} 1.0' in await response.text()
+        process.send_signal(name)
+        async with asyncio.timeout(PATIENCE):
+            assert await process.wait() == 0
+
+
+async def test_a_conversation_outlives_the_process(tmp_path: Path, browser: aiohttp.ClientSession) -> None:
+    for number in (1, 2):
+        async with running(tmp_path) as (process, address):
+            await say(address, f"question-{number}", f"say {number}", browser)
+            process.kill()
+    async with running(tmp_path) as (_, address), browser.ws_connect(address + "/ws") as page:
+        await page.send_json({"hello": True})
+        history = (await page.receive_json())["history"]
+    assert [turn["text"] for turn in history] == ["say 1", "Say 1", "say 2", "Say 2"]
+
+
+async def test_two_processes_share_a_journal(tmp_path: Path, browser: aiohttp.ClientSession) -> None:
+    """The page runs on while somebody talks in the terminal of the same folder."""
+    async with running(tmp_path) as (_, address):
+        code, output, errors = await palaver(tmp_path, "chat", said="hello from the terminal\n")
+        assert (code, output) == (0, "Hello from the terminal\n"), errors
+        assert await say(address, "question-1", "hello from the page", browser) == "Hello from the page"
+
+
+async def test_wrong_settings_are_a_line_each_and_no_value(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("WEB_HSOT=127.0.0.1\n")
+    began = time.monotonic()
+    code, output, errors = await palaver(
+        tmp_path,
+        "run",
+        WEB_PORT=SECRET,
+        SAMPLING__TEMPERATURE=SECRET,
+        DTYPE=SECRET,
+        ENGINE=SECRET,
+        QUEUE__DEADLINE="-1",
+        WEB_ORIGIN=SECRET,
+        GRACE=SECRET,
+    )
+    assert code == 78 and output == ""
+    lines = errors.splitlines()
+    names = [
+        "DTYPE",
+        "ENGINE",
+        "GRACE",
+        "QUEUE__DEADLINE",
+        "SAMPLING__TEMPERATURE",
+        "WEB_HSOT",
+        "WEB_ORIGIN",
+        "WEB_PORT",
+    ]
+    assert [line.split(":")[0] for line in lines] == names
+    assert all("for example" in line or "did you mean" in line for line in lines), errors
+    assert SECRET not in errors
+    assert time.monotonic() - began < 30  # two seconds on a machine that has nothing else to do
+
+
+async def test_nothing_to_run_is_a_wrong_setting(tmp_path: Path) -> None:
+    code, _, errors = await palaver(tmp_path, "run", WEB_ENABLED="false")
+    assert code == 78 and errors.startswith("WEB_ENABLED: ") and len(errors.splitlines()) == 1
+
+
+async def test_a_taken_port_ends_with_the_mend(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, output, errors = await palaver(tmp_path, "run", WEB_PORT=str(port))
+    assert code == 1 and output == ""
+    assert f"WEB_PORT: port {port} is taken" in errors and "Traceback" not in errors
+
+
+async def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    code, _, errors = await palaver(tmp_path, "run", ENGINE="inprocess", MODEL=str(tmp_path / "nothing"))
+    assert code == 78 and errors.splitlines()[-1].startswith("MODEL: ") and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("arguments", [(), ("run",), ("chat",), ("engine",), ("journal",), ("journal", "export")])
+async def test_help_says_something(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    code, output, errors = await palaver(tmp_path, *arguments, "--help", TERM="dumb")
+    assert code == 0 and "Usage: palaver" in output and len(output.splitlines()) > 8 and errors == ""
+
+
+async def test_the_journal_counts_and_exports(tmp_path: Path) -> None:
+    await palaver(tmp_path, "chat", said="hello\n🦄\n")
+    code, output, errors = await palaver(tmp_path, "journal")
+    assert code == 0 and "answered" in output and "heard" in output and errors == ""
+    code, _, errors = await palaver(tmp_path, "journal", "export", "nowhere")
+    assert code == 78 and "platform:id" in errors
