@@ -49,7 +49,7 @@ class TelegramSettings(Group):
     telegram_token: SecretStr | None = Field(
         None,
         description="the bot's token from @BotFather; starts Telegram",
-        examples=["123456789:AAF-the-35-characters-from-BotFather"],
+        examples=["123456789:AAF...35-characters"],
     )
     telegram_webhook_url: str = Field(
         "",
@@ -143,9 +143,12 @@ class TelegramBot:
             else:
                 await Poller(self._api, chat, self.take, self._me.id).run()
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await self._api.aclose()
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._api.aclose()
 
     async def take(self, updates: list[Any]) -> None:
         """All of them in the journal, in their order, when it returns; polling and webhook both end here.

@@ -26,6 +26,9 @@ from core.delivery import MaybeSent, NotSent, RetryAfter, SendError, Unservable
 
 log = logging.getLogger(__name__)
 
+for _name, _level in (("httpx", logging.WARNING), ("telegram", logging.INFO)):
+    logging.getLogger(_name).setLevel(_level)  # below it they log URLs, and PTB what people write
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 READ_TIMEOUT = 20.0
 UNKNOWN_TOKEN = "TELEGRAM_TOKEN: Telegram does not know this token; get one from @BotFather"

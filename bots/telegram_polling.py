@@ -27,6 +27,7 @@ HOLD = 25
 BATCH = 100
 LEASE = 10.0
 """Seconds until another instance polls when this one dies; renewed three times as often."""
+CONFLICT_PAUSE = (2.0, 6.0)
 TWO_POLLERS = (
     "somebody else polls with this bot's token; stop the other instance, or give each its own token from @BotFather"
 )
@@ -98,7 +99,8 @@ class Poller:
         tries = 0
         while updates:
             try:
-                return await self._take(updates)
+                await self._take(updates)
+                break
             except NotAccepted as error:
                 if not tries:
                     log.warning("%d updates are not confirmed until the journal takes them: %s", len(updates), error)
@@ -116,7 +118,7 @@ class Poller:
             return None
         if not failures:
             log.warning("Telegram: %s", TWO_POLLERS)
-        return await asyncio.sleep(random.uniform(2.0, 6.0))
+        return await asyncio.sleep(random.uniform(*CONFLICT_PAUSE))
 
     async def _keep_lease(self) -> None:
         """Hold `_mine` set while the lease is ours; the other instances on this journal wait until it is free."""
@@ -125,16 +127,17 @@ class Poller:
             while True:
                 now = loop.time()
                 try:
-                    until = now + LEASE if await self._chat.lease(self._lease_name, LEASE) else 0.0
+                    held = await self._chat.lease(self._lease_name, LEASE)
+                    until = now + LEASE if held else 0.0
+                    if not held and not waiting:
+                        log.warning("Telegram: another instance polls with this token; waiting to take over")
+                    waiting = not held
                 except NotAccepted as error:
                     log.debug("the lease is not renewed: %s", error)
                 if loop.time() < until:
                     self._mine.set()
                 else:
                     self._mine.clear()
-                    if not waiting:
-                        log.warning("Telegram: another instance polls with this token; waiting to take over")
-                waiting = not self._mine.is_set()
                 await asyncio.sleep(LEASE / 3)
         finally:
             if self._mine.is_set():

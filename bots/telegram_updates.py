@@ -79,7 +79,7 @@ def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
             return Command(name, channel, id)
         if not target and not private:
             return None  # some other bot's
-        return _said(message, channel, id, author, f"{match[1]} {text[match.end() :]}", kind)
+        return _said(message, channel, id, author, match[1] + text[match.end() :], kind)
     if private or mentioned(message, text, me) or _replied(message, me):
         return _said(message, channel, id, author, strip_mention(text, me), kind)
     return None

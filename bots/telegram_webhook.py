@@ -34,7 +34,7 @@ class Webhook:
         """`take` returns when the updates are in the journal; `paused` when there is room for more."""
         self._secret, self._take, self._paused = secret.encode(), take, paused
 
-    async def __call__(self, request: web.Request) -> web.Response:
+    async def receive(self, request: web.Request) -> web.Response:
         given = request.headers.get("X-Telegram-Bot-Api-Secret-Token", "")
         if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self._secret):
             return web.Response(status=403)
@@ -75,7 +75,7 @@ def parse(body: bytes) -> dict[str, Any] | None:
 async def listening(webhook: Webhook, host: str, port: int, path: str) -> AsyncIterator[int]:
     """Serve until the block ends; the port."""
     app = web.Application(client_max_size=MAX_BODY)
-    app.router.add_post(path, webhook)
+    app.router.add_post(path, webhook.receive)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
     await runner.setup()
     try:

@@ -1,0 +1,406 @@
+"""The bot through the real client against a Bot API server: who is heard, what is confirmed, how sends end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from bots.base import MaybeSent, NotSent, Refused, RetryAfter, Unservable
+from bots.telegram import FORGOTTEN, GREETING, TelegramSettings, open_telegram
+from core.messages import Channel
+from core.settings import WrongSettings
+from core.settings import read as read_settings
+from tests.bots.telegram_world import ANN, BOB, GROUP, reply, serving, settings, until
+from tests.fakes.ears import Ears
+from tests.fakes.telegram_server import TOKEN, Fault, TelegramServer
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[TelegramServer]:
+    async with TelegramServer() as server:
+        server.private(ANN, "Ann")
+        server.group(GROUP, topics=(45,))
+        yield server
+
+
+async def test_direct_messages_mentions_replies_and_topics_are_heard_in_order(server: TelegramServer) -> None:
+    ears = Ears()
+    async with serving(server, ears) as bot:
+        server.say(ANN, ANN, "one")
+        server.say(GROUP, BOB, "not for you")
+        server.say(GROUP, BOB, "@Palaver_Bot two")
+        number = int(await bot.send(reply(GROUP, "said")))
+        server.say(GROUP, BOB, "three", reply_to=number, topic=45)
+        server.say(ANN, ANN, "four")
+        await until(lambda: len(ears.heard) == 4)
+        await server.confirmed()
+    assert ears.texts == ["one", "two", "three", "four"]
+    assert [m.channel.id for m in ears.heard] == ["7", str(GROUP), f"{GROUP}:45", "7"]
+    assert [m.server for m in ears.heard] == ["", str(GROUP), str(GROUP), ""]
+    assert server.called("deleteWebhook") == []
+    assert all("drop_pending_updates" not in call and int(call.get("offset", 0)) >= 0 for _, call in server.calls)
+
+
+async def test_what_came_before_the_start_is_not_lost(server: TelegramServer) -> None:
+    server.say(ANN, ANN, "while you were away")
+    ears = Ears()
+    async with serving(server, ears):
+        await until(lambda: ears.heard)
+    assert "offset" not in server.called("getUpdates")[0]
+
+
+async def test_confirmed_only_after_the_commit(server: TelegramServer) -> None:
+    ears = Ears()
+    ears.refuse = 3
+    server.say(ANN, ANN, "hi")
+    async with serving(server, ears):
+        await until(lambda: ears.calls >= 2)
+        assert len(server.pending) == 1 and len(server.called("getUpdates")) == 1
+        await until(lambda: ears.heard)
+        await server.confirmed()
+    assert ears.texts == ["hi"]
+
+
+async def test_killed_before_the_commit_it_comes_again(server: TelegramServer) -> None:
+    ears = Ears()
+    ears.refuse = -1
+    server.say(ANN, ANN, "hi")
+    async with serving(server, ears):
+        await until(lambda: ears.calls)
+    assert len(server.pending) == 1
+    ears.refuse = 0
+    async with serving(server, ears):
+        await until(lambda: ears.heard)
+
+
+async def test_one_that_cannot_be_read_harms_no_other(server: TelegramServer) -> None:
+    ears = Ears()
+    server.say(ANN, ANN, "one")
+    server.update(message={"chat": {"id": ANN}, "text": ["a"] * 10})
+    server.update(message=7)
+    server.update(unheard_of={})
+    server.say(ANN, ANN, "two")
+    async with serving(server, ears):
+        await until(lambda: len(ears.heard) == 2)
+        await server.confirmed()
+    assert ears.texts == ["one", "two"]
+    assert [row.channel.id for row, _ in ears.failed] == ["7", "unknown"]
+
+
+async def test_one_that_cannot_be_stored_harms_no_other(server: TelegramServer) -> None:
+    ears = Ears()
+    ears.poison = "\x1a"
+    for text in ("one", "\x1a", "two"):
+        server.say(ANN, ANN, text)
+    async with serving(server, ears):
+        await until(lambda: len(ears.heard) == 2)
+        await server.confirmed()
+    assert ears.texts == ["one", "two"] and len(ears.failed) == 1
+
+
+async def test_one_that_is_no_json_harms_no_other(server: TelegramServer) -> None:
+    deep: Any = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    ears = Ears()
+    server.say(ANN, ANN, "one")
+    server.raw(b'{"update_id": %d, "message": ' + b"[" * 100_000 + b"]" * 100_000 + b"}")
+    server.say(ANN, ANN, "two")
+    async with serving(server, ears):
+        await until(lambda: len(ears.heard) == 2)
+        await server.confirmed()
+    assert ears.texts == ["one", "two"] and len(ears.failed) == 1
+
+
+async def test_the_same_again_out_of_order_and_with_new_numbers(server: TelegramServer) -> None:
+    ears = Ears()
+    server.duplicates, server.reordered = 0.5, 0.3
+    async with serving(server, ears):
+        for round in range(4):
+            for number in range(10):
+                server.say(ANN, ANN, f"{round} {number}")
+            await server.confirmed()
+            server.jump()
+    assert sorted(ears.texts) == [f"{round} {number}" for round in range(4) for number in range(10)]
+
+
+async def test_reset_and_start(server: TelegramServer) -> None:
+    ears = Ears()
+    async with serving(server, ears):
+        server.say(ANN, ANN, "/start")
+        server.say(ANN, ANN, "before")
+        again = server.say(ANN, ANN, "/reset")
+        server.say(GROUP, BOB, "/reset@palaver_bot", topic=45)
+        server.say(GROUP, BOB, "/reset@other_bot")
+        server.update(message=again)
+        sent = await server.until(3)
+        await server.confirmed()
+    assert ears.resets == [Channel("telegram", "7"), Channel("telegram", f"{GROUP}:45")]
+    assert ears.texts == ["before"]
+    assert {(s.chat, s.thread, s.text) for s in sent} == {
+        (ANN, None, GREETING),
+        (ANN, None, FORGOTTEN),
+        (GROUP, 45, FORGOTTEN),
+    }
+
+
+async def test_an_edit_and_a_group_that_moves(server: TelegramServer) -> None:
+    ears = Ears()
+    server.group(-55, kind="group")
+    async with serving(server, ears) as bot:
+        said = server.say(-55, BOB, "@palaver_bot hi")
+        server.edit(-55, said["message_id"], "@palaver_bot hello")
+        await until(lambda: len(ears.heard) == 2)
+        assert [(m.kind, m.text, m.id) for m in ears.heard] == [
+            ("ask", "hi", f"g{said['message_id']}"),
+            ("edit", "hello", f"g{said['message_id']}"),
+        ]
+        server.migrate(-55, -1007777777777)
+        await until(lambda: ears.moves)
+        await bot.send(reply(-55, "still here", ears.heard[0].id))
+        await server.confirmed()
+    assert set(ears.moves) == {(Channel("telegram", "-55"), Channel("telegram", "-1007777777777"))}
+    assert (server.ledger[-1].chat, server.ledger[-1].reply_to) == (-1007777777777, None)
+
+
+async def test_a_group_that_moved_unseen_is_followed_by_the_send(server: TelegramServer) -> None:
+    ears = Ears()
+    server.group(-55, kind="group")
+    async with serving(server, ears) as bot:
+        await until(lambda: server.called("getUpdates"))
+        server.group(-1007777777777)
+        server.faults.append(Fault("migrated", chat=-55, times=-1, value=-1007777777777))
+        ears.refuse = 1
+        with pytest.raises(NotSent):
+            await bot.send(reply(-55, "hello", "g5"))
+        await bot.send(reply(-55, "hello", "g5"))
+        await bot.send(reply(-55, "again", "g5"))
+    assert ears.moves == [(Channel("telegram", "-55"), Channel("telegram", "-1007777777777"))]
+    assert [s.text for s in server.ledger] == ["hello", "again"]
+    assert len(server.called("sendMessage")) == 4
+
+
+async def test_a_reply_as_it_goes_out(server: TelegramServer) -> None:
+    ears = Ears()
+    async with serving(server, ears) as bot:
+        said = server.say(GROUP, BOB, "@palaver_bot hi", topic=45)
+        text = "see https://example.org *bold* <b>&amp;</b> @everyone"
+        number = await bot.send(reply(f"{GROUP}:45", text, str(said["message_id"])))
+        await bot.send(reply(f"{GROUP}:45", "its question is gone", "999999"))
+        await bot.typing(Channel("telegram", f"{GROUP}:45"))
+        assert await bot.find_sent(reply(GROUP)) is None
+    first, second = server.ledger
+    assert (first.text, first.thread, first.reply_to) == (text, 45, said["message_id"])
+    assert str(first.message_id) == number and second.reply_to is None
+    assert "parse_mode" not in first.params and '"is_disabled": true' in first.params["link_preview_options"]
+    assert [(chat, thread) for _, chat, thread in server.typing] == [(GROUP, 45)]
+
+
+async def test_a_server_that_will_not_reply_to_what_is_gone_gets_a_plain_message(server: TelegramServer) -> None:
+    server.faults.append(Fault("error", value=[400, "Bad Request: message to be replied not found"]))
+    async with serving(server, Ears()) as bot:
+        await bot.send(reply(ANN, "hello", "5"))
+    assert [s.text for s in server.ledger] == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "ending"),
+    [
+        (Fault("blocked"), Refused),
+        (Fault("error", value=[400, "Bad Request: chat not found"]), Refused),
+        (Fault("error", value=[404, "Not Found"]), Refused),
+        (Fault("error", value=[413, "Request Entity Too Large"]), Refused),
+        (Fault("error", value=[401, "Unauthorized"]), NotSent),
+        (Fault("bad_gateway"), MaybeSent),
+        (Fault("error", value=[500, "Internal Server Error: restart"]), MaybeSent),
+        (Fault("garbage"), MaybeSent),
+        (Fault("reset_before"), MaybeSent),
+        (Fault("reset_after"), MaybeSent),
+    ],
+)
+async def test_how_a_send_can_end(server: TelegramServer, fault: Fault, ending: type[Exception]) -> None:
+    server.faults.append(fault)
+    async with serving(server, Ears()) as bot:
+        with pytest.raises(ending) as caught:
+            await bot.send(reply(ANN))
+        assert TOKEN not in str(caught.value)
+        assert len(server.ledger) == (fault.kind == "reset_after")
+
+
+async def test_a_chat_that_is_no_chat_is_refused(server: TelegramServer) -> None:
+    bot = open_telegram(settings(server))
+    for channel in ("x", "5:y", ""):
+        with pytest.raises(Refused):
+            await bot.send(reply(channel))
+
+
+async def test_a_flood_in_one_chat_stops_no_other(server: TelegramServer) -> None:
+    server.private(BOB)
+    server.faults.append(Fault("flood", chat=GROUP, times=1, value={"retry_after": 3000}))
+    async with serving(server, Ears()) as bot:
+        with pytest.raises(RetryAfter) as caught:
+            await bot.send(reply(GROUP))
+        assert caught.value.seconds == 3000
+        with pytest.raises(RetryAfter) as caught:
+            await bot.send(reply(f"{GROUP}:45"))
+        await bot.typing(Channel("telegram", str(GROUP)))
+        assert caught.value.seconds > 2900 and len(server.called("sendMessage")) == 1 and not server.typing
+        await bot.send(reply(ANN))
+        await bot.send(reply(BOB))
+    assert [s.chat for s in server.ledger] == [ANN, BOB]
+
+
+async def test_a_stuck_chat_stops_no_other(server: TelegramServer) -> None:
+    server.faults.append(Fault("delay", chat=GROUP, value=30.0))
+    async with serving(server, Ears()) as bot:
+        stuck = asyncio.create_task(bot.send(reply(GROUP)))
+        await until(lambda: server.called("sendMessage"))
+        await bot.send(reply(ANN))
+        stuck.cancel()
+    assert [s.chat for s in server.ledger] == [ANN]
+
+
+async def test_sends_work_before_it_serves(server: TelegramServer) -> None:
+    bot = open_telegram(settings(server))
+    await bot.send(reply(ANN, "owed from before"))
+    assert server.ledger
+    await bot.aclose()
+
+
+def test_a_long_text_is_split_in_telegrams_units() -> None:
+    bot = open_telegram(TelegramSettings(telegram_token=TOKEN))
+    parts = bot.split("\U0001f600" * 5000)
+    assert len(parts) == 3 and all(len(part.encode("utf-16-le")) <= 2 * 4096 for part in parts)
+    assert "".join(parts) == "\U0001f600" * 5000
+
+
+async def test_a_wrong_token_says_how_to_mend_it(server: TelegramServer) -> None:
+    bot = open_telegram(settings(server, token="123456789:" + "B" * 35))
+    with pytest.raises(Unservable, match=r"TELEGRAM_TOKEN: .*@BotFather") as caught:
+        async with asyncio.timeout(30):
+            await bot.serve(Ears().chat)
+    assert "BBB" not in str(caught.value)
+
+
+async def test_a_token_revoked_while_it_polls(server: TelegramServer) -> None:
+    server.faults.append(Fault("error", "getUpdates", value=[401, "Unauthorized"]))
+    bot = open_telegram(settings(server))
+    with pytest.raises(Unservable):
+        async with asyncio.timeout(30):
+            await bot.serve(Ears().chat)
+
+
+async def test_a_webhook_in_the_way_is_removed_and_nothing_dropped(server: TelegramServer) -> None:
+    server.webhook = {"url": "https://elsewhere.example/"}
+    server.say(ANN, ANN, "hi")
+    ears = Ears()
+    async with serving(server, ears):
+        await until(lambda: ears.heard)
+    assert [call.get("drop_pending_updates") for call in server.called("deleteWebhook")] == ["false"]
+
+
+async def test_another_poller_is_named_and_outlived(
+    server: TelegramServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bots.telegram_polling.CONFLICT_PAUSE", (0.01, 0.05))
+    server.faults.append(Fault("conflict", "getUpdates", times=5))
+    server.say(ANN, ANN, "hi")
+    ears = Ears()
+    with caplog.at_level(logging.WARNING):
+        async with serving(server, ears):
+            await until(lambda: ears.heard)
+    assert caplog.text.count("stop the other instance") == 1 and TOKEN not in caplog.text
+
+
+async def test_of_two_on_one_journal_one_polls_and_the_other_takes_over(
+    server: TelegramServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bots.telegram_polling.LEASE", 0.3)
+    one, two = Ears(), Ears()
+    two.leases, two.owner = one.leases, "other"
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving(server, one):
+            await until(lambda: server.called("getUpdates"))
+            await stack.enter_async_context(serving(server, two))
+            await until(lambda: len(server.called("getMe")) == 2)
+            server.say(ANN, ANN, "first")
+            await until(lambda: one.heard)
+            await server.confirmed()
+            assert not two.heard
+        server.say(ANN, ANN, "second")
+        await until(lambda: two.heard)
+    assert (one.texts, two.texts) == (["first"], ["second"])
+    assert not [s for s in server.called("getUpdates") if int(s.get("offset", 0)) < 0]
+
+
+async def test_a_full_house_is_not_fed(server: TelegramServer) -> None:
+    ears = Ears()
+    ears.room.clear()
+    async with serving(server, ears):
+        server.say(ANN, ANN, "hi")
+        await until(lambda: server.called("getMe"))
+        await asyncio.sleep(0.2)
+        assert not server.called("getUpdates")
+        ears.room.set()
+        await until(lambda: ears.heard)
+
+
+async def test_trouble_on_the_line_is_outlived(server: TelegramServer) -> None:
+    kinds: list[Any] = ["bad_gateway", "reset_before", "reset_after", "garbage", "flood"]
+    server.faults += [Fault(kind, "getUpdates", value={} if kind == "flood" else None) for kind in kinds]
+    server.say(ANN, ANN, "hi")
+    ears = Ears()
+    async with serving(server, ears):
+        await until(lambda: ears.heard)
+        await server.confirmed()
+    assert ears.texts == ["hi"] and not ears.failed
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("TELEGRAM_TOKEN", "your-token-here"),
+        ("TELEGRAM_TOKEN", "123456:changeme"),
+        ("TELEGRAM_TOKEN", "123456789:" + "x" * 35),
+        ("TELEGRAM_TOKEN", "123456789:" + "x" * 20 + " " + "y" * 15),
+        ("TELEGRAM_API_BASE", "localhost:9"),
+        ("TELEGRAM_API_BASE", "http://127.0.0.1:port/bot"),
+        ("TELEGRAM_WEBHOOK_URL", "http://bot.example.org/"),
+        ("TELEGRAM_WEBHOOK_SECRET", "two words"),
+        ("TELEGRAM_WEBHOOK_PORT", "99999"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_without_its_value(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, variable: str, value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(WrongSettings) as caught:
+        read_settings(TelegramSettings)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{variable}: ") and "for example" in line and value not in line
+
+
+def test_settings_as_people_write_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert TelegramSettings().telegram_token is None
+    monkeypatch.setenv("TELEGRAM_TOKEN", f" {TOKEN}\n")
+    monkeypatch.setenv("TELEGRAM_API_BASE", "http://127.0.0.1:8081/")
+    found = TelegramSettings()
+    assert found.telegram_api_base == "http://127.0.0.1:8081/bot"
+    assert found.telegram_token and found.telegram_token.get_secret_value() == TOKEN
+    assert TOKEN not in repr(found)
+    monkeypatch.setenv("TELEGRAM_TOKEN", "42:TEST")
+    assert TelegramSettings().telegram_token
+    monkeypatch.delenv("TELEGRAM_API_BASE")
+    with pytest.raises(ValidationError):
+        TelegramSettings()

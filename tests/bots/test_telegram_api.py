@@ -1,0 +1,162 @@
+"""The wire: how each end of a call is named, and how often may be called."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bots.telegram_api import Pace, Rejected, TelegramApi, Unreadable, Window
+from core.delivery import MaybeSent, NotSent, RetryAfter, SendError, Unservable
+from tests.fakes.telegram_server import Fault, TelegramServer
+
+HELLO: dict[str, Any] = {"chat_id": 7, "text": "hello"}
+
+
+async def test_a_call_and_its_parameters() -> None:
+    async with TelegramServer() as server:
+        server.private(7)
+        api = TelegramApi(server.token, server.base)
+        assert (await api.call("getMe"))["username"] == "palaver_bot"
+        await api.call("sendMessage", **HELLO, reply_parameters={"message_id": 5, "allow_sending_without_reply": True})
+        assert [sent.text for sent in server.ledger] == ["hello"]
+        await api.aclose()
+        with pytest.raises(NotSent):
+            await api.call("getMe")
+        await api.open()
+        await api.call("getMe")
+        await api.aclose()
+
+
+@pytest.mark.parametrize(
+    ("fault", "ending", "arrives"),
+    [
+        (Fault("reset_before"), MaybeSent, False),
+        (Fault("reset_after"), MaybeSent, True),
+        (Fault("garbage"), Unreadable, False),
+        (Fault("bad_gateway"), Rejected, False),
+        (Fault("blocked"), Rejected, False),
+        (Fault("flood"), Rejected, False),
+        (Fault("migrated", value=-1005), Rejected, False),
+    ],
+)
+async def test_how_a_call_can_end(fault: Fault, ending: type[Exception], arrives: bool) -> None:
+    async with TelegramServer() as server:
+        server.private(7)
+        server.faults.append(fault)
+        api = TelegramApi(server.token, server.base)
+        with pytest.raises(ending) as caught:
+            await api.call("sendMessage", **HELLO)
+        assert bool(server.ledger) is arrives
+        if isinstance(caught.value, Rejected) and fault.kind == "migrated":
+            assert caught.value.moved_to == -1005
+        await api.aclose()
+
+
+async def test_nobody_there_is_not_sent() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        api = TelegramApi("1:x", f"http://127.0.0.1:{taken.getsockname()[1]}/bot")
+        with pytest.raises(NotSent):
+            await api.call("getMe")
+        await api.aclose()
+    api = TelegramApi("1:x", "http://no-such-host.invalid/bot")
+    with pytest.raises(NotSent):
+        await api.call("getMe")
+    await api.aclose()
+
+
+async def test_silence_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bots.telegram_api.READ_TIMEOUT", 0.1)
+    async with TelegramServer() as server:
+        server.private(7)
+        server.faults.append(Fault("delay", value=2.0))
+        api = TelegramApi(server.token, server.base)
+        with pytest.raises(MaybeSent):
+            await api.call("sendMessage", **HELLO)
+        await api.aclose()
+
+
+@pytest.mark.parametrize("parameters", [{"retry_after": float("nan")}, {"retry_after": -5}, {}, {"retry_after": "x"}])
+async def test_a_strange_retry_after_is_a_second(parameters: dict[str, Any]) -> None:
+    async with TelegramServer() as server:
+        server.private(7)
+        server.faults.append(Fault("flood", value=parameters))
+        api = TelegramApi(server.token, server.base)
+        with pytest.raises(Rejected) as caught:
+            await api.call("sendMessage", **HELLO)
+        assert caught.value.code == 429
+        assert RetryAfter(caught.value.retry_after).seconds == 1.0
+        await api.aclose()
+
+
+async def test_no_error_and_no_log_shows_the_token(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with TelegramServer() as server:
+        shown = [400, f"Not Found: /bot{server.token}/x"]
+        server.faults += [
+            Fault("error", "getMe", value=shown),
+            Fault("reset_before", "getMe"),
+            Fault("garbage", "getMe"),
+        ]
+        api = TelegramApi(server.token, server.base)
+        for _ in range(3):
+            with pytest.raises((Rejected, Unreadable, SendError)) as caught:
+                await api.call("getMe")
+            error: BaseException | None = caught.value
+            assert server.token not in f"{error} {error!r}"
+        wrong = TelegramApi("42:wrong-token", server.base)
+        with pytest.raises(Unservable) as final:
+            await wrong.insist("getMe")
+        await wrong.aclose()
+        await api.aclose()
+        assert "wrong-token" not in str(final.value) and "@BotFather" in str(final.value)
+    assert server.token not in caplog.text and "wrong-token" not in caplog.text
+
+
+async def test_insist_comes_back() -> None:
+    async with TelegramServer() as server:
+        server.faults += [Fault("bad_gateway", "getMe"), Fault("reset_before", "getMe")]
+        api = TelegramApi(server.token, server.base)
+        assert (await api.insist("getMe"))["is_bot"] is True
+        await api.aclose()
+
+
+@given(
+    st.integers(1, 5),
+    st.floats(0.1, 10),
+    st.lists(st.floats(0, 5), min_size=1, max_size=60),
+)
+def test_a_window_is_never_broken_and_never_idle_for_nothing(count: int, seconds: float, gaps: list[float]) -> None:
+    window, now, times = Window(count, seconds), 0.0, list[float]()
+    for gap in gaps:
+        now += gap
+        times.append(now + window.take(now))
+        assert times[-1] == now or times[-1] == pytest.approx(times[-1 - count] + seconds)
+    assert times == sorted(times)
+    for first, last in zip(times, times[count:], strict=False):
+        assert last - first >= seconds - 1e-6
+
+
+async def test_a_chat_that_must_wait_keeps_no_other_waiting() -> None:
+    pace = Pace()
+    pace.hold(7, 3600)
+    with pytest.raises(RetryAfter) as caught:
+        await pace.turn(7)
+    assert 3590 < caught.value.seconds <= 3600
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(pace.turn(chat) for chat in range(100, 120)))
+
+
+async def test_old_chats_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "MANY", 10)
+    pace = Pace()
+    pace._windows(-1)[1].take(asyncio.get_running_loop().time())
+    for chat in range(100):
+        pace._windows(chat)
+    assert len(pace._chats) <= 11 and -1 in pace._chats

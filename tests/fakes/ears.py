@@ -1,0 +1,89 @@
+"""A chat that only listens: what a bot hands over, and how it takes a no. No journal, no answers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+from core.chat import Chat
+from core.delivery import NotAccepted
+from core.messages import Channel, Message
+
+
+class Ears:
+    def __init__(self) -> None:
+        self.heard: list[Message] = []
+        self.failed: list[tuple[Message, str]] = []
+        self.resets: list[Channel] = []
+        self.moves: list[tuple[Channel, Channel]] = []
+        self.refuse = 0
+        """So many calls more raise NotAccepted; -1 is all."""
+        self.poison = ""
+        """A text that cannot be stored."""
+        self.leases: dict[str, str] = {}
+        self.owner = "me"
+        self.room = asyncio.Event()
+        self.room.set()
+        self.calls = 0
+        self.marks: dict[str, str] = {}
+        self.sessions = 0
+
+    @property
+    def chat(self) -> Chat:
+        return cast(Chat, self)
+
+    @property
+    def texts(self) -> list[str]:
+        return [message.text for message in self.heard]
+
+    def _asked(self) -> None:
+        self.calls += 1
+        if self.refuse:
+            self.refuse -= 1
+            raise NotAccepted("the disk is full")
+
+    async def receive(self, *messages: Message) -> None:
+        self._asked()
+        if self.poison and any(self.poison in message.text for message in messages):
+            raise ValueError("cannot be stored")
+        for message in messages:
+            seen = any((m.channel, m.id, m.kind) == (message.channel, message.id, message.kind) for m in self.heard)
+            if message.kind == "edit" or not seen:
+                self.heard.append(message)
+
+    async def refail(self, *messages: Message, note: str) -> None:
+        self._asked()
+        self.failed += [(message, note) for message in messages]
+
+    async def reset(self, channel: Channel) -> None:
+        self._asked()
+        self.resets.append(channel)
+
+    async def rekey(self, old: Channel, new: Channel) -> None:
+        self._asked()
+        self.moves.append((old, new))
+
+    async def paused(self) -> None:
+        await self.room.wait()
+
+    async def lease(self, name: str, seconds: float) -> bool:
+        return self.leases.setdefault(name, self.owner) == self.owner
+
+    async def release(self, name: str) -> None:
+        if self.leases.get(name) == self.owner:
+            del self.leases[name]
+
+    async def watermarks(self, platform: str) -> dict[str, str]:
+        self._asked()
+        return dict(self.marks)
+
+    async def advance(self, channel: Channel, id: str) -> None:
+        self._asked()
+        self.marks[channel.id] = id
+
+    async def replied(self, channel: Channel, id: str) -> bool:
+        return False
+
+    async def identified(self, platform: str) -> int:
+        self.sessions += 1
+        return self.sessions
