@@ -112,7 +112,8 @@ async def test_the_key_is_a_strict_cookie_and_its_channel_does_not_show_it() -> 
             await page.say("question-1", "hi")
             await page.hears("reply")
         assert [row.message.channel.platform for row in house.disk.rows] == ["web"]
-        assert key not in house.disk.rows[0].message.channel.id and len(house.disk.rows[0].message.channel.id) == 24
+        id = house.disk.rows[0].message.channel.id
+        assert len(id) == 24 and id not in key
         async with session.ws_connect("/ws", headers={"X-Forwarded-Proto": "https"}) as socket:
             assert "Secure" in socket._response.headers["Set-Cookie"]
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from playwright.async_api import Browser, BrowserContext, Page, async_playwright
 
 from bots.web import WebBot, WebSettings
 from tests.bots.house import House, until
+from tests.bots.process import running
 
 PATIENCE = 30_000.0  # ms; the machine may be busy
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -55,9 +57,13 @@ def bot() -> WebBot:
 async def visit(where: Browser | BrowserContext, bot: WebBot, **context: Any) -> Page:
     """The page, connected."""
     await until(lambda: bot.address)
+    return await open_page(where, bot.address, **context)
+
+
+async def open_page(where: Browser | BrowserContext, address: str, **context: Any) -> Page:
     page = await (await where.new_context(**context) if isinstance(where, Browser) else where).new_page()
     page.set_default_timeout(PATIENCE)
-    await page.goto(bot.address)
+    await page.goto(address)
     await expect(page.locator("#connection")).to_have_attribute("data-state", "connected")
     return page
 
@@ -163,8 +169,10 @@ async def test_a_reload_while_a_question_waits(browser: Browser, bot: WebBot) ->
         await say(page, "wait for me")
         await until(lambda: house.engine.prompts)
         await page.reload()
-        await tab.reload()  # this one does not know of the question
+        await expect(page.locator("#connection")).to_have_attribute("data-state", "connected")
+        await expect(page.locator(".exchange.sending")).to_have_count(0)
         await expect(said(page)).to_have_text(["wait for me"])
+        await tab.reload()  # this one does not know of the question
         await expect(tab.locator("#connection")).to_have_attribute("data-state", "connected")
         house.engine.gate.set()
         for each in (page, tab):
@@ -299,3 +307,26 @@ async def test_a_connection_that_breaks_without_a_word(browser: Browser, bot: We
         await asyncio.sleep(0.1)
         assert house.disk.rows == []
         await expect(said(page)).to_have_text(["is anybody there?", "You said is anybody there?"])
+
+
+async def test_survives_a_kill_of_the_whole_program(browser: Browser, tmp_path: Path, bot: WebBot) -> None:
+    port = str(bot._settings.web_port)
+    async with running(tmp_path, WEB_PORT=port) as (process, address):
+        page = await open_page(browser, address)
+        await say(page, "before")
+        await expect(said(page)).to_have_text(["before", "Before"])
+        process.kill()
+        await expect(page.locator("#connection")).to_have_attribute("data-state", "lost")
+        await say(page, "meanwhile")
+    async with running(tmp_path, WEB_PORT=port):
+        await expect(said(page)).to_have_text(["before", "Before", "meanwhile", "Meanwhile"])
+        await page.reload()
+        await expect(said(page)).to_have_text(["before", "Before", "meanwhile", "Meanwhile"])
+
+
+async def test_talks_with_the_embedded_model(browser: Browser, tmp_path: Path) -> None:
+    async with running(tmp_path, ENGINE="inprocess", WEB_PORT="0") as (_, address):
+        page = await open_page(browser, address)
+        await page.get_by_role("button", name="Hi, how are you?").click()
+        await expect(said(page)).to_have_count(2)
+        assert len(await said(page).nth(1).inner_text()) > 3
