@@ -95,10 +95,13 @@ def open_discord(settings: DiscordSettings) -> DiscordBot:
 class DiscordBot:
     name = events.PLATFORM
 
-    def __init__(self, token: str, message_content: bool = False, guild_ready_timeout: float = 2.0) -> None:
+    guild_ready_timeout = 2.0
+    heartbeat_timeout = 30.0
+    """Seconds of silence after which the gateway counts as gone."""
+
+    def __init__(self, token: str, message_content: bool = False) -> None:
         self._token = token
         self._message_content = message_content
-        self._guild_ready_timeout = guild_ready_timeout
         self._client: discord.Client | None = None
         self._logged_in = asyncio.Event()
 
@@ -149,7 +152,8 @@ class DiscordBot:
             chunk_guilds_at_startup=False,
             member_cache_flags=discord.MemberCacheFlags.none(),
             allowed_mentions=discord.AllowedMentions.none(),
-            guild_ready_timeout=self._guild_ready_timeout,
+            guild_ready_timeout=self.guild_ready_timeout,
+            heartbeat_timeout=self.heartbeat_timeout,
             max_ratelimit_timeout=30.0,
         )
         tree = app_commands.CommandTree(client)
@@ -277,6 +281,7 @@ class Hearing:
         self._marks: dict[str, str] = {}
         self._dirty: set[str] = set()
         self._behind: dict[str, list[Message]] = {}  # channels to be caught up, and what is said there meanwhile
+        self._claimed: set[str] = set()  # those of them that came with their server
         self._guilds: set[str] = set()
         self._guilds_came = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -350,6 +355,7 @@ class Hearing:
         self._me = str(event["user"]["id"])
         self._guilds = {str(guild["id"]) for guild in event.get("guilds") or ()}
         self._guilds_came.clear()
+        self._claimed.clear()
         self._behind = {channel: [] for channel in self._marks} | self._behind
         self._spawn(self._count_session())
         self._spawn(self._catch_up_rest(set(self._behind)))
@@ -370,6 +376,7 @@ class Hearing:
         self._guilds.discard(str(event["id"]))
         if not self._guilds:
             self._guilds_came.set()
+        self._claimed |= set(behind)
         self._spawn(self._catch_up(behind, str(event["id"])))
 
     def _on_message(self, event: Mapping[str, Any]) -> None:
@@ -412,12 +419,12 @@ class Hearing:
         if self._guilds:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._guilds_came.wait(), GUILDS_SECONDS)
-        rest = sorted(channels & set(self._behind), key=lambda id: int(self._marks.get(id, 0)), reverse=True)
-        await self._catch_up(rest[:CATCH_UP_DIRECT], "")
+        rest = sorted(channels & set(self._behind) - self._claimed, key=lambda id: int(self._marks[id]), reverse=True)
+        await self._catch_up(rest[:CATCH_UP_DIRECT])
         for channel in rest[CATCH_UP_DIRECT:]:
             self._release(channel)
 
-    async def _catch_up(self, channels: list[str], guild: str) -> None:
+    async def _catch_up(self, channels: list[str], guild: str = "") -> None:
         for channel in channels:
             try:
                 await self._read_missed(channel, guild)
@@ -428,10 +435,9 @@ class Hearing:
 
     async def _read_missed(self, channel: str, guild: str) -> None:
         """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered."""
-        route = Route("GET", "/channels/{channel_id}/messages", channel_id=int(channel))
-        mark, found = self._marks.get(channel, "0"), dict[int, dict[str, Any]]()
+        mark, found = self._marks[channel], dict[int, dict[str, Any]]()
         while True:
-            page = await self._page(route, mark)
+            page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100}) or []
             found |= {int(event["id"]): event for event in page}
             if len(page) < 100:
                 break
@@ -443,6 +449,8 @@ class Hearing:
             mark = str(max(int(event["id"]) for event in page))
         if not found:
             return
+        if not guild:  # nothing in a message from the history says whether it was direct
+            guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
         newest = events.sent_at(max(found))
         answered = {events.answers(event, self._me) for event in found.values()}
         for id in sorted(found):
@@ -459,13 +467,14 @@ class Hearing:
             self._inbox.put_nowait(message)
         self._inbox.put_nowait(Mark(channel, str(max(found))))
 
-    async def _page(self, route: Route, mark: str) -> list[dict[str, Any]]:
+    async def _fetch(self, channel: str, path: str = "", params: dict[str, Any] | None = None) -> Any:
+        """None where we may not read any more."""
+        route = Route("GET", "/channels/{channel_id}" + path, channel_id=int(channel))
         for _ in range(5):
             try:
-                page: list[dict[str, Any]] = await call(self._client, route, params={"after": mark, "limit": 100})
-                return page
+                return await call(self._client, route, params=params or {})
             except Refused:
-                return []  # we may not read there any more
+                return None
             except RetryAfter as error:
                 await asyncio.sleep(error.seconds)
             except (NotSent, MaybeSent):

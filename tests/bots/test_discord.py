@@ -1,0 +1,337 @@
+"""The real discord.py client against the fake, event by event."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from discord.http import Route
+from pydantic import SecretStr
+
+from bots import discord as module
+from bots.discord import FORGOTTEN, DiscordBot, DiscordSettings, open_discord
+from core.delivery import MaybeSent, NotSent, Refused, RetryAfter, SendError, Unservable
+from core.messages import Channel, Reply
+from core.settings import WrongSettings, read
+from tests.fakes.discord_server import DiscordServer, Fault
+from tests.fakes.ears import Ears
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "MARK_EVERY", 0.05)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[DiscordServer]:
+    async with DiscordServer() as opened:
+        yield opened
+
+
+def bot_for(server: DiscordServer, token: str = "", content: bool = False) -> DiscordBot:
+    bot = open_discord(
+        DiscordSettings(
+            discord_token=SecretStr(token or server.token),
+            discord_message_content=content,
+            discord_api_base=server.base,
+            discord_gateway_url=server.gateway,
+        )
+    )
+    bot.guild_ready_timeout = 0.1
+    return bot
+
+
+@contextlib.asynccontextmanager
+async def serving(server: DiscordServer, ears: Ears, content: bool = False) -> AsyncIterator[DiscordBot]:
+    bot = bot_for(server, content=content)
+    task = asyncio.create_task(bot.serve(ears.chat))
+    try:
+        await server.until(connected=True)
+        yield bot
+    finally:
+        if task.done():
+            task.result()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def until(true: Callable[[], bool], timeout: float = 30) -> None:
+    async with asyncio.timeout(timeout):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+def reply(server: DiscordServer, channel: str, to: str, text: str = "Hello.", nonce: str = "n" * 20) -> Reply:
+    return Reply(1, Channel("discord", channel), to, text, nonce)
+
+
+async def test_it_hears_direct_messages_mentions_and_replies_and_nothing_else(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    thread, direct = server.channel("a thread", thread_of=general), server.direct("ann")
+    async with serving(server, ears) as bot:
+        asked = server.say(general, "ann", ", are you there?", mention=True)
+        await until(lambda: len(ears.heard) == 1)
+        sent = await bot.send(reply(server, general, asked))
+        server.say(general, "ann", "not to you")
+        server.say(general, "ann", "@everyone look")
+        server.say(general, "robot", "hi", mention=True, bot=True)
+        server.say(general, "hook", "hi", mention=True, webhook_id="5")
+        server.say(general, "ann", "pinned", mention=True, type=6)
+        server.say(general, "ann", "", mention=True)
+        server.say(general, "bob", "why?", reply_to=sent, mentions=[server.me])
+        server.say(thread, "bob", "in here", mention=True)
+        server.say(direct, "ann", "psst")
+        await until(lambda: len(ears.heard) == 4)
+    assert ears.texts == ["are you there?", "why?", "in here", "psst"]
+    first, _, third, last = ears.heard
+    assert (first.channel, first.author.name, first.server) == (Channel("discord", general), "ann", server.guild)
+    assert third.channel.id == thread and (last.channel.id, last.server) == (direct, "")
+
+
+async def test_a_burst_is_heard_in_order(server: DiscordServer) -> None:
+    ears, places = Ears(), [server.channel(f"c{i}") for i in range(5)]
+    async with serving(server, ears):
+        for number in range(40):
+            server.say(places[number % 5], "ann", str(number), mention=True)
+        await until(lambda: len(ears.heard) == 40)
+    assert ears.texts == [str(number) for number in range(40)]
+
+
+async def test_a_reply_pings_nobody_and_shows_no_previews(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears) as bot:
+        asked = server.say(general, "ann", "hi", mention=True)
+        await bot.send(reply(server, general, asked, "@everyone https://example.org"))
+    (sent,) = server.ledger
+    assert sent.body["allowed_mentions"] == {"parse": [], "replied_user": False}
+    assert sent.body["flags"] & 4 and sent.body["enforce_nonce"] and sent.reply_to == asked
+
+
+async def test_what_was_answered_is_gone_the_answer_is_not(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears) as bot:
+        asked = server.say(general, "ann", "hi", mention=True)
+        server.delete(general, asked)
+        server.faults = [Fault("error", value=[400, 50035, "Invalid Form Body: message_reference: Unknown message"])]
+        await bot.send(reply(server, general, asked))
+        await until(lambda: [message.kind for message in ears.heard] == ["ask", "delete"])
+    assert [sent.text for sent in server.ledger] == ["Hello."]
+
+
+@pytest.mark.parametrize(
+    ("fault", "ending"),
+    [
+        (Fault("error", value=[403, 50001, "Missing Access"], times=9), Refused),
+        (Fault("error", value=[404, 10003, "Unknown Channel"], times=9), Refused),
+        (Fault("error", value=[503, 0, "unavailable"], times=9), MaybeSent),
+        (Fault("flood", value=300.0, times=9), RetryAfter),
+        (Fault("reset_before", times=9), MaybeSent),
+        (Fault("reset_after", times=9), MaybeSent),
+    ],
+)
+async def test_how_a_send_can_end(server: DiscordServer, fault: Fault, ending: type[SendError]) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears) as bot:
+        asked = server.say(general, "ann", "hi", mention=True)
+        server.faults = [fault]
+        with pytest.raises(ending) as caught:
+            await bot.send(reply(server, general, asked))
+        assert server.token not in str(caught.value)
+        if isinstance(caught.value, RetryAfter):
+            assert caught.value.seconds == 300
+
+
+async def test_without_a_connection_nothing_was_sent(server: DiscordServer) -> None:
+    async with serving(server, Ears()) as bot:
+        Route.BASE = "http://127.0.0.1:9/api/v10"
+        with pytest.raises(NotSent):
+            await bot.send(reply(server, server.channel("general"), "1"))
+
+
+async def test_a_send_that_broke_off_after_it_arrived_is_found_and_not_doubled(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears) as bot:
+        asked = server.say(general, "ann", "hi", mention=True)
+        server.faults = [Fault("reset_after")]
+        with pytest.raises(MaybeSent):
+            await bot.send(reply(server, general, asked))
+        assert await bot.find_sent(reply(server, general, asked)) == server.ledger[0].id
+        assert await bot.find_sent(reply(server, general, asked, "Another part.")) == ""
+        assert await bot.send(reply(server, general, asked)) == server.ledger[0].id, "the nonce is the same"
+    assert len(server.ledger) == 1
+
+
+async def test_one_channel_that_must_wait_delays_no_other(server: DiscordServer) -> None:
+    ears, slow, fast = Ears(), server.channel("slow"), server.channel("fast")
+    async with serving(server, ears) as bot:
+        server.faults = [Fault("flood", channel=slow, value=2.0)]
+        waiting = asyncio.create_task(bot.send(reply(server, slow, "1", nonce="a" * 20)))
+        await asyncio.sleep(0.2)
+        await bot.send(reply(server, fast, "1", nonce="b" * 20))
+        assert not waiting.done()
+        await waiting
+    assert [sent.channel for sent in server.ledger] == [fast, slow]
+
+
+async def test_typing_is_shown(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears) as bot:
+        await bot.typing(Channel("discord", general))
+    assert [channel for _, channel in server.typing] == [general]
+
+
+async def test_reset_is_a_slash_command(server: DiscordServer) -> None:
+    ears, general, direct = Ears(), server.channel("general"), server.direct("ann")
+    async with serving(server, ears):
+        await until(lambda: bool(server.commands))
+        assert await server.command(general, "ann", "reset") == FORGOTTEN
+        assert await server.command(direct, "ann", "reset") == FORGOTTEN
+        ears.refuse = 1
+        assert "again" in await server.command(general, "ann", "reset")
+    assert [channel.id for channel in ears.resets] == [general, direct]
+
+
+async def test_edits_and_deletes_are_heard(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        id = server.say(general, "ann", "one", mention=True)
+        server.edit(general, id, f"<@{server.me['id']}> two")
+        server.delete(general, id)
+        await until(lambda: len(ears.heard) == 3)
+    assert [(message.kind, message.text) for message in ears.heard] == [("ask", "one"), ("edit", "two"), ("delete", "")]
+
+
+async def test_an_event_nobody_can_read_ends_nothing(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        server.publish_raw("MESSAGE_CREATE", {"id": "x", "channel_id": general, "author": None})
+        server.publish_raw("MESSAGE_UPDATE", {"nonsense": True})
+        server.publish_raw("GUILD_CREATE", {"id": 5})
+        server.say(general, "ann", "still there?", mention=True)
+        await until(lambda: bool(ears.heard) and bool(ears.failed))
+    assert ears.texts == ["still there?"] and "unreadable" in ears.failed[0][1]
+
+
+async def test_what_cannot_be_stored_now_is_kept_and_its_mark_waits(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: server.identifies == 1)
+        await asyncio.sleep(0.2)
+        ears.refuse = 5
+        id = server.say(general, "ann", "one", mention=True)
+        server.say(general, "ann", "chatter")
+        await until(lambda: ears.refuse < 3)
+        assert general not in ears.marks
+        await until(lambda: ears.texts == ["one"] and int(ears.marks.get(general, 0)) > int(id))
+
+
+@pytest.mark.parametrize("trouble", ["drop", "break", "op 7", "invalid", "silence"])
+async def test_nothing_is_missed_when_the_gateway_fails(
+    server: DiscordServer, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trouble == "silence":
+        monkeypatch.setattr(DiscordBot, "heartbeat_timeout", 3.0)
+    ears, general, direct = Ears(), server.channel("general"), server.direct("ann")
+    async with serving(server, ears):
+        for place in (general, direct):
+            server.say(place, "ann", "before", mention=True)
+        await until(lambda: len(ears.heard) == 2 and len(ears.marks) == 2)
+        if trouble == "drop":
+            await server.drop(4000)
+        elif trouble == "break":
+            await server.drop(1006)
+        elif trouble == "op 7":
+            await server.ask_to_reconnect()
+        elif trouble == "invalid":
+            await server.invalidate()
+        else:
+            server.go_silent()
+        for place in (general, direct):
+            server.say(place, "ann", "meanwhile", mention=True)
+        await until(lambda: sorted(ears.texts) == ["before"] * 2 + ["meanwhile"] * 2, timeout=90)
+        await server.until(connected=True)
+        server.say(general, "ann", "after", mention=True)
+        await until(lambda: ears.texts[-1] == "after")
+
+
+async def test_what_was_said_while_away_is_heard_in_order_before_what_comes_after(server: DiscordServer) -> None:
+    ears, general, quiet, direct = Ears(), server.channel("general"), server.channel("quiet"), server.direct("ann")
+    async with serving(server, ears):
+        for place in (general, direct):
+            server.say(place, "ann", "before", mention=True)
+        server.say(quiet, "ann", "chatter")
+        await until(lambda: len(ears.heard) == 2 and set(ears.marks) >= {general, quiet, direct})
+    for number in range(150):
+        server.say(general, "ann", f"away {number}", mention=number % 2 == 0)
+    server.say(direct, "ann", "away, direct")
+    async with serving(server, ears):
+        server.say(general, "ann", "back", mention=True)
+        await until(lambda: len(ears.heard) == 2 + 75 + 1 + 1, 8)
+    here = [message.text for message in ears.heard if message.channel.id == general]
+    assert here == ["before", *(f"away {number}" for number in range(0, 150, 2)), "back"]
+    assert all(message.server == server.guild for message in ears.heard if message.channel.id == general)
+
+
+async def test_an_empty_journal_replays_nothing(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    server.say(general, "ann", "long ago", mention=True)
+    async with serving(server, ears):
+        await until(lambda: general in ears.marks)
+        server.say(general, "ann", "now", mention=True)
+        await until(lambda: bool(ears.heard))
+    assert ears.texts == ["now"]
+
+
+async def test_what_carries_our_reply_already_is_not_asked_again(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears) as bot:
+        server.say(general, "ann", "zero", mention=True)
+        await until(lambda: general in ears.marks)
+        old = dict(ears.marks)
+        asked = server.say(general, "ann", "one", mention=True)
+        await bot.send(reply(server, general, asked))
+        server.say(general, "ann", "two", mention=True)
+        await until(lambda: len(ears.heard) == 3)
+    restored = Ears()
+    restored.marks = old
+    async with serving(server, restored):
+        await until(lambda: len(restored.heard) == 2)
+    assert [(message.text, message.kind) for message in restored.heard] == [("one", "heard"), ("two", "ask")]
+
+
+async def test_a_bad_token_says_the_mend(server: DiscordServer) -> None:
+    with pytest.raises(Unservable, match="DISCORD_TOKEN"):
+        await asyncio.wait_for(bot_for(server, "MTAwMDAw.a-token.of-nobody").serve(Ears().chat), 30)
+
+
+async def test_an_intent_that_is_off_says_the_mend(server: DiscordServer) -> None:
+    with pytest.raises(Unservable, match="Message Content Intent"):
+        await asyncio.wait_for(bot_for(server, content=True).serve(Ears().chat), 30)
+
+
+async def test_with_the_intent_a_reply_without_a_ping_is_heard() -> None:
+    async with DiscordServer(granted=1 << 15) as server:
+        ears, general = Ears(), server.channel("general")
+        async with serving(server, ears, content=True) as bot:
+            sent = await bot.send(reply(server, general, "1"))
+            server.say(general, "ann", "no ping", reply_to=sent)
+            await until(lambda: ears.texts == ["no ping"])
+
+
+def test_the_settings_refuse_placeholders(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("your-token-here", "<token>", "abc", "two words here"):
+        monkeypatch.setenv("DISCORD_TOKEN", value)
+        with pytest.raises(WrongSettings) as caught:
+            read(DiscordSettings)
+        assert caught.value.lines[0].startswith("DISCORD_TOKEN: looks like a placeholder") and value not in str(
+            caught.value
+        )
+
+
+def test_long_text_is_split_at_2000_characters() -> None:
+    pieces = DiscordBot("t").split("word " * 1000)
+    assert len(pieces) == 3 and all(len(piece) <= 2000 for piece in pieces)
