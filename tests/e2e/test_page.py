@@ -172,10 +172,11 @@ async def test_a_reload_while_a_question_waits(browser: Browser, bot: WebBot) ->
         await expect(page.locator("#connection")).to_have_attribute("data-state", "connected")
         await expect(page.locator(".exchange.sending")).to_have_count(0)
         await expect(said(page)).to_have_text(["wait for me"])
-        await tab.reload()  # this one does not know of the question
+        await tab.reload()
+        late = await visit(page.context, bot)  # this one does not know of the question
         await expect(tab.locator("#connection")).to_have_attribute("data-state", "connected")
         house.engine.gate.set()
-        for each in (page, tab):
+        for each in (page, tab, late):
             await expect(said(each)).to_have_text(["wait for me", "You said wait for me"])
 
 
