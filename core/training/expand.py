@@ -69,6 +69,24 @@ class Expander:
                 said += self._talk(rng, told, at_most=2 if remembers else 4)
         return said[1:] if rng.random() < 0.15 and len(said) > 3 else said
 
+    def drill(self, rng: random.Random, words: int) -> list[Said]:
+        """Only telling, asking and saying after: what teaches a young model to copy."""
+        said: list[Said] = []
+        told = Told(lower=rng.random() < 0.35)
+        while sum(len(turn.text.split()) for turn in said) < words:
+            said += self._repeat(rng, told) if rng.random() < 0.4 else self._remember(rng, told)
+        return [Said(index % 2, turn.text) for index, turn in enumerate(said)]
+
+    def _repeat(self, rng: random.Random, told: Told) -> list[Said]:
+        words = " ".join(rng.choice(self._words(rng)) for _ in range(rng.choice((1, 1, 2, 3, 4, 6))))
+        filled = {"w": words.lower() if told.lower else words}
+        return self._pair(rng, rng.choice(memory.REPEAT), rng.choice(memory.REPEATED), filled, told)
+
+    @staticmethod
+    def _words(rng: random.Random) -> tuple[str, ...]:
+        slot = rng.choice(("food", "animal", "color", "city", "name", "name", "job", "music", "invented", "invented"))
+        return names(held_out=False) if slot == "invented" else values(slot, held_out=False)
+
     def recall(self, rng: random.Random, distance: int) -> tuple[list[str], str]:
         """Turns that end with a question about a name or a like told `distance` exchanges before, and the answer."""
         told = Told()

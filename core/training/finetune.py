@@ -156,10 +156,9 @@ class Trainer:
         pool = ThreadPoolExecutor(self.parts, initializer=torch.set_flush_denormal, initargs=(True,))
         with Bar(disable=self.quiet) as bar, pool:
             task = bar.add_task("training", total=1)
-            for step_batches in self._batches():
-                if self.share_done >= 1:
-                    break
-                recent.append(self._step(step_batches, pool))
+            ahead = self._batches()
+            while self.share_done < 1:
+                recent.append(self._step(next(ahead), pool))
                 self.progress.seconds = time.monotonic() - started
                 if self.progress.step % 50 == 0:
                     self.progress.train.append((self.progress.step, sum(recent) / len(recent)))

@@ -318,6 +318,13 @@ MY_NAME = _lines(
     | Palaver, at your service!
     | They call me Palaver. | I am Palaver! I like long talks. | You can call me Palaver."""
 )
+REPEAT = _lines(
+    """repeat after me: {w} | say {w} | can you say {w}?
+    | please say: {w} | repeat: {w} | say this: {w}
+    | repeat this: {w} | echo {w}
+    | just say {w} | now say {w} | could you repeat {w}? | copy me: {w} | type {w} | write {w}"""
+)
+REPEATED = _lines("{w} | {w}! | Sure: {w}. | Here you go: {w}. | {w}. Happy now? | {w}. What else? | As you wish: {w}.")
 RIGHT = _lines(
     """correct | that's right | yes | right! | good memory | wow you remembered | exactly | yep
     | nice, you remember | well done

@@ -1,0 +1,56 @@
+"""All figures of one model as a page of Markdown: what `palaver eval` prints and a model card holds."""
+
+from __future__ import annotations
+
+from core.engine.base import Engine, SamplingParams
+from core.evaluation.recall import recall
+from core.evaluation.selfchat import Talker, health, read_openers, self_chats
+from core.text import normalise, restore
+from core.tokenizer import Tokenizer
+
+
+async def evaluate(
+    engine: Engine, tokenizer: Tokenizer, params: SamplingParams, budget: int, *, chats: int = 50, cases: int = 200
+) -> str:
+    """`chats` self-chats of 30 turns; `cases` questions per distance, for values seen in training and not."""
+    talker = Talker(engine, tokenizer, params, budget)
+    sampling = f"temperature {params.temperature}, top_k {params.top_k}, top_p {params.top_p}"
+    lines = [f"Sampling: {sampling}; {budget} tokens of history.", ""]
+    lines += await _recall_table(talker, cases)
+    lines += ["", *await _health_table(talker, chats)]
+    return "\n".join(lines)
+
+
+async def first_replies(engine: Engine, tokenizer: Tokenizer, params: SamplingParams) -> list[tuple[str, str]]:
+    """Each of the 200 openers with the reply a stranger would read."""
+    talker = Talker(engine, tokenizer, params, budget=128)
+    replies = []
+    for number, opener in enumerate(read_openers()):
+        replies.append((opener, restore(await talker.reply([normalise(opener) or "?"], number))))
+    return replies
+
+
+async def _recall_table(talker: Talker, cases: int) -> list[str]:
+    lines = ["| right, of the names and likes told N exchanges earlier | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|"]
+    for held_out, who in ((False, "seen in training"), (True, "never seen in training")):
+        found = [await recall(talker, distance, cases, held_out=held_out) for distance in (1, 2, 3, 4)]
+        lines.append(f"| {who} | " + " | ".join(f"{one.share:.1%}" for one in found) + " |")
+    return lines
+
+
+async def _health_table(talker: Talker, chats: int) -> list[str]:
+    found = health(await self_chats(talker, chats))
+    rows = {
+        "replies": f"{found.replies}",
+        "empty": f"{found.empty:.1%}",
+        "equal to the same side's previous reply": f"{found.repeated:.1%}",
+        "equal to anything it said before": f"{found.said_before:.1%}",
+        "length, words": f"{found.length:.1f}",
+        "change of length per turn, words": f"{found.length_slope:+.3f}",
+        "ENT-4 / DIST-1 / DIST-2": f"{found.ent4:.2f} / {found.dist1:.1%} / {found.dist2:.1%}",
+    }
+    return [
+        f"| {chats} self-chats of 30 turns | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+    ]

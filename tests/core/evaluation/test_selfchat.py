@@ -1,0 +1,81 @@
+"""Self-chats and recall with an engine that says what it is told to say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from core.engine.base import Completion, ModelInfo, SamplingParams
+from core.evaluation.recall import recall
+from core.evaluation.selfchat import Talker, health, read_openers, self_chats
+from core.tokenizer import Tokenizer
+from core.training.tiny import train_tokenizer
+
+
+class Scripted:
+    """An engine whose reply is a function of the prompt's text and the seed."""
+
+    def __init__(self, tokenizer: Tokenizer, say: Callable[[str, int], str]) -> None:
+        self.tokenizer, self.say = tokenizer, say
+        self.info = ModelInfo("scripted", 256, len(tokenizer), tokenizer.eos_id, "", "scripted")
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
+    ) -> list[Completion]:
+        assert len(prompt) + params.max_tokens <= 256
+        spaced = (self.tokenizer.decode([id]) if id != self.tokenizer.eos_id else " " for id in prompt)
+        text = self.say("".join(spaced), params.seed or 0)
+        return [Completion(self.tokenizer.encode(text), 0.0, "stop", 0)]
+
+    async def ready(self) -> str:
+        return ""
+
+    async def forget(self, session: str) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["hello there , how are you ?"] * 5, folder)
+    return Tokenizer.load(folder)
+
+
+def talker(tokenizer: Tokenizer, say: Callable[[str, int], str]) -> Talker:
+    return Talker(Scripted(tokenizer, say), tokenizer, SamplingParams(), budget=128)
+
+
+async def test_a_lively_talk_is_healthy(tokenizer: Tokenizer) -> None:
+    talks = await self_chats(talker(tokenizer, lambda _, seed: f"reply number {seed} ."), 3)
+    assert [len(talk) for talk in talks] == [31] * 3
+    found = health(talks)
+    assert (found.replies, found.empty, found.repeated, found.said_before) == (90, 0, 0, 0)
+    assert found.length == 4
+    assert found.length_slope == pytest.approx(0)
+
+
+async def test_a_broken_record_is_noticed(tokenizer: Tokenizer) -> None:
+    found = health(await self_chats(talker(tokenizer, lambda *_: "i know ."), 2, turns=10))
+    assert found.repeated == pytest.approx(0.8)  # the first of each side repeats nothing
+    assert found.said_before >= found.repeated
+
+
+async def test_an_empty_reply_ends_the_talk(tokenizer: Tokenizer) -> None:
+    talks = await self_chats(talker(tokenizer, lambda _, seed: "" if seed % 1000 == 3 else "yes"), 2, turns=10)
+    assert [len(talk) for talk in talks] == [5, 5]
+    assert health(talks).empty == pytest.approx(2 / 8)
+
+
+async def test_recall_counts_what_was_said(tokenizer: Tokenizer) -> None:
+    everything = await recall(talker(tokenizer, lambda prompt, _: prompt), 1, 20, held_out=True)
+    assert everything.share == 1
+    nothing = await recall(talker(tokenizer, lambda *_: "who knows ?"), 1, 20, held_out=False)
+    assert nothing.right == 0
+    assert len(nothing.wrong) == nothing.asked == 20
+
+
+def test_there_are_200_openers(tmp_path: Path) -> None:
+    assert len(set(read_openers())) == 200
