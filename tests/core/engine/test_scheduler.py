@@ -151,8 +151,9 @@ def test_another_sessions_cache_is_never_used() -> None:
 def test_a_forgotten_session_leaves_nothing_even_while_it_runs() -> None:
     scheduler = make_scheduler()
     client = Client(scheduler)
-    client.ask([1, 2, 3], "a", max_tokens=50)
+    client.ask([1, 2, 4], "a", max_tokens=50)
     step(scheduler)
+    assert scheduler.running
     scheduler.cache.forget("a")
     finish(scheduler)
     assert client.end()

@@ -18,7 +18,7 @@ from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, Pro
 from core.engine.model import Batch
 from core.engine.torch_engine import TorchEngine, open_torch_engine
 from tests.checkpoints import SHAPES
-from tests.core.engine.oracle import GREEDY, ask, at_rest, greedy, prompts
+from tests.core.engine.oracle import GREEDY, ask, at_rest, greedy, prompts, reference
 
 Open = Callable[..., Coroutine[Any, Any, TorchEngine]]
 Make = Callable[..., Path]
@@ -35,6 +35,15 @@ async def test_greedy_is_transformers_alone_and_in_a_batch(engine: Open, checkpo
     assert [(await ask(e, p)).token_ids for p in texts[::3]] == want[::3]
     together = await asyncio.gather(*(ask(e, p) for p in texts))
     assert [c.token_ids for c in together] == want
+
+
+async def test_no_reply_is_empty(engine: Open, checkpoint: Make) -> None:
+    """The end of text is made what the model would say first."""
+    likeliest = reference(checkpoint("plain"))(torch.tensor([[1, 2]])).logits[0, -1].argmax()
+    folder = checkpoint("plain", eos_token_id=int(likeliest))
+    reply = (await ask(await engine(folder), [1, 2])).token_ids
+    assert reply == greedy(folder, [1, 2]) != []
+    assert int(likeliest) not in reply
 
 
 async def test_small_chunks_change_nothing(engine: Open, checkpoint: Make) -> None:
@@ -124,6 +133,19 @@ async def test_neighbours_that_leave_change_nothing(engine: Open, checkpoint: Ma
             assert end.token_ids == greedy(checkpoint("plain"), prompt)
     assert any(isinstance(end, asyncio.CancelledError) for end in ends)
     await at_rest(e)
+
+
+async def test_a_request_nobody_waits_for_stops_at_the_next_step(engine: Open) -> None:
+    e = await engine("deep", max_running=1)
+    long = SamplingParams(temperature=0, max_tokens=1000, no_repeat_ngram=1)
+    tasks = [asyncio.create_task(ask(e, prompts([30], 256, seed=i)[0], long)) for i in range(3)]
+    await asyncio.sleep(0.1)
+    assert len(e.core.scheduler.requests) >= 2
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await e.forget("a session")  # done in turn, after the cancellations
+    assert not e.core.scheduler.requests and not e.core.scheduler.cache.running
 
 
 async def test_a_deadline_ends_waiting_and_running_requests(engine: Open) -> None:
@@ -222,11 +244,13 @@ async def test_a_request_that_raises_fails_alone(engine: Open, checkpoint: Make)
 
 async def test_out_of_memory_runs_smaller_batches(engine: Open, checkpoint: Make) -> None:
     e = await engine()
+    await ask(e, [1], session="s")
     faulty = Faulty(e, lambda batch: torch.OutOfMemoryError() if len(batch.ids) > 30 else None)
     texts = prompts([20] * 6, 256)
     got = await asyncio.gather(*(ask(e, p) for p in texts))
     assert [c.token_ids for c in got] == [greedy(checkpoint("plain"), p) for p in texts]
     assert faulty.largest == 20
+    assert not e.core.scheduler.cache.idle  # what could be spared was given back
 
 
 async def test_bad_numbers_are_tried_once_more_and_then_fail_alone(engine: Open, checkpoint: Make) -> None:
