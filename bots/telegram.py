@@ -38,6 +38,7 @@ GREETING = (
     "Hello! I am a chat bot: write me anything, and I make up an answer. /reset makes me forget our conversation."
 )
 FORGOTTEN = "Forgotten. We start fresh."
+NOT_NOW = "That did not work just now, please try again."
 
 
 class TelegramSettings(Group):
@@ -205,16 +206,29 @@ class TelegramBot:
             return
         if (what.channel, what.id) in self._obeyed:  # the same update again
             return
+        said = GREETING
         if what.name == "reset":
-            await self._chat.reset(what.channel)
+            said = await self._reset(what.channel)
         self._obeyed[what.channel, what.id] = None
         if len(self._obeyed) > 1000:
             self._obeyed.popitem(last=False)
-        self._start(self._confirm(what))
+        self._start(self._confirm(what, said))
 
-    async def _confirm(self, command: Command) -> None:
+    async def _reset(self, channel: Channel) -> str:
+        assert self._chat is not None
         try:
-            await self._say(command.channel, FORGOTTEN if command.name == "reset" else GREETING, command.id)
+            await self._chat.reset(channel)
+            return FORGOTTEN
+        except NotAccepted:
+            raise
+        except Exception:
+            log.exception("%s: not reset", channel)
+            return NOT_NOW
+
+    async def _confirm(self, command: Command, said: str) -> None:
+        """Said directly, once: whoever does not see it can ask again."""
+        try:
+            await self._say(command.channel, said, command.id)
         except SendError as error:
             log.warning("%s: /%s is not confirmed: %s", command.channel, command.name, error)
 

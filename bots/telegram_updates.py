@@ -135,7 +135,8 @@ def strip_mention(text: str, me: Me) -> str:
 
 @cache
 def _at(username: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<![\w@])@{re.escape(username)}(?!\w)", re.IGNORECASE)
+    name = re.escape(username) if username else r"(?!)"  # no name, no mention
+    return re.compile(rf"(?<![\w@])@{name}(?!\w)", re.IGNORECASE)
 
 
 def _command(text: str) -> re.Match[str] | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import cast
 
-from core.chat import Chat
+from core.chat import NO_MARKS, Chat
 from core.delivery import NotAccepted
 from core.messages import Channel, Message
 
@@ -42,7 +43,7 @@ class Ears:
             self.refuse -= 1
             raise NotAccepted("the disk is full")
 
-    async def receive(self, *messages: Message) -> None:
+    async def receive(self, *messages: Message, marks: Mapping[Channel, str] = NO_MARKS) -> None:
         self._asked()
         if self.poison and any(self.poison in message.text for message in messages):
             raise ValueError("cannot be stored")
