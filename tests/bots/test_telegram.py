@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from bots.base import MaybeSent, NotSent, Refused, RetryAfter, Unservable
-from bots.telegram import FORGOTTEN, GREETING, TelegramSettings, open_telegram
+from bots.telegram import FORGOTTEN, GREETING, NOT_NOW, TelegramSettings, open_telegram
 from core.messages import Channel
 from core.settings import WrongSettings
 from core.settings import read as read_settings
@@ -27,6 +27,12 @@ async def server() -> AsyncIterator[TelegramServer]:
         server.private(ANN, "Ann")
         server.group(GROUP, topics=(45,))
         yield server
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("bots.telegram_api", "bots.telegram_polling"):
+        monkeypatch.setattr(f"{module}.backoff", lambda failures, longest=30.0: 0.02)
 
 
 async def test_direct_messages_mentions_replies_and_topics_are_heard_in_order(server: TelegramServer) -> None:
@@ -57,11 +63,12 @@ async def test_what_came_before_the_start_is_not_lost(server: TelegramServer) ->
 
 async def test_confirmed_only_after_the_commit(server: TelegramServer) -> None:
     ears = Ears()
-    ears.refuse = 3
+    ears.refuse = -1
     server.say(ANN, ANN, "hi")
     async with serving(server, ears):
-        await until(lambda: ears.calls >= 2)
+        await until(lambda: ears.calls >= 3)
         assert len(server.pending) == 1 and len(server.called("getUpdates")) == 1
+        ears.refuse = 0
         await until(lambda: ears.heard)
         await server.confirmed()
     assert ears.texts == ["hi"]
@@ -128,6 +135,36 @@ async def test_the_same_again_out_of_order_and_with_new_numbers(server: Telegram
             await server.confirmed()
             server.jump()
     assert sorted(ears.texts) == [f"{round} {number}" for round in range(4) for number in range(10)]
+
+
+async def test_numbers_that_start_anew_below_the_last_one(
+    server: TelegramServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bots.telegram_polling.HOLD", 1)
+    server.literal = True
+    ears = Ears()
+    async with serving(server, ears):
+        server.say(ANN, ANN, "before")
+        await server.confirmed()
+        asked = len(server.called("getUpdates"))
+        await until(lambda: any("offset" not in call for call in server.called("getUpdates")[asked:]))
+        server.jump(to=1)
+        server.say(ANN, ANN, "a quiet week later")
+        await until(lambda: len(ears.heard) == 2)
+        await server.confirmed()
+    assert ears.texts == ["before", "a quiet week later"]
+
+
+async def test_a_reset_that_fails_says_so(server: TelegramServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(channel: Channel) -> None:
+        raise OSError("no engine")
+
+    ears = Ears()
+    monkeypatch.setattr(ears, "reset", broken)
+    async with serving(server, ears):
+        server.say(ANN, ANN, "/reset")
+        await server.until(1)
+    assert [sent.text for sent in server.ledger] == [NOT_NOW]
 
 
 async def test_reset_and_start(server: TelegramServer) -> None:

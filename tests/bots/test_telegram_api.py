@@ -119,7 +119,8 @@ async def test_no_error_and_no_log_shows_the_token(caplog: pytest.LogCaptureFixt
     assert server.token not in caplog.text and "wrong-token" not in caplog.text
 
 
-async def test_insist_comes_back() -> None:
+async def test_insist_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bots.telegram_api.backoff", lambda failures: 0.02)
     async with TelegramServer() as server:
         server.faults += [Fault("bad_gateway", "getMe"), Fault("reset_before", "getMe")]
         api = TelegramApi(server.token, server.base)

@@ -78,10 +78,6 @@ class Ears:
         self._asked()
         return dict(self.marks)
 
-    async def advance(self, channel: Channel, id: str) -> None:
-        self._asked()
-        self.marks[channel.id] = id
-
     async def replied(self, channel: Channel, id: str) -> bool:
         return False
 

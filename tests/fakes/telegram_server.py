@@ -109,6 +109,8 @@ class TelegramServer:
         """Fault kind -> probability, for every sendMessage, drawn from the seed."""
         self.duplicates = self.reordered = 0.0
         """Probabilities that an update comes twice, and that it overtakes the one before it."""
+        self.literal = False
+        """Confirm whatever is below an offset, even what was numbered anew, lower, since."""
         self.webhook: Json = {"url": ""}
         self.delivered: list[tuple[int, int]] = []
         """(update id, HTTP status) of every delivery to the webhook."""
@@ -213,9 +215,9 @@ class TelegramServer:
         self._raw[id] = template % id
         return id
 
-    def jump(self) -> None:
+    def jump(self, to: int | None = None) -> None:
         """Update ids go on at random, as they do after a week without updates."""
-        self._next_update = self.rng.randrange(1, 2**30)
+        self._next_update = self.rng.randrange(1, 2**30) if to is None else to
 
     async def until(self, sends: int, timeout: float = 60.0) -> list[Sent]:
         """Wait for that many accepted sends in all; the ledger."""
@@ -344,7 +346,7 @@ class TelegramServer:
         offset, limit = _int(params.get("offset")) or 0, _int(params.get("limit")) or 100
         if offset < 0:
             del self.pending[:offset]
-        elif 0 < offset <= self._next_update + 10:  # what lies in the future is taken for no offset at all
+        elif offset > 0 and (self.literal or offset <= self._next_update + 10):  # from the future: as if none
             self.pending = [update for update in self.pending if update["update_id"] >= offset]
             self._wake()
         end = time.monotonic() + min(_int(params.get("timeout")) or 0, 50)
