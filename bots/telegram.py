@@ -13,6 +13,7 @@ import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -27,6 +28,7 @@ from bots.telegram_webhook import Webhook, listening
 from core.delivery import NotAccepted
 from core.messages import Channel, Message, Reply
 from core.settings import Group
+from core.text import clean
 
 if TYPE_CHECKING:
     from core.chat import Chat
@@ -176,18 +178,19 @@ class TelegramBot:
         """One commit for all; what the journal cannot store whatever happens is recorded alone."""
         assert self._chat is not None
         if not messages:
-            return
+            return None
         try:
-            await self._chat.receive(*messages)
+            return await self._chat.receive(*messages)
         except NotAccepted:
             raise
         except Exception as error:
             if len(messages) == 1:
                 log.exception("%s: a message cannot be stored", messages[0].channel)
-                await self._refail(failed({"update_id": messages[0].id}), type(error).__name__)
-                return
-            for message in messages:
-                await self._receive([message])
+                shown = messages[0].text[:500].encode("unicode_escape").decode()
+                return await self._refail(replace(messages[0], text=shown), type(error).__name__)
+        for message in messages:
+            await self._receive([message])
+        return None
 
     async def _refail(self, message: Message, note: str) -> None:
         assert self._chat is not None
@@ -281,7 +284,7 @@ class TelegramBot:
 
     def split(self, text: str) -> list[str]:
         """In pieces of 4096 UTF-16 units at most."""
-        return split(text, MAX_TEXT, units="utf-16")
+        return split(clean(text), MAX_TEXT, units="utf-16")
 
     async def send(self, reply: Reply) -> str:
         """The message's number. Raises NotSent | MaybeSent | Refused | RetryAfter."""

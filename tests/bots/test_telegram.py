@@ -108,7 +108,8 @@ async def test_one_that_cannot_be_stored_harms_no_other(server: TelegramServer) 
     async with serving(server, ears):
         await until(lambda: len(ears.heard) == 2)
         await server.confirmed()
-    assert ears.texts == ["one", "two"] and len(ears.failed) == 1
+    assert ears.texts == ["one", "two"]
+    assert [(row.channel.id, row.text, note) for row, note in ears.failed] == [("7", "\\x1a", "ValueError")]
 
 
 async def test_one_that_is_no_json_harms_no_other(server: TelegramServer) -> None:
@@ -315,6 +316,7 @@ def test_a_long_text_is_split_in_telegrams_units() -> None:
     parts = bot.split("\U0001f600" * 5000)
     assert len(parts) == 3 and all(len(part.encode("utf-16-le")) <= 2 * 4096 for part in parts)
     assert "".join(parts) == "\U0001f600" * 5000
+    assert bot.split("a\0\u202eb\ud800") == ["ab"] and bot.split("\u200b \x07") == []
 
 
 async def test_a_wrong_token_says_how_to_mend_it(server: TelegramServer) -> None:
