@@ -45,7 +45,7 @@ class ModelRunner:
             self._prepare(span.sequence.slot)
         logits = self.model.forward(self._batch(spans))
         drawing = [span.sequence for span in spans if span.is_last]
-        finite = torch.isfinite(logits).all(-1).tolist()
+        finite = torch.isfinite(logits.sum(-1)).tolist()  # one bad number spoils the sum
         return [
             draw(
                 row,
@@ -118,24 +118,22 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
 def rows_agree(model: GPT2) -> bool:
     """Is a row's result the same bits alone, in batches of other heights, and with its prompt cut up?
 
-    Looks at one layer, which has every shape; a machine that agrees there agrees in all.
+    Looks at a few positions through one layer, which has every shape: a machine that agrees there agrees in all.
     """
     model = copy.copy(model)
     model.h = model.h[:1]
     length = min(model.config.n_positions, TILE + 6)
-    ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = [7 * i % model.config.vocab_size for i in range(length)]
+    looked_at = {0, 1, 4, 35, length - 4, length - 1}
 
     def logits_of(counts: Sequence[int]) -> Tensor:
-        """Of all positions, computed in steps of so many rows, beside strangers in every second step."""
+        """Computed in steps of so many rows, every second step beside a stranger."""
         kv, other, results, start = model.new_kv(length), model.new_kv(length), [], 0
         for i, count in enumerate(counts):
             strangers = ids[: 5 * i % length] if i % 2 else []
             rows = [Rows(other, 0, len(strangers))] if strangers else []
-            batch = Batch(
-                strangers + ids[start : start + count],
-                [*rows, Rows(kv, start, count)],
-                list(range(len(strangers), len(strangers) + count)),
-            )
+            wanted = [len(strangers) + p - start for p in range(start, start + count) if p in looked_at]
+            batch = Batch(strangers + ids[start : start + count], [*rows, Rows(kv, start, count)], wanted)
             results.append(model.forward(batch))
             start += count
         return torch.cat(results)
@@ -143,9 +141,8 @@ def rows_agree(model: GPT2) -> bool:
     whole = logits_of([length])
     ways = [1] * min(length, 6), [2, 3, 35], [length - 4, 1, 1, 1, 1]
     return all(
-        torch.equal(whole[: sum(counts)], logits_of(counts))
-        for counts in ways
-        if min(counts) > 0 and sum(counts) <= length
+        torch.equal(logits, whole[: len(logits)])
+        for logits in (logits_of(way) for way in ways if min(way) > 0 and sum(way) <= length)
     )
 
 
