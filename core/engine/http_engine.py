@@ -289,6 +289,7 @@ async def spawn_engine(settings: Settings) -> HttpEngine:
     """
     echo = settings.engine == "echo"
     folder = await asyncio.to_thread(resolve, settings.model, settings.model_revision or None)
+    log.info("loading %s …", settings.model)
     process = EngineProcess(
         "echo" if echo else settings.model,
         {
