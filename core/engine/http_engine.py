@@ -76,7 +76,7 @@ class HttpEngine:
                 self._info = await self.process.open()
                 self._spawn(self._probe(self.process))
             else:
-                self._info = wire.load_info(await self._insist("GET", "/info"))
+                self._info = await self._ask_info()
                 here = await asyncio.to_thread(Path(self._info.path).is_dir) if self._unix else False
                 if not here:
                     self._info = replace(self._info, path=str(await self._fetch_tokenizer()))
@@ -104,7 +104,10 @@ class HttpEngine:
         answer = await self._insist("POST", "/generate", body, end)
         if self.process:
             self.process.proved()
-        return wire.load_completions(answer)
+        try:
+            return wire.load_completions(answer)
+        except (LookupError, TypeError) as error:
+            raise Failed(f"the answer makes no sense ({wire.one_line(error)})") from error
 
     async def ready(self) -> str:
         if self._closed:
@@ -251,6 +254,12 @@ class HttpEngine:
                 return answer.status == 200
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
+
+    async def _ask_info(self) -> ModelInfo:
+        try:
+            return wire.load_info(await self._insist("GET", "/info"))
+        except (ValueError, TypeError) as error:
+            raise EngineClosed(f"{self.address} is no engine of this version ({wire.one_line(error)})") from error
 
     async def _fetch_tokenizer(self) -> Path:
         """The other end's tokenizer in a folder of ours, which goes when we close."""

@@ -25,7 +25,6 @@ from core.engine.base import (
     Completion,
     Engine,
     EngineClosed,
-    EngineError,
     Failed,
     PromptTooLong,
     QueueFull,
@@ -556,14 +555,24 @@ async def test_nobody_there_is_one_line_after_a_while() -> None:
     assert time.monotonic() - began >= 0.3
 
 
-async def test_what_is_no_engine_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (404, "<html>", "answers 404 and not like an engine"),
+        (200, "hello", "answers 200 and not like an engine"),
+        (200, "{}", "no engine of this version"),
+        (404, '{"error": "BadRequest", "message": "Not Found"}', "no engine of this version"),
+    ],
+)
+async def test_what_is_no_engine_is_one_line(status: int, body: str, says: str) -> None:
     async def page(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 5\r\n\r\n<html")
+        writer.write(f"HTTP/1.1 {status} Odd\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         writer.close()
 
     server = await asyncio.start_server(page, "127.0.0.1")
     async with server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(EngineError, match="answers 404 and not like an engine"):
+        with pytest.raises(EngineClosed, match=says) as caught:
             await connect_engine(f"http://127.0.0.1:{port}", patience=0.2)
+        assert "\n" not in str(caught.value)
