@@ -280,6 +280,8 @@ class Hearing:
         self._inbox: asyncio.Queue[Message | Mark] = asyncio.Queue()
         self._marks: dict[str, str] = {}
         self._dirty: set[str] = set()
+        self._stored: set[str] = set()  # channels with a mark on disk
+        self._first_mark = asyncio.Event()
         self._behind: dict[str, list[Message]] = {}  # channels to be caught up, and what is said there meanwhile
         self._claimed: set[str] = set()  # those of them that came with their server
         self._guilds: set[str] = set()
@@ -298,10 +300,12 @@ class Hearing:
                 batch = [await self._inbox.get()]
                 while not self._inbox.empty() and len(batch) < 200:
                     batch.append(self._inbox.get_nowait())
-                await self._insist(self._chat.receive, *(item for item in batch if isinstance(item, Message)))
-                for item in batch:
-                    if isinstance(item, Mark):
-                        self._mark(item.channel, item.id)
+                messages = [item for item in batch if isinstance(item, Message)]
+                marks = {item.channel: item.id for item in batch if isinstance(item, Mark)}
+                if messages:
+                    await self._insist(self._store, messages, marks)
+                for channel, id in marks.items():
+                    self._mark(channel, id)
         finally:
             writing.cancel()
             for task in self._tasks:
@@ -309,6 +313,13 @@ class Hearing:
 
     async def _load_marks(self) -> None:
         self._marks = await self._chat.watermarks(events.PLATFORM)
+        self._stored = set(self._marks)
+
+    async def _store(self, messages: list[Message], marks: dict[str, str]) -> None:
+        """Messages and how far their channels are read, in one commit."""
+        read = {m.channel: marks[m.channel.id] for m in messages if m.channel.id in marks}
+        await self._chat.receive(*messages, marks=read)
+        self._stored |= {channel.id for channel in read}
 
     async def _insist(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Nothing was stored: Discord does not send it again, so we keep it and come again."""
@@ -487,17 +498,26 @@ class Hearing:
         if int(id) > int(self._marks.get(channel, "0")):
             self._marks[channel] = id
             self._dirty.add(channel)
+            if channel not in self._stored:
+                self._first_mark.set()
 
     async def _write_marks(self) -> None:
-        """Now and then: a mark that is too old costs a look, never a message."""
+        """Now and then: a mark that is too old costs a look, never a message. A channel's first is written at once:
+        without one, what is said while we are away is not looked for."""
         while True:
-            await asyncio.sleep(MARK_EVERY)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._first_mark.wait(), MARK_EVERY)
+            self._first_mark.clear()
             dirty, self._dirty = self._dirty, set()
+            if not dirty:
+                continue
             try:
-                for channel in sorted(dirty):
-                    await self._chat.advance(Channel(events.PLATFORM, channel), self._marks[channel])
+                marks = {Channel(events.PLATFORM, channel): self._marks[channel] for channel in dirty}
+                await self._chat.receive(marks=marks)
+                self._stored |= dirty
             except NotAccepted:
                 self._dirty |= dirty
+                await asyncio.sleep(MARK_EVERY)
 
     async def _count_session(self) -> None:
         try:

@@ -11,7 +11,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from core.engine.base import Cancelled, Completion, EngineError, Failed, PromptT
 from core.messages import Channel, Message, MessageState, Request, Turn
 from core.queue import RequestQueue
 from core.settings import QueueLimits
+from core.text import MAX_CHARS
 from core.voice import Voice
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ FULL, RELIEVED = 0.8, 0.5
 BUSY = "I am answering many people right now, please try again in a minute."
 SORRY = "Sorry, I could not find an answer to that. Could you say it in other words?"
 BUSY_EVERY = 60.0
+NO_MARKS: Mapping[Channel, str] = {}
 
 
 class Chat:
@@ -67,15 +69,17 @@ class Chat:
 
     # -- what bots call ------------------------------------------------------------------------------------------
 
-    async def receive(self, *messages: Message) -> None:
+    async def receive(self, *messages: Message, marks: Mapping[Channel, str] = NO_MARKS) -> None:
         """On disk when it returns: only then acknowledge to the platform. Messages of one channel in their order.
 
+        `marks`: how far these channels are read with it, where a platform is read and does not acknowledge.
         Raises NotAccepted when nothing could be stored: do not acknowledge.
         """
         began = self._clock()
-        heard = [m if m.kind != "ask" or self.voice.hears(m.text) else replace(m, kind="heard") for m in messages]
+        cut = [replace(m, text=m.text[:MAX_CHARS]) if len(m.text) > MAX_CHARS else m for m in messages]
+        heard = [m if m.kind != "ask" or self.voice.hears(m.text) else replace(m, kind="heard") for m in cut]
         crash_point("before T1")
-        received = await self.journal.receive(*heard, deadline=self._limits.deadline)
+        received = await self.journal.receive(*heard, deadline=self._limits.deadline, marks=marks)
         crash_point("after T1")
         metrics.commit_seconds.observe(self._clock() - began)
         for message in messages:
@@ -117,10 +121,6 @@ class Chat:
     async def watermarks(self, platform: str) -> dict[str, str]:
         """Channel id -> the last message id seen there."""
         return await self.journal.watermarks(platform)
-
-    async def advance(self, channel: Channel, id: str) -> None:
-        """Everything in `channel` up to `id` was received."""
-        await self.journal.set_watermark(channel, id)
 
     async def replied(self, channel: Channel, id: str) -> bool:
         """Is there a reply to this message, or one on its way?"""

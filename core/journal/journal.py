@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ __all__ = ["Journal", "JournalBusy", "JournalError", "Received", "open_journal"]
 
 T = TypeVar("T")
 DAY = 86_400.0
+NO_MARKS: Mapping[Channel, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +75,21 @@ class Journal:
 
     # -- receiving -----------------------------------------------------------------------------------------------
 
-    async def receive(self, *batch: Message, deadline: float) -> Received:
-        """T1, one commit: new messages are stored once however often they come, edits and deletes reach theirs.
+    async def receive(self, *batch: Message, deadline: float, marks: Mapping[Channel, str] = NO_MARKS) -> Received:
+        """T1, one commit: new messages are stored once however often they come, edits and deletes reach theirs, and
+        the channels' watermarks move to `marks`.
 
         `deadline`: seconds from now for the questions among them. Edits and deletes of what we never saw are dropped.
         """
-        if not batch:
+        if not batch and not marks:
             return Received()
         clean = [_storable(message) for message in batch]
-        return await self._writer.do(lambda connection: self._receive(connection, clean, deadline))
+
+        def work(connection: Connection) -> Received:
+            self._move_marks(connection, marks)
+            return self._receive(connection, clean, deadline)
+
+        return await self._writer.do(work)
 
     def _receive(self, connection: Connection, batch: list[Message], deadline: float) -> Received:
         asked: list[Request] = []
@@ -341,10 +348,15 @@ class Journal:
         query = select(watermarks.c.channel, watermarks.c.last_id).where(watermarks.c.platform == platform)
         return {row.channel: row.last_id for row in await self._read(query)}
 
-    async def set_watermark(self, channel: Channel, id: str) -> None:
-        insert = self._insert(watermarks).values(platform=channel.platform, channel=channel.id, last_id=id)
-        insert = insert.on_conflict_do_update(index_elements=["platform", "channel"], set_={"last_id": id})
-        await self._writer.do(lambda connection: connection.execute(insert))
+    def _move_marks(self, connection: Connection, marks: Mapping[Channel, str]) -> None:
+        if not marks:
+            return
+        rows = [{"platform": c.platform, "channel": c.id, "last_id": id} for c, id in marks.items()]
+        insert = self._insert(watermarks).values(rows)
+        moved = insert.on_conflict_do_update(
+            index_elements=["platform", "channel"], set_={"last_id": insert.excluded.last_id}
+        )
+        connection.execute(moved)
 
     async def rekey(self, old: Channel, new: Channel) -> None:
         """The platform gave `old` another id: history, waiting questions and replies go with it."""

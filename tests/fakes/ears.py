@@ -47,6 +47,7 @@ class Ears:
         self._asked()
         if self.poison and any(self.poison in message.text for message in messages):
             raise ValueError("cannot be stored")
+        self.marks |= {channel.id: id for channel, id in marks.items()}
         for message in messages:
             seen = any((m.channel, m.id, m.kind) == (message.channel, message.id, message.kind) for m in self.heard)
             if message.kind == "edit" or not seen:

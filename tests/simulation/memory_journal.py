@@ -6,7 +6,7 @@ Kept beside the real one by running the same contract suite on both (tests/core/
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -86,7 +86,7 @@ class MemoryJournal:
     def _request(self, row: Row) -> Request:
         return Request(row.row, row.message, row.deadline, row.attempts)
 
-    async def receive(self, *messages: Message, deadline: float) -> Received:
+    async def receive(self, *messages: Message, deadline: float, marks: Mapping[Channel, str]) -> Received:
         await self._before()
         asked: list[Request] = []
         changed: list[Request] = []

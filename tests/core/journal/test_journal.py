@@ -214,9 +214,8 @@ async def test_an_export_holds_every_message_and_what_became_of_it(journal: Jour
 
 
 async def test_watermarks_are_kept_per_channel(journal: Journal) -> None:
-    await journal.set_watermark(HERE, "5")
-    await journal.set_watermark(HERE, "9")
-    await journal.set_watermark(Channel("other", "here"), "1")
+    await journal.receive(marks={HERE: "5"}, deadline=60)
+    await journal.receive(message("9"), marks={HERE: "9", Channel("other", "here"): "1"}, deadline=60)
     assert await journal.watermarks("test") == {"here": "9"}
 
 
