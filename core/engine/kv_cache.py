@@ -1,11 +1,13 @@
 """Who owns which KV, in tokens and bytes. Pure Python: the tensors hang on the slots and are never looked at here.
 
-A slot belongs to one running sequence, or is idle and kept for its session's next turn, or is gone. Idle slots leave
-in order of their last use when room is wanted. A slot is never shared: a fork copies the prefix into a slot of its own.
+A slot belongs to one running sequence, or is idle and kept for its session's next turn, or is gone. When room is
+wanted, idle slots leave in order of their last use, those that are not their session's only one first. A slot is never
+shared: a fork copies the prefix into a slot of its own.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,12 +67,17 @@ class KVCache:
             return None
         self.idle = [s for s in self.idle if s not in left]
         while self.used + slot.capacity > self.total:
-            self.idle.pop(0)
+            self.idle.remove(self._victim())
         prefix = min(common_prefix(source.tokens, prompt), len(prompt) - 1) if source else 0
         slot.copy_from = source if prefix and not in_place else None
         slot.tokens = list(prompt[:prefix])
         self.running.add(slot)
         return slot
+
+    def _victim(self) -> Slot:
+        """The oldest idle slot whose session has another (of n candidates one is said), else the oldest."""
+        slots = Counter(s.session for s in self.idle)
+        return next((s for s in self.idle if slots[s.session] > 1), self.idle[0])
 
     def release(self, slot: Slot, *, keep: bool) -> None:
         """The sequence is done with it. Kept for the session's next turn, or gone."""

@@ -126,7 +126,7 @@ class GPT2:
         tensors = checkpoint.tensors
 
         def take(name: str, to: torch.dtype = torch.float32) -> Tensor:
-            return tensors.pop(name).to(device, to)
+            return tensors.pop(name).to(device, to, copy=True)  # a view would keep the whole file mapped
 
         def linear(name: str, activation: str = "") -> Linear:
             return Linear(take(f"{name}.weight", dtype).T, take(f"{name}.bias", dtype), activation, block=block)

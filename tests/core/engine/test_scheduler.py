@@ -122,6 +122,19 @@ def test_idle_slots_leave_in_order_of_last_use() -> None:
     assert [slot.session for slot in scheduler.cache.idle] == ["c", "a", "d"]
 
 
+def test_spare_candidates_leave_before_other_sessions() -> None:
+    scheduler = make_scheduler(total=5 * ROUND)
+    client = Client(scheduler)
+    client.ask([1, 2, 4], "a")
+    finish(scheduler)
+    client.ask([1, 2, 4], "b", n=4)
+    finish(scheduler)
+    assert [slot.session for slot in scheduler.cache.idle] == ["a", "b", "b", "b", "b"]
+    client.ask([1, 2, 4], "c", n=3)
+    finish(scheduler)
+    assert [slot.session for slot in scheduler.cache.idle] == ["a", "b", "c", "c", "c"]
+
+
 def test_a_slot_grows_by_moving_and_keeps_its_prefix() -> None:
     cache = KVCache(4 * ROUND)
     small = cache.acquire("s", [1] * 100, 120)
