@@ -8,15 +8,22 @@ never learnt.
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 
 from core.text import normalise
 from core.training import memory, slips
 from core.training.corpus import SLOT, Exchange, Topic, choose
 from core.training.memory import Fact
 from core.training.slots import PROPER, SLOTS, names, values
+
+EVERYDAY = frozenset(
+    ("greetings", "how_are_you", "goodbyes", "thanks_and_sorry", "agreement_and_fillers", "about_the_bot", "smalltalk")
+)
+"""Topics met in every talk: drawn four times as often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +63,14 @@ class Expander:
         self.held_out = held_out
         self.openers = [exchange for topic in topics for exchange in topic.exchanges]
         self._slots = [self._slots_of(exchange) for exchange in self.openers]
+        often = [4 if exchange.where.split(".")[0] in EVERYDAY else 1 for exchange in self.openers]
+        self._often = list(accumulate(often))
 
     def chain(self, rng: random.Random, words: int) -> list[Said]:
         """Dialogues of 2 to 8 turns, one after the other, `words` long or a little more."""
         said: list[Said] = []
         told = Told(lower=rng.random() < 0.35)
-        remembers = rng.random() < 0.55
+        remembers = rng.random() < 0.4
         while sum(len(turn.text.split()) for turn in said) < words:
             if remembers and rng.random() < 0.5:
                 said += self._remember(rng, told)
@@ -107,7 +116,7 @@ class Expander:
         """One walk down from an opener, away from what was told."""
         avoid = {fact.slot for fact, _ in told.facts.values()}
         for _ in range(20):
-            index = rng.randrange(len(self.openers))
+            index = bisect(self._often, rng.randrange(self._often[-1]))
             if not self._slots[index] & avoid:
                 break
         exchange, filled, said = self.openers[index], dict(self._fill(rng, told)), []
@@ -199,7 +208,7 @@ class Expander:
         """What the person says, now and then mistyped, and the bot's reply."""
         person, bot = rng.choice(choose(person)), rng.choice(choose(bot))
         slipped = person if self.held_out else slips.mistype(rng, person)
-        weight = int(slipped == person and rng.random() < 0.5)
+        weight = int(slipped == person and rng.random() < 0.25)
         filler = self._filler(rng, filled, told)
         asked = SLOT.sub(filler, slipped)
         if told.lower:

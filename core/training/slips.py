@@ -27,8 +27,8 @@ DROPPABLE = {
 
 
 def mistype(rng: random.Random, text: str) -> str:
-    """`text` as somebody in a hurry writes it; about half the time unchanged."""
-    if rng.random() < 0.5:
+    """`text` as somebody in a hurry writes it; mostly unchanged."""
+    if rng.random() < 0.6:
         return text
     for change, chance in (
         (_drop_marks, 0.35), (_slang, 0.3), (_letters, 0.25), (_capital, 0.3), (_around, 0.25), (_drop_word, 0.15)
