@@ -29,8 +29,8 @@ cli = typer.Typer(
     name="palaver",
     help="A chat bot for Discord, Telegram, the web and the terminal, out of a DialoGPT model that is yours.\n\n"
     "Settings come from the environment and from .env in this folder; .env.example lists them all. Without any, "
-    "[bold]palaver run[/bold] talks on a local web page with the embedded model.",
-    rich_markup_mode="rich",
+    "`palaver run` talks on a local web page with the embedded model.",
+    rich_markup_mode="markdown",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -111,6 +111,7 @@ class DiscordBot:
         """Raises Unservable for a token or an intent that Discord refuses."""
         client = self._build(chat)
         hearing = Hearing(client, chat)
+        await hearing.open()
         work = [asyncio.create_task(hearing.run()), asyncio.create_task(self._connect(client))]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -291,9 +292,12 @@ class Hearing:
         for name, parse in list(parsers.items()):
             parsers[name] = self._guarded(name, parse)
 
-    async def run(self) -> None:
-        """Until cancelled. The watermarks are read before the first event can come."""
+    async def open(self) -> None:
+        """Read the watermarks; before the client connects, or a channel we know would look new."""
         await self._insist(self._load_marks)
+
+    async def run(self) -> None:
+        """Until cancelled."""
         writing = asyncio.create_task(self._write_marks())
         try:
             while True:

@@ -12,8 +12,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Collection, Sequence
+from typing import TYPE_CHECKING
 
 from core import metrics, systemd
 from core.chat import Chat
@@ -105,7 +105,7 @@ class App:
         house = [asyncio.create_task(self.chat.serve()), asyncio.create_task(self._beat())]
         serving = [asyncio.create_task(self._supervise(bot)) for bot in bots]
         systemd.notify("READY=1")
-        ends: list[asyncio.Future[Any]] = [asyncio.create_task(self.stopping.wait()), asyncio.gather(*serving), *house]
+        ends = [asyncio.create_task(self.stopping.wait()), asyncio.create_task(_all(serving)), *house]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         self.stopping.set()
         systemd.notify("STOPPING=1")
@@ -178,6 +178,11 @@ class App:
                     await self.journal.backup()
                 except Exception as error:
                     log.error("the hourly backup failed: %s", error)
+
+
+async def _all(tasks: Collection[asyncio.Task[None]]) -> bool:
+    """When every bot has ended; how is asked later."""
+    return bool(await asyncio.wait(tasks))
 
 
 @contextlib.asynccontextmanager

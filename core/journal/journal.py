@@ -265,7 +265,8 @@ class Journal:
             .join(replies, and_(replies.c.message == messages.c.id, replies.c.part == 0))
             .where(
                 _in(channel),
-                messages.c.turn >= func.coalesce(after.scalar_subquery(), 0),
+                messages.c.turn.is_not(None),
+                messages.c.id > func.coalesce(after.scalar_subquery(), 0),
                 ~messages.c.deleted,
                 ~replies.c.notice,
                 replies.c.state != "abandoned",
@@ -282,10 +283,13 @@ class Journal:
         return turns[-limit:]
 
     async def reset(self, channel: Channel) -> None:
-        """What was said before is in no later history."""
+        """What was said before is in no later history, what still waits for its answer included."""
         here = {"platform": channel.platform, "channel": channel.id}
-        insert = self._insert(channels).values(**here, next_turn=0, history_after=0)
-        forget = insert.on_conflict_do_update(index_elements=list(here), set_={"history_after": channels.c.next_turn})
+        newest = select(func.coalesce(func.max(messages.c.id), 0)).where(_in(channel)).scalar_subquery()
+        insert = self._insert(channels).values(**here, next_turn=0, history_after=newest)
+        forget = insert.on_conflict_do_update(
+            index_elements=list(here), set_={"history_after": insert.excluded.history_after}
+        )
         await self._writer.do(lambda connection: connection.execute(forget))
 
     # -- delivering ----------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ class MemoryJournal:
             said = [sent for sent in self._disk.replies if sent.reply.message == row.row and not sent.notice]
             if row.message.channel != channel or row.turn is None or row.deleted or not said:
                 continue
-            if row.turn < self._disk.after.get(channel, 0) or (before is not None and row.row >= before):
+            if row.row <= self._disk.after.get(channel, 0) or (before is not None and row.row >= before):
                 continue
             if any(sent.reply.state == "abandoned" for sent in said):
                 continue
@@ -194,7 +194,7 @@ class MemoryJournal:
 
     async def reset(self, channel: Channel) -> None:
         await self._before()
-        self._disk.after[channel] = self._disk.turns.get(channel, 0)
+        self._disk.after[channel] = len(self._disk.rows)
 
     async def due(self) -> list[Reply]:
         await self._wait(self._dice.uniform(0, 0.005))

@@ -112,6 +112,10 @@ async def test_reset_hides_what_was_and_indices_go_on(journal: Journal) -> None:
     assert await spoken(journal) == []
     await answered(journal, "2")
     assert await spoken(journal) == [(2, "text 2"), (3, "re 2 .")]
+    waiting = await ask(journal, "3")
+    await journal.reset(HERE)
+    assert await journal.answer(waiting, ["Late."], spoken="late .")
+    assert await spoken(journal) == [], "what was asked before the reset is not said after it"
     await journal.reset(THERE)
     await answered(journal, "1", THERE)
     assert await spoken(journal, THERE) == [(0, "text 1"), (1, "re 1 .")]
