@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import platform
 import random
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
@@ -21,6 +19,7 @@ from core.courier import Courier, insist, pause, wall
 from core.crash import crash_point
 from core.engine.base import Cancelled, Completion, EngineError, Failed, PromptTooLong
 from core.messages import Channel, Message, MessageState, Request, Turn
+from core.owner import OWNER
 from core.queue import RequestQueue
 from core.settings import QueueLimits
 from core.text import MAX_CHARS
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OWNER = f"{platform.node()}:{os.getpid()}:{random.getrandbits(32):08x}"
-"""This process, among all that share the journal."""
 MAX_ATTEMPTS = 3
 FULL, RELIEVED = 0.8, 0.5
 BUSY = "I am answering many people right now, please try again in a minute."

@@ -24,6 +24,7 @@ from core.journal import storage
 from core.journal.database import JournalBusy, JournalError, Writer, busy, file_of, open_engine, parse
 from core.journal.schema import channels, leases, messages, replies, sessions, watermarks
 from core.messages import Author, Channel, Message, MessageState, Reply, Request, Turn
+from core.owner import dead
 
 __all__ = ["Journal", "JournalBusy", "JournalError", "Received", "open_journal"]
 
@@ -380,15 +381,22 @@ class Journal:
         await self._writer.do(work)
 
     async def lease(self, name: str, owner: str, seconds: float) -> bool:
-        """Take or renew `name` for so long; False while another owner holds it. A lease that ends later than anyone
-        could have asked for was written by a clock that has jumped since, and is void."""
-        now = time.time()
-        insert = self._insert(leases).values(name=name, owner=owner, until=now + seconds)
-        free = or_(leases.c.owner == owner, leases.c.until <= now, leases.c.until > now + 2 * seconds)
-        insert = insert.on_conflict_do_update(
-            index_elements=["name"], set_={"owner": owner, "until": now + seconds}, where=free
-        ).returning(leases.c.owner)
-        return await self._writer.do(lambda connection: connection.execute(insert).first() is not None)
+        """Take or renew `name` for so long; False while another owner holds it. The lease of an owner that is dead is
+        void, and so is one that ends later than anyone could have asked for: a clock has jumped since."""
+
+        def work(connection: Connection) -> bool:
+            now = time.time()
+            holder = connection.execute(select(leases.c.owner).where(leases.c.name == name)).scalar()
+            insert = self._insert(leases).values(name=name, owner=owner, until=now + seconds)
+            free = or_(leases.c.owner == owner, leases.c.until <= now, leases.c.until > now + 2 * seconds)
+            if holder is not None and dead(holder):
+                free = or_(free, leases.c.owner == holder)
+            insert = insert.on_conflict_do_update(
+                index_elements=["name"], set_={"owner": owner, "until": now + seconds}, where=free
+            ).returning(leases.c.owner)
+            return connection.execute(insert).first() is not None
+
+        return await self._writer.do(work)
 
     async def release(self, name: str, owner: str) -> None:
         gone = delete(leases).where(leases.c.name == name, leases.c.owner == owner)
