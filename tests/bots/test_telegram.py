@@ -213,6 +213,7 @@ async def test_a_group_that_moved_unseen_is_followed_by_the_send(server: Telegra
     async with serving(server, ears) as bot:
         await until(lambda: server.called("getUpdates"))
         server.group(-1007777777777)
+        server.messages[-1007777777777, 5] = {"message_id": 5}
         server.faults.append(Fault("migrated", chat=-55, times=-1, value=-1007777777777))
         ears.refuse = 1
         with pytest.raises(NotSent):
@@ -220,7 +221,7 @@ async def test_a_group_that_moved_unseen_is_followed_by_the_send(server: Telegra
         await bot.send(reply(-55, "hello", "g5"))
         await bot.send(reply(-55, "again", "g5"))
     assert ears.moves == [(Channel("telegram", "-55"), Channel("telegram", "-1007777777777"))]
-    assert [s.text for s in server.ledger] == ["hello", "again"]
+    assert [(s.text, s.reply_to) for s in server.ledger] == [("hello", None), ("again", None)]
     assert len(server.called("sendMessage")) == 4
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bots.telegram_api import Pace, Rejected, TelegramApi, Unreadable, Window
@@ -129,6 +129,7 @@ async def test_insist_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         await api.aclose()
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.integers(1, 5),
     st.floats(0.1, 10),

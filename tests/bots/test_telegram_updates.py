@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bots.telegram_updates import Command, Me, Moved, failed, read, strip_mention, target
@@ -157,6 +157,7 @@ NAMES = "text caption from chat date message_id entities caption_entities reply_
 fields = st.sampled_from([*NAMES.split(), "migrate_to_chat_id", "message_thread_id", "is_topic_message"])
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(fields, nasty, max_size=3), st.text(st.characters(), max_size=50))
 def test_whatever_comes_is_read_or_named(changed: dict[str, Any], text: str) -> None:
     update = {"update_id": 4, "message": said(text, GROUP)["message"] | changed}
@@ -173,6 +174,7 @@ def test_whatever_comes_is_read_or_named(changed: dict[str, Any], text: str) -> 
         assert "\n" not in what.author.name
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(st.characters(), max_size=200))
 def test_stripping_never_fails(text: str) -> None:
     assert strip_mention(text, ME) == strip_mention(strip_mention(text, ME), ME) or "@" in text
