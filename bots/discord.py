@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+EXAMPLE = "MTIzNDU2Nzg5MDEyMzQ1Njc4.GaBcDe.the-rest-of-it"
 MAX_TEXT = 2000
 SUPPRESS_EMBEDS = 1 << 2
 CALL_SECONDS = 60.0
@@ -49,9 +50,7 @@ NOT_NOW = "That did not work just now, please try again."
 
 
 class DiscordSettings(Group):
-    discord_token: SecretStr | None = Field(
-        None, description="the bot's token; starts Discord", examples=["MTIzNDU2Nzg5MDEyMzQ1Njc4.GaBcDe.the-rest-of-it"]
-    )
+    discord_token: SecretStr | None = Field(None, description="the bot's token; starts Discord", examples=[EXAMPLE])
     discord_message_content: bool = Field(
         False,
         description="ask for the Message Content intent: replies to the bot without a ping are understood too",
@@ -72,7 +71,8 @@ class DiscordSettings(Group):
     @classmethod
     def _like_a_token(cls, token: SecretStr | None) -> SecretStr | None:
         text = token.get_secret_value().strip() if token else ""
-        if token and (len(text) < 8 or any(c.isspace() for c in text) or text.lower().startswith(("your", "<", "xxx"))):
+        blank = len(text) < 8 or any(char.isspace() for char in text) or text == EXAMPLE
+        if token and (blank or text.lower().startswith(("your", "<", "xxx"))):
             raise ValueError("looks like a placeholder; paste the token from the developer portal, under Bot")
         return SecretStr(text) if token else None
 

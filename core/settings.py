@@ -200,12 +200,8 @@ def variables(group: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, s
         if isinstance(default, SamplingParams):
             for f in fields(default):
                 value = getattr(default, f.name)
-                yield (
-                    f"{variable}__{f.name.upper()}",
-                    "" if value is None else str(value),
-                    str(value),
-                    f"sampling: {f.name}",
-                )
+                shown = "" if value is None else str(value)
+                yield f"{variable}__{f.name.upper()}", shown, shown or "7", f.metadata["about"]
         elif isinstance(default, BaseModel):
             yield from variables(type(default), f"{prefix}{name}__")
         else:

@@ -12,8 +12,8 @@ EngineError
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 
@@ -40,6 +40,11 @@ class BadCheckpoint(EngineError): ...
 class Failed(EngineError): ...
 
 
+def _knob(default: Any, about: str) -> Any:
+    """A field that is an environment setting too, with its line for people."""
+    return field(default=default, metadata={"about": about})
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn. Field names are Transformers' `GenerationConfig`'s where it has them.
@@ -49,14 +54,14 @@ class SamplingParams:
     reply already; 0 is off. `seed` None draws one. `n` completions are drawn, the k-th from seed + k.
     """
 
-    temperature: float = 0.7
-    top_k: int = 40
-    top_p: float = 0.9
-    repetition_penalty: float = 1.0
-    no_repeat_ngram: int = 0
-    max_tokens: int = 64
-    seed: int | None = None
-    n: int = 1
+    temperature: float = _knob(0.7, "how freely tokens are drawn; 0 always takes the likeliest")
+    top_k: int = _knob(40, "draw among so many likeliest tokens, 0 is all")
+    top_p: float = _knob(0.9, "draw among the likeliest that make up this probability, 1 is all")
+    repetition_penalty: float = _knob(1.0, "above 1: what was said already is less likely")
+    no_repeat_ngram: int = _knob(0, "no run of so many tokens twice, 0 allows it")
+    max_tokens: int = _knob(64, "tokens a reply may have")
+    seed: int | None = _knob(None, "the same seed and history give the same reply; drawn anew when empty")
+    n: int = _knob(1, "candidates drawn per reply, of which the best is sent")
 
     def __post_init__(self) -> None:
         """ValueError that names the field and the bound."""
@@ -120,7 +125,7 @@ class Engine(Protocol):
         ...
 
     async def ready(self) -> str:
-        """"" when requests are answered now; else why not, one line."""
+        """ "" when requests are answered now; else why not, one line."""
         ...
 
     async def forget(self, session: str) -> None:
