@@ -1,6 +1,6 @@
 """The journal's contract over plain lists, a delay before and after each commit: what was applied survives a crash.
 
-Kept beside the real one by running the same contract suite on both (tests/core/journal).
+Only what chat and courier call; the real one's contract is in tests/core/journal.
 """
 
 from __future__ import annotations
