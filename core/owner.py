@@ -21,7 +21,7 @@ def _here() -> str:
 
 
 HERE = _here()
-OWNER = f"{platform.node().replace(" ", "-")[:64]} {HERE or '-'} {os.getpid()} {random.getrandbits(32):08x}"
+OWNER = f"{platform.node().replace(' ', '-')[:64]} {HERE or '-'} {os.getpid()} {random.getrandbits(32):08x}"
 """This process."""
 
 
