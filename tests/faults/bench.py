@@ -1,0 +1,101 @@
+"""The bench by hand, as long as you like; it ends with exit code 1 when a promise was broken.
+
+python -m tests.faults.bench --kills 1000 --seed 1          # random SIGKILLs under load, faults on both wires
+python -m tests.faults.bench --kills 50 --engine process    # the same with the embedded model
+python -m tests.faults.bench --points 5 --seed 1            # every named crash point, for both platforms
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.faults.kills import Tally, kill_at_points, kill_at_random
+
+ROUND = 20
+"""Kills in one town; then its ledgers are counted and the next one opens with the next seed."""
+
+
+def kills(count: int, seed: int, engine: str) -> Tally:
+    total, done, round_ = Tally(), 0, 0
+    while done < count:
+        now = min(ROUND, count - done)
+        with Folder() as folder:
+            tally = asyncio.run(kill_at_random(folder.path, seed + round_, now, engine))
+            folder.keep = bool(tally.broken)
+        total += tally
+        done, round_ = done + now, round_ + 1
+        _progress(f"{done:,}/{count:,} kills, seed {seed + round_ - 1}", total)
+    return total
+
+
+def points(times: int, seed: int) -> Tally:
+    with Folder() as folder:
+        tally = asyncio.run(kill_at_points(folder.path, seed, times, ("telegram", "discord")))
+        folder.keep = bool(tally.broken)
+    return tally
+
+
+class Folder:
+    """A folder of its own for a run, kept when something was wrong."""
+
+    def __enter__(self) -> Folder:
+        self.path, self.keep = Path(tempfile.mkdtemp(prefix="palaver-bench-")), True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.keep:
+            print(f"kept for a look: {self.path}", flush=True)
+        else:
+            shutil.rmtree(self.path)
+
+
+def _progress(done: str, tally: Tally) -> None:
+    print(f"{done}: {tally.asked:,} asked, {dict(tally.states)}, {len(tally.broken)} broken", flush=True)
+
+
+def table(tally: Tally, seconds: float) -> str:
+    rows = [
+        ("kills", f"{tally.kills:,}"),
+        ("messages", f"{tally.asked:,}"),
+        *((f"  {state}", f"{count:,}") for state, count in sorted(tally.states.items())),
+        ("doubled on Discord", str(tally.doubled["discord"])),
+        ("doubled on Telegram, all in doubt", str(tally.doubled["telegram"])),
+        ("slowest stop", f"{max(tally.stops):.1f} s"),
+    ]
+    if tally.recoveries:
+        late = sorted(tally.recoveries)
+        p95 = late[int(0.95 * (len(late) - 1))]
+        rows.append(("start to first reply, median / p95", f"{statistics.median(late):.1f} / {p95:.1f} s"))
+    rows += [("broken", str(len(tally.broken))), ("took", f"{seconds:.0f} s")]
+    return "\n".join(f"{name:<36}{value:>12}" for name, value in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The bench of proof.")
+    parser.add_argument("--kills", type=int, default=0, help="random SIGKILLs under load")
+    parser.add_argument("--points", type=int, default=0, help="so many deaths at every named point")
+    parser.add_argument("--engine", default="echo", help="echo, process (the embedded model) or inprocess")
+    parser.add_argument("--seed", type=int, default=1)
+    asked, began = parser.parse_args(), time.monotonic()
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # the platforms' view of a client that dies
+    total = Tally()
+    if asked.kills:
+        total += kills(asked.kills, asked.seed, asked.engine)
+    if asked.points:
+        total += points(asked.points, asked.seed)
+    for line in total.broken:
+        print(line)
+    print(table(total, time.monotonic() - began))
+    sys.exit(bool(total.broken))
+
+
+if __name__ == "__main__":
+    main()

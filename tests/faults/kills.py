@@ -1,0 +1,120 @@
+"""Dying: at random moments under load, and at every named point."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.faults.judge import Ledger, doubled, judge
+from tests.faults.town import Town
+
+POINTS = ("before T1", "after T1", "before T2", "after T2", "after T3", "before T4")
+
+
+@dataclass
+class Tally:
+    """What one or more runs came to."""
+
+    kills: int = 0
+    asked: int = 0
+    states: Counter[str] = field(default_factory=Counter)
+    doubled: Counter[str] = field(default_factory=Counter)
+    recoveries: list[float] = field(default_factory=list)
+    """Seconds from a start to its first visible reply, where something was owed."""
+    stops: list[float] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+    def __iadd__(self, other: Tally) -> Tally:
+        self.kills += other.kills
+        self.asked += other.asked
+        self.states += other.states
+        self.doubled += other.doubled
+        self.recoveries += other.recoveries
+        self.stops += other.stops
+        self.broken += other.broken
+        return self
+
+
+async def kill_at_random(folder: Path, seed: int, kills: int, engine: str = "echo", chaos: bool = True) -> Tally:
+    """So many SIGKILLs under load, most of them while replies go out, some while it starts."""
+    tally = Tally()
+    async with Town(folder, seed, {"ENGINE": engine}) as town:
+        await _open(town)
+        town.chaos(chaos)
+        people = [asyncio.create_task(town.talk(0.05)), asyncio.create_task(town.cut(4.0))]
+        began = time.monotonic()
+        for _ in range(kills):
+            before, owing = town.sends, bool(town.owed())
+            if town.dice.random() < 0.15:
+                await asyncio.sleep(town.dice.uniform(0.0, 4.0))
+            else:
+                await town.news(before + 1)
+                if owing:
+                    tally.recoveries.append(time.monotonic() - began)
+                await town.news(before + town.dice.randint(1, 12))
+                await asyncio.sleep(town.dice.uniform(0.0, 0.2))
+            await town.kill()
+            began = time.monotonic()
+            await town.start()
+        for person in people:
+            person.cancel()
+        await asyncio.gather(*people, return_exceptions=True)
+        town.chaos(False)
+        await _close(town, tally, echo=engine == "echo")
+    return tally
+
+
+async def kill_at_points(folder: Path, seed: int, times: int, platforms: tuple[str, ...]) -> Tally:
+    """Every named point, so many times for each platform: one dies there, the next goes on from there."""
+    tally = Tally()
+    async with Town(folder, seed, private=6, rooms=3) as town:
+        await _open(town)
+        for platform in platforms:
+            await town.stop()
+            mine = [place for place in town.places if place.platform == platform]
+            for _ in range(times):
+                for point in POINTS:
+                    for place in town.dice.sample(mine, 2):
+                        town.say(place)
+                    await town.start(PALAVER_CRASH_AT=point)
+                    await town.died()
+            await town.start()
+            await town.settled()
+        await _close(town, tally)
+    return tally
+
+
+async def _open(town: Town) -> None:
+    """Everyone has talked with the bot before; a Discord channel nobody was answered in is not looked through."""
+    await town.start()
+    async with asyncio.timeout(90):
+        await town.discord.until(connected=True)
+    for place in town.places:
+        town.say(place)
+    await town.settled()
+
+
+async def _close(town: Town, tally: Tally, echo: bool = True) -> None:
+    await town.settled()
+    tally.stops.append(await town.stop())
+    tally.kills += len(town.killed)
+    tally.asked += sum(map(len, town.asked.values()))
+    tally.states += Ledger(town.folder / "palaver.db").states
+    tally.doubled += doubled(town)
+    tally.broken += judge(town, echo)
+    tally.broken += [f"process {pid} is left" for pid in left_behind(town.folder)]
+
+
+def left_behind(folder: Path) -> list[int]:
+    """Processes that still work in the folder: an engine whose bots were killed must end too."""
+    time.sleep(0.5)
+    found = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdigit() and (process / "cwd").resolve() == folder.resolve():
+                found.append(int(process.name))
+    return found
