@@ -59,7 +59,7 @@ async def at_rest(engine: TorchEngine) -> None:
     scheduler = engine.core.scheduler
     await asyncio.gather(*(engine.forget("nobody") for _ in range(2)))
     async with asyncio.timeout(60):
-        while scheduler.requests:  # noqa: ASYNC110 (a step has no event)
+        while scheduler.requests:
             await asyncio.sleep(0.005)
     scheduler.check_integrity()
     assert not scheduler.cache.running and not scheduler.waiting
