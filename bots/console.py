@@ -84,9 +84,9 @@ class ConsoleBot:
     async def find_sent(self, reply: Reply) -> str | None:
         return None
 
-    async def typing(self, channel: Channel) -> None:
+    async def typing(self, channel: Channel, note: str = "") -> None:
         if self.at_terminal and channel == self.channel:
-            self._show("\r\x1b[K…")
+            self._show(f"\r\x1b[K{note or '…'}")
 
     def split(self, text: str) -> list[str]:
         return [text]

@@ -222,7 +222,7 @@ class DiscordBot:
                 return str(event["id"])
         return ""
 
-    async def typing(self, channel: Channel) -> None:
+    async def typing(self, channel: Channel, note: str = "") -> None:
         await self._call(Route("POST", "/channels/{channel_id}/typing", channel_id=int(channel.id)))
 
     @property

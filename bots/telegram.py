@@ -294,7 +294,7 @@ class TelegramBot:
         """Nobody can tell: Telegram has no key for a send, and bots cannot read the history."""
         return None
 
-    async def typing(self, channel: Channel) -> None:
+    async def typing(self, channel: Channel, note: str = "") -> None:
         chat, thread = self._place(channel)
         if not self._pace.held(chat):
             await self._call_in(chat, "sendChatAction", action="typing", **thread)

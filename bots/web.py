@@ -131,8 +131,8 @@ class WebBot:
     async def find_sent(self, reply: Reply) -> str | None:
         return str(reply.id)  # the page reads the journal
 
-    async def typing(self, channel: Channel) -> None:
-        self._push(channel, {"typing": True})
+    async def typing(self, channel: Channel, note: str = "") -> None:
+        self._push(channel, {"typing": True, "note": note})
 
     def split(self, text: str) -> list[str]:
         return [text]

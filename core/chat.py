@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from core import metrics
-from core.courier import Courier, insist, pause, wall
+from core.courier import TYPING_EVERY, Courier, insist, pause, wall
 from core.crash import crash_point
 from core.engine.base import Cancelled, Completion, EngineError, Failed, PromptTooLong
 from core.messages import Channel, Message, MessageState, Request, Turn
@@ -35,6 +35,10 @@ FULL, RELIEVED = 0.8, 0.5
 BUSY = "I am answering many people right now, please try again in a minute."
 SORRY = "Sorry, I could not find an answer to that. Could you say it in other words?"
 BUSY_EVERY = 60.0
+TELL_AFTER = 2.0
+TOLD = 20
+"""So many who wait are shown their place at a time: platforms count these calls too."""
+ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 NO_MARKS: Mapping[Channel, str] = {}
 
 
@@ -59,6 +63,8 @@ class Chat:
         self._answering: dict[int, asyncio.Task[None]] = {}
         self._edited: dict[int, Request] = {}
         self._busy_said: dict[Channel, float] = {}
+        self._told: dict[int, float] = {}
+        self._pace = 1.0  # seconds an answer takes, lately
         self._tasks: set[asyncio.Task[None]] = set()
         self._taking = True
         self._relieved = asyncio.Event()
@@ -179,9 +185,11 @@ class Chat:
             task = asyncio.create_task(self._answer_fully(request))
             self._answering[request.row] = task
             self._measure()
+            began = self._clock()
             try:
                 await asyncio.wait({task})
             finally:
+                self._pace += 0.1 * (self._clock() - began - self._pace)
                 task.cancel()
                 del self._answering[request.row]
                 self._edited.pop(request.row, None)
@@ -288,7 +296,20 @@ class Chat:
                 await self._close(request, "expired", "waited too long")
             old = self._clock() - BUSY_EVERY
             self._busy_said = {channel: at for channel, at in self._busy_said.items() if at > old}
+            self._tell()
             self._measure()
+
+    def _tell(self) -> None:
+        """Who has waited for seconds, or will, sees typing and the place in line."""
+        now = self._clock()
+        self._told = {row: at for row, at in self._told.items() if now - at < TYPING_EVERY}
+        for ahead, request in enumerate(self._queue.next(TOLD)):
+            waited = self._limits.deadline - self._left(request)
+            if waited >= TELL_AFTER and request.row not in self._told:
+                self._told[request.row] = now
+                seconds = max(1, round((ahead + 1) * self._pace / self._limits.running))
+                place = ORDINALS[ahead] if ahead < len(ORDINALS) else f"number {ahead + 1}"
+                self._courier.tell(request.message.channel, f"You are {place} in line, about {seconds} s.")
 
     def _timed(self, request: Request) -> Request:
         """With its deadline by a clock that nobody sets; the wall's is read this once."""

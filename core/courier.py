@@ -93,6 +93,10 @@ class Courier:
         finally:
             task.cancel()
 
+    def tell(self, channel: Channel, note: str) -> None:
+        """Show typing once with a note; returns at once."""
+        self._start(self._show(channel, note))
+
     async def drain(self, timeout: float) -> bool:
         """Wait until everything is delivered; False when something was left for the next start."""
         waiting = {task for task in self._tasks if not task.done()}
@@ -112,13 +116,17 @@ class Courier:
         task.add_done_callback(self._tasks.discard)
 
     async def _type(self, channel: Channel) -> None:
-        platform = self._platforms.get(channel.platform)
-        while platform is not None:
-            try:
-                await platform.typing(channel)
-            except Exception as error:
-                log.debug("typing in %s: %s", channel, error)
+        while True:
+            await self._show(channel)
             await asyncio.sleep(TYPING_EVERY)
+
+    async def _show(self, channel: Channel, note: str = "") -> None:
+        platform = self._platforms.get(channel.platform)
+        try:
+            if platform is not None:
+                await platform.typing(channel, note)
+        except Exception as error:
+            log.debug("typing in %s: %s", channel, error)
 
     async def _work(self, channel: Channel) -> None:
         """One channel's line, front to back; the task ends with the line."""

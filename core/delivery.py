@@ -66,6 +66,9 @@ class Platform(Protocol):
         """Did an attempt in doubt arrive? Its id; "" if certainly not; None: cannot tell."""
         ...
 
-    async def typing(self, channel: Channel) -> None:
-        """Show typing for a few seconds; called again every 4 s while it should last. Errors are ignored."""
+    async def typing(self, channel: Channel, note: str = "") -> None:
+        """Show typing for a few seconds; called again every 4 s while it should last. Errors are ignored.
+
+        `note`: who still waits in line is told where, in passing, on platforms that can without sending a message.
+        """
         ...

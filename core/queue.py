@@ -10,6 +10,7 @@ import asyncio
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from core.messages import Channel, Request
 from core.settings import QueueLimits
@@ -94,21 +95,9 @@ class RequestQueue:
         """A delete took the question back. False when it no longer waits here."""
         return bool(self.take_out(lambda request: request.row == row))
 
-    def place(self, row: int) -> int:
-        """How many requests will be taken before this one, round-robin; 0 when it does not wait."""
-        request = next((waiting for waiting in self if waiting.row == row), None)
-        if request is None:
-            return 0
-        mine = request.message.channel
-        ahead = self._lines[mine].index(request)
-        round_order = {channel: position for position, channel in enumerate(self._turns)}
-        last = len(round_order)
-
-        def before(channel: Channel) -> int:
-            sooner = round_order.get(channel, last) < round_order.get(mine, last)
-            return min(len(self._lines[channel]), ahead + sooner)
-
-        return ahead + sum(before(channel) for channel in self._lines if channel != mine)
+    def next(self, most: int) -> list[Request]:
+        """Who is taken next, in order, one of each channel that waits for its turn."""
+        return [self._lines[channel][0] for channel in islice(self._turns, most)]
 
     def take_out(self, which: Callable[[Request], bool]) -> list[Request]:
         """Remove and return those that `which` is true of."""

@@ -72,7 +72,7 @@ function hear(frame) {
   if (frame.history) begin(frame.history);
   else if (frame.stored) stored(frame.stored);
   else if (frame.reply) replied(frame.reply);
-  else if (frame.typing) typing();
+  else if (frame.typing) typing(frame.note || "");
   else if (frame.forgotten) { waiting.clear(); keep(); begin([]); }
   else if (frame.later) setTimeout(transmit, 3000, frame.later);
   else if (frame.error) console.warn("Palaver: " + frame.error);
@@ -115,13 +115,14 @@ function replied({ to, text }) {
   if (follow) toEnd();
 }
 
-function typing() {
+function typing(note) {
   const first = [...waiting].find(([id, said]) => said.stored && exchanges.has(id));
   if (!first) return;
   const follow = atEnd();
   const box = exchanges.get(first[0]).box;
   const dots = document.querySelector(".typing") || typingDots();
   if (dots.parentNode !== box) box.append(dots);
+  dots.querySelector(".note").textContent = note;
   clearTimeout(typingEnds);
   typingEnds = setTimeout(quiet, TYPING_LASTS);
   if (follow) toEnd();
@@ -169,7 +170,7 @@ function bubble(kind, who, text) {
 
 function typingDots() {
   const element = make("div", "bubble bot typing");
-  element.append(make("span", "unseen", "Palaver is typing"), make("i"), make("i"), make("i"));
+  element.append(make("span", "unseen", "Palaver is typing"), make("i"), make("i"), make("i"), make("span", "note"));
   return element;
 }
 

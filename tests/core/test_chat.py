@@ -207,6 +207,24 @@ def test_typing_shows_while_an_answer_is_made_and_no_longer() -> None:
     play(scene)
 
 
+def test_who_waits_for_seconds_sees_typing_and_the_place_in_line() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 6
+        for channel in "abcd":
+            await house.say("hi", channel=channel)
+        await asyncio.sleep(4)
+        assert {channel.id for _, channel in house.platform.typed} == set("abcd")
+        assert [note.split(" in line, about ")[0] for note in house.platform.told] == [
+            "You are first",
+            "You are second",
+            "You are third",
+        ]
+        await asyncio.sleep(30)
+        assert house.platform.texts() == ["re hi"] * 4, "a place in line is no message"
+
+    play(scene, limits=QueueLimits(running=1))
+
+
 def test_drain_finishes_what_is_under_way_and_leaves_the_rest_for_the_next_start() -> None:
     async def scene(house: House) -> None:
         house.engine.seconds = 2

@@ -82,11 +82,13 @@ async def test_edit_and_delete_reach_what_waits() -> None:
     assert (await taken(queue)).message.text == "edited"
 
 
-async def test_place_counts_the_rounds() -> None:
+async def test_who_is_next_in_the_round() -> None:
     queue = RequestQueue(QueueLimits())
-    for row, channel in ((1, "a"), (2, "a"), (3, "a"), (4, "b")):
+    for row, channel in ((1, "a"), (2, "a"), (3, "b"), (4, "c")):
         queue.put(request(row, channel))
-    assert [queue.place(row) for row in (1, 4, 2, 3, 9)] == [0, 1, 2, 3, 0]
+    assert [waiting.row for waiting in queue.next(2)] == [1, 3]
+    queue.done(await taken(queue))
+    assert [waiting.row for waiting in queue.next(9)] == [3, 4, 2]
 
 
 @given(st.lists(st.tuples(st.sampled_from("ptdrx"), st.integers(0, 3), st.integers(1, 40)), max_size=80))

@@ -30,6 +30,7 @@ class ScriptedPlatform:
         self.found: str | None = None
         self.visible: list[tuple[float, str]] = []
         self.typed: list[tuple[float, Channel]] = []
+        self.told: list[str] = []
         self.limit = 1000
 
     def split(self, text: str) -> list[str]:
@@ -48,8 +49,9 @@ class ScriptedPlatform:
     async def find_sent(self, reply: Reply) -> str | None:
         return self.found
 
-    async def typing(self, channel: Channel) -> None:
+    async def typing(self, channel: Channel, note: str = "") -> None:
         self.typed.append((asyncio.get_running_loop().time(), channel))
+        self.told += [note] if note else []
 
     def texts(self) -> list[str]:
         return [text for _, text in self.visible]

@@ -149,7 +149,7 @@ class Client:
         words = text.split()
         return [" ".join(words[:3]), " ".join(words[3:])] if len(words) > 5 else [text]
 
-    async def typing(self, channel: Channel) -> None: ...
+    async def typing(self, channel: Channel, note: str = "") -> None: ...
 
     async def serve(self, chat: Chat) -> None:
         server, dice = self._server, self._world.dice
