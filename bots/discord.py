@@ -43,8 +43,9 @@ CATCH_UP_DIRECT = 100
 CATCH_UP_HOURS = 24
 GUILDS_SECONDS = 10.0
 MARK_EVERY = 5.0
-SESSIONS_A_DAY = 900
-"""Discord resets a token that identifies a thousand times a day."""
+SESSION_PAUSE = 90.0
+SESSIONS_A_DAY = 950
+"""Discord resets a token that identifies a thousand times a day: beyond this, starts are spread over the day."""
 FORGOTTEN = "Forgotten. We start fresh."
 NOT_NOW = "That did not work just now, please try again."
 
@@ -112,6 +113,8 @@ class DiscordBot:
         client = self._build(chat)
         hearing = Hearing(client, chat)
         await hearing.open()
+        if await hearing.count_session() > SESSIONS_A_DAY:
+            await asyncio.sleep(SESSION_PAUSE)
         work = [asyncio.create_task(hearing.run()), asyncio.create_task(self._connect(client))]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -284,6 +287,7 @@ class Hearing:
         self._stored: set[str] = set()  # channels with a mark on disk
         self._first_mark = asyncio.Event()
         self._behind: dict[str, list[Message]] = {}  # channels to be caught up, and what is said there meanwhile
+        self._ready_before = False
         self._claimed: set[str] = set()  # those of them that came with their server
         self._guilds: set[str] = set()
         self._guilds_came = asyncio.Event()
@@ -372,7 +376,9 @@ class Hearing:
         self._guilds_came.clear()
         self._claimed.clear()
         self._behind = {channel: [] for channel in self._marks} | self._behind
-        self._spawn(self._count_session())
+        if self._ready_before:
+            self._spawn(self.count_session())
+        self._ready_before = True
         self._spawn(self._catch_up_rest(set(self._behind)))
 
     def _on_guild(self, event: Mapping[str, Any]) -> None:
@@ -380,11 +386,10 @@ class Hearing:
         behind = []
         for channel in [*(event.get("channels") or ()), *(event.get("threads") or ())]:
             id, newest = str(channel["id"]), channel.get("last_message_id")
-            if not newest:
-                self._release(id)
-            elif id not in self._marks:
-                self._mark(id, str(newest))
-            elif int(newest) > int(self._marks[id]):
+            if id not in self._marks:
+                if newest:
+                    self._mark(id, str(newest))
+            elif not newest or int(newest) > int(self._marks[id]):
                 behind.append(id)
             else:
                 self._release(id)
@@ -523,13 +528,15 @@ class Hearing:
                 self._dirty |= dirty
                 await asyncio.sleep(MARK_EVERY)
 
-    async def _count_session(self) -> None:
+    async def count_session(self) -> int:
+        """Another IDENTIFY; how many there were in 24 hours."""
         try:
             count = await self._chat.identified(events.PLATFORM)
         except NotAccepted:
-            return
+            return 0
         if count > SESSIONS_A_DAY:
-            log.error("%d sessions on Discord in 24 hours; at 1,000 the token is reset: stop and look why", count)
+            log.error("%d sessions on Discord in 24 hours; at 1,000 the token is reset: look why", count)
+        return count
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

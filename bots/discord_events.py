@@ -49,7 +49,8 @@ def read(event: Mapping[str, Any], me: str, kind: Kind = "ask") -> Message | Non
 
 def mentions(event: Mapping[str, Any], me: str) -> bool:
     """Us by name; @everyone and roles are not us."""
-    return any(str(user.get("id")) == me for user in event.get("mentions") or ())
+    named = any(str(user.get("id")) == me for user in event.get("mentions") or ())
+    return named or bool(re.search(rf"<@!?{me}>", str(event.get("content") or "")))
 
 
 def replies_to(event: Mapping[str, Any], me: str) -> bool:

@@ -7,7 +7,7 @@ is stored once. Frames are JSON objects:
 from the page  {"id", "text"}  say      {"hello": true}  send the history      {"reset": true}  start anew
 to the page    {"history": [{"role", "id", "text"}]}  what was answered; an answer has its question's id
                {"stored": {"id", "text", "heard"}}  on disk (to every tab); heard is false where nothing can be answered
-               {"later": id}  not stored, say it again      {"typing": true}      {"reply": {"to", "text"}}
+               {"later": id}  not stored, say it again      {"typing": true, "note"}      {"reply": {"to", "text"}}
                {"forgotten": true}  started anew (to every tab)      {"error": text}  the frame was no good
 """
 

@@ -303,6 +303,20 @@ async def test_what_carries_our_reply_already_is_not_asked_again(server: Discord
     assert [(message.text, message.kind) for message in restored.heard] == [("one", "heard"), ("two", "ask")]
 
 
+async def test_sessions_are_counted_and_too_many_starts_a_day_are_spread(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ears = Ears()
+    async with serving(server, ears):
+        await server.invalidate()
+        await until(lambda: server.identifies == 2 and ears.sessions == 2)
+    ears.sessions = module.SESSIONS_A_DAY
+    monkeypatch.setattr(module, "SESSION_PAUSE", 1.5)
+    began = asyncio.get_running_loop().time()
+    async with serving(server, ears):
+        assert asyncio.get_running_loop().time() - began > 1
+
+
 async def test_a_bad_token_says_the_mend(server: DiscordServer) -> None:
     with pytest.raises(Unservable, match="DISCORD_TOKEN"):
         await asyncio.wait_for(bot_for(server, "MTAwMDAw.a-token.of-nobody").serve(Ears().chat), 30)
