@@ -236,7 +236,11 @@ class TelegramServer:
     # -- the Bot API ---------------------------------------------------------------------------------------------
 
     async def _call(self, request: web.Request) -> web.StreamResponse:
-        method, params = request.match_info["method"], await _parameters(request)
+        method = request.match_info["method"]
+        try:
+            params = await _parameters(request)
+        except ConnectionResetError:  # the bot was killed while it asked
+            return web.Response()
         self.calls.append((method, params))
         after = False
         try:
