@@ -12,6 +12,7 @@ from discord.http import Route
 from pydantic import SecretStr
 
 from bots import discord as module
+from bots import discord_hearing as hearing
 from bots.discord import FORGOTTEN, DiscordBot, DiscordSettings, open_discord
 from core.delivery import MaybeSent, NotSent, Refused, RetryAfter, SendError, Unservable
 from core.messages import Channel, Reply
@@ -23,7 +24,7 @@ from tests.fakes.ears import Ears
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "MARK_EVERY", 0.05)
+    monkeypatch.setattr(hearing, "MARK_EVERY", 0.05)
 
 
 @pytest.fixture
@@ -310,7 +311,7 @@ async def test_sessions_are_counted_and_too_many_starts_a_day_are_spread(
     async with serving(server, ears):
         await server.invalidate()
         await until(lambda: server.identifies == 2 and ears.sessions == 2)
-    ears.sessions = module.SESSIONS_A_DAY
+    ears.sessions = hearing.SESSIONS_A_DAY
     monkeypatch.setattr(module, "SESSION_PAUSE", 1.5)
     began = asyncio.get_running_loop().time()
     async with serving(server, ears):

@@ -1,0 +1,333 @@
+"""Discord's events in their order: the gateway's raw JSON, behind it what was missed, into chat in batches.
+
+A channel's watermark moves in the commit that stores its messages. A new session replays nothing, so every channel we
+know is behind until its history was read; what is said there meanwhile waits behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import discord
+from discord.http import Route
+
+from bots import discord_events as events
+from core.delivery import MaybeSent, NotAccepted, NotSent, Refused, RetryAfter
+from core.messages import Channel, Message
+
+if TYPE_CHECKING:
+    from core.chat import Chat
+
+log = logging.getLogger(__name__)
+
+CALL_SECONDS = 60.0
+CATCH_UP_MESSAGES = 2000
+CATCH_UP_DIRECT = 100
+CATCH_UP_HOURS = 24
+GUILDS_SECONDS = 10.0
+MARK_EVERY = 5.0
+SESSIONS_A_DAY = 950
+"""Discord resets a token that identifies a thousand times a day: beyond this, starts are spread over the day."""
+
+
+async def call(client: discord.Client, route: Route, **arguments: Any) -> Any:
+    """One REST call through discord.py, which keeps Discord's rate limits. Raises a SendError."""
+    try:
+        async with asyncio.timeout(CALL_SECONDS):
+            return await client.http.request(route, **arguments)
+    except discord.RateLimited as error:
+        raise RetryAfter(error.retry_after) from None
+    except discord.HTTPException as error:
+        if error.status == 429:
+            raise RetryAfter(1.0) from None
+        if error.status >= 500:
+            raise MaybeSent(f"Discord answered {error.status}") from None
+        if error.status == 401:
+            raise NotSent("Discord does not take the token any more") from None
+        raise Refused(f"Discord answered {error.status}: {' '.join(error.text.split())[:200]}") from None
+    except (aiohttp.ClientConnectorError, aiohttp.ClientConnectorDNSError) as error:
+        raise NotSent(f"no connection to Discord ({type(error).__name__})") from None
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        raise MaybeSent(f"the connection broke ({type(error).__name__})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """All before it in the inbox is stored: the channel's watermark may move here."""
+
+    channel: str
+    id: str
+
+
+class Hearing:
+    """One client's ears: gateway events in their order, behind them what was missed, into chat in batches."""
+
+    def __init__(self, client: discord.Client, chat: Chat) -> None:
+        self._client, self._chat = client, chat
+        self._inbox: asyncio.Queue[Message | Mark] = asyncio.Queue()
+        self._marks: dict[str, str] = {}
+        self._dirty: set[str] = set()
+        self._stored: set[str] = set()  # channels with a mark on disk
+        self._first_mark = asyncio.Event()
+        self._behind: dict[str, list[Message]] = {}  # channels to be caught up, and what is said there meanwhile
+        self._ready_before = False
+        self._claimed: set[str] = set()  # those of them that came with their server
+        self._guilds: set[str] = set()
+        self._guilds_came = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        parsers = client._connection.parsers
+        for name, parse in list(parsers.items()):
+            parsers[name] = self._guarded(name, parse)
+
+    async def open(self) -> None:
+        """Read the watermarks; before the client connects, or a channel we know would look new."""
+        await self._insist(self._load_marks)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        writing = asyncio.create_task(self._write_marks())
+        try:
+            while True:
+                batch = [await self._inbox.get()]
+                while not self._inbox.empty() and len(batch) < 200:
+                    batch.append(self._inbox.get_nowait())
+                messages = [item for item in batch if isinstance(item, Message)]
+                marks = {item.channel: item.id for item in batch if isinstance(item, Mark)}
+                if messages:
+                    await self._insist(self._store, messages, marks)
+                for channel, id in marks.items():
+                    self._mark(channel, id)
+        finally:
+            writing.cancel()
+            for task in self._tasks:
+                task.cancel()
+
+    async def _load_marks(self) -> None:
+        self._marks = await self._chat.watermarks(events.PLATFORM)
+        self._stored = set(self._marks)
+
+    async def _store(self, messages: list[Message], marks: dict[str, str]) -> None:
+        """Messages and how far their channels are read, in one commit."""
+        read = {m.channel: marks[m.channel.id] for m in messages if m.channel.id in marks}
+        await self._chat.receive(*messages, marks=read)
+        self._stored |= {channel.id for channel in read}
+
+    async def _insist(self, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Nothing was stored: Discord does not send it again, so we keep it and come again."""
+        wait = 0.2
+        while True:
+            try:
+                await work(*arguments)
+                return
+            except NotAccepted as error:
+                log.warning("the journal does not take Discord's events now: %s", error)
+                await asyncio.sleep(wait)
+                wait = min(5.0, 2 * wait)
+
+    # -- gateway events, each within the turn of the event loop that read it --------------------------------------
+
+    def _guarded(self, name: str, parse: Callable[[Any], None]) -> Callable[[Any], None]:
+        """discord.py ends the client when an event cannot be parsed; ours is read first, and neither ends anything."""
+        hear = {
+            "READY": self._on_ready,
+            "GUILD_CREATE": self._on_guild,
+            "MESSAGE_CREATE": self._on_message,
+            "MESSAGE_UPDATE": self._on_edit,
+            "MESSAGE_DELETE": self._on_delete,
+            "MESSAGE_DELETE_BULK": self._on_deletes,
+        }.get(name)
+
+        def guarded(event: Any) -> None:
+            for read in (hear, parse):
+                try:
+                    if read is not None:
+                        read(event)
+                except Exception as error:
+                    log.warning("an event %s of Discord's could not be read: %s", name, type(error).__name__)
+                    if read is hear and name == "MESSAGE_CREATE":
+                        self._spawn(self._insist(self._unread, event, type(error).__name__))
+
+        return guarded
+
+    async def _unread(self, event: Any, why: str) -> None:
+        await self._chat.refail(events.unread(event, why), note=f"unreadable: {why}")
+
+    def _on_ready(self, event: Mapping[str, Any]) -> None:
+        """A new session: nothing is replayed, so every channel we know is behind until its history was read."""
+        self._me = str(event["user"]["id"])
+        self._guilds = {str(guild["id"]) for guild in event.get("guilds") or ()}
+        self._guilds_came.clear()
+        self._claimed.clear()
+        self._behind = {channel: [] for channel in self._marks} | self._behind
+        if self._ready_before:
+            self._spawn(self.count_session())
+        self._ready_before = True
+        self._spawn(self._catch_up_rest(set(self._behind)))
+
+    def _on_guild(self, event: Mapping[str, Any]) -> None:
+        """The newest message of each channel comes with its server: what is behind is read, what is new is marked."""
+        behind = []
+        for channel in [*(event.get("channels") or ()), *(event.get("threads") or ())]:
+            id, newest = str(channel["id"]), channel.get("last_message_id")
+            if id not in self._marks:
+                if newest:
+                    self._mark(id, str(newest))
+            elif not newest or int(newest) > int(self._marks[id]):
+                behind.append(id)
+            else:
+                self._release(id)
+        self._guilds.discard(str(event["id"]))
+        if not self._guilds:
+            self._guilds_came.set()
+        self._claimed |= set(behind)
+        self._spawn(self._catch_up(behind, str(event["id"])))
+
+    def _on_message(self, event: Mapping[str, Any]) -> None:
+        channel, id = str(int(event["channel_id"])), str(int(event["id"]))
+        message = events.read(event, self._me)
+        if message is not None:
+            self._take(message)
+        if channel not in self._behind:
+            self._inbox.put_nowait(Mark(channel, id))
+
+    def _on_edit(self, event: Mapping[str, Any]) -> None:
+        if event.get("edited_timestamp") and event.get("author"):  # else only its embeds changed
+            message = events.read(event, self._me, "edit")
+            if message is not None:
+                self._take(message)
+
+    def _on_delete(self, event: Mapping[str, Any]) -> None:
+        self._take(events.gone(event["channel_id"], event["id"]))
+
+    def _on_deletes(self, event: Mapping[str, Any]) -> None:
+        for id in event["ids"]:
+            self._take(events.gone(event["channel_id"], id))
+
+    def _take(self, message: Message) -> None:
+        """Its place in line; in a channel that is behind, after what was missed."""
+        held = self._behind.get(message.channel.id)
+        if held is None:
+            self._inbox.put_nowait(message)
+        else:
+            held.append(message)
+
+    def _release(self, channel: str) -> None:
+        for message in self._behind.pop(channel, ()):
+            self._inbox.put_nowait(message)
+
+    # -- what was said while we were away --------------------------------------------------------------------------
+
+    async def _catch_up_rest(self, channels: set[str]) -> None:
+        """Channels that come with no server: direct messages, threads left, servers that are late."""
+        if self._guilds:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._guilds_came.wait(), GUILDS_SECONDS)
+        rest = sorted(channels & set(self._behind) - self._claimed, key=lambda id: int(self._marks[id]), reverse=True)
+        await self._catch_up(rest[:CATCH_UP_DIRECT])
+        for channel in rest[CATCH_UP_DIRECT:]:
+            self._release(channel)
+
+    async def _catch_up(self, channels: list[str], guild: str = "") -> None:
+        for channel in channels:
+            try:
+                await self._read_missed(channel, guild)
+            except Exception as error:
+                log.warning("what was missed in channel %s could not be read: %s", channel, error)
+            finally:
+                self._release(channel)
+
+    async def _read_missed(self, channel: str, guild: str) -> None:
+        """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered."""
+        mark, found = self._marks[channel], dict[int, dict[str, Any]]()
+        while True:
+            page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100}) or []
+            found |= {int(event["id"]): event for event in page}
+            if len(page) < 100:
+                break
+            if len(found) >= CATCH_UP_MESSAGES:
+                log.warning(
+                    "more than %d messages were missed in channel %s; the rest is not read", len(found), channel
+                )
+                break
+            mark = str(max(int(event["id"]) for event in page))
+        if not found:
+            return
+        if not guild:  # nothing in a message from the history says whether it was direct
+            guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
+        newest = events.sent_at(max(found))
+        answered = {events.answers(event, self._me) for event in found.values()}
+        for id in sorted(found):
+            event = {**found[id], **({"guild_id": guild} if guild else {})}
+            try:
+                message = events.read(event, self._me)
+            except Exception as error:
+                await self._insist(self._unread, event, type(error).__name__)
+                continue
+            if message is None or (newest - message.sent_at).total_seconds() > 3600 * CATCH_UP_HOURS:
+                continue
+            if message.id in answered and not await self._chat.replied(message.channel, message.id):
+                message = replace(message, kind="heard")
+            self._inbox.put_nowait(message)
+        self._inbox.put_nowait(Mark(channel, str(max(found))))
+
+    async def _fetch(self, channel: str, path: str = "", params: dict[str, Any] | None = None) -> Any:
+        """None where we may not read any more."""
+        route = Route("GET", "/channels/{channel_id}" + path, channel_id=int(channel))
+        for _ in range(5):
+            try:
+                return await call(self._client, route, params=params or {})
+            except Refused:
+                return None
+            except RetryAfter as error:
+                await asyncio.sleep(error.seconds)
+            except (NotSent, MaybeSent):
+                await asyncio.sleep(1.0)
+        raise ConnectionError("the history is out of reach")
+
+    # -- watermarks and sessions ------------------------------------------------------------------------------------
+
+    def _mark(self, channel: str, id: str) -> None:
+        if int(id) > int(self._marks.get(channel, "0")):
+            self._marks[channel] = id
+            self._dirty.add(channel)
+            if channel not in self._stored:
+                self._first_mark.set()
+
+    async def _write_marks(self) -> None:
+        """Now and then: a mark that is too old costs a look, never a message. A channel's first is written at once:
+        without one, what is said while we are away is not looked for."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._first_mark.wait(), MARK_EVERY)
+            self._first_mark.clear()
+            dirty, self._dirty = self._dirty, set()
+            if not dirty:
+                continue
+            try:
+                marks = {Channel(events.PLATFORM, channel): self._marks[channel] for channel in dirty}
+                await self._chat.receive(marks=marks)
+                self._stored |= dirty
+            except NotAccepted:
+                self._dirty |= dirty
+                await asyncio.sleep(MARK_EVERY)
+
+    async def count_session(self) -> int:
+        """Another IDENTIFY; how many there were in 24 hours."""
+        try:
+            count = await self._chat.identified(events.PLATFORM)
+        except NotAccepted:
+            return 0
+        if count > SESSIONS_A_DAY:
+            log.error("%d sessions on Discord in 24 hours; at 1,000 the token is reset: look why", count)
+        return count
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
