@@ -50,7 +50,7 @@ async def open_journal(url: str, *, progress: Callable[[str], None] = lambda lin
     address = parse(url)
     file = file_of(address)
     if file:
-        storage.prepare(file, progress)
+        storage.prepare(file)
     await storage.migrate(address, progress)
     return Journal(address, open_engine(address, writes=True), open_engine(address, writes=False))
 

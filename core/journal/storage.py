@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import sqlite3
@@ -27,26 +28,46 @@ log = logging.getLogger(__name__)
 
 KEEP = 5
 MIGRATIONS = Path(__file__).parent / "migrations"
+FOREIGN = (
+    "DATABASE_URL: that database holds other tables and no journal; name an empty one, for example sqlite:///palaver.db"
+)
+SHARED = (0x40000002, 510)  # the bytes that SQLite locks for as long as it has a file open: sqlite.org/fileformat2
 MIGRATING = 0x70616C61766572  # PostgreSQL's advisory lock: two processes that start together migrate one by one
 
 
-def prepare(file: Path, progress: Callable[[str], None]) -> None:
+def prepare(file: Path) -> None:
     """Before opening: the folder exists, and the file is whole or was replaced by its newest good copy."""
     if not file.parent.is_dir():
         raise JournalError(f"DATABASE_URL: the folder {file.parent} does not exist; make it, or name another")
-    problems = _problems(file) if file.exists() else []
+    if file.is_dir():
+        raise JournalError(f"DATABASE_URL: {file} is a folder; name a file in it, for example {file / 'palaver.db'}")
     missing = not file.exists() or file.stat().st_size == 0
+    problems = [] if missing else _problems(file)
     if not problems and not missing:
-        return
+        return _ours(file)
     copy = newest_good(file)
     if copy:
         restore(file, copy)
-        progress(f"{file.name} was {problems[0] if problems else 'missing'}: restored {copy.name}, made then")
+        log.warning("%s: %s; restored %s, made then", file, problems[0] if problems else "missing", copy.name)
     elif problems:
         raise JournalError(
             f"{file} is corrupt and has no good copy in {copies(file).name}/ ({problems[0]}); put a copy there and run "
             "palaver journal restore, or move the file away to begin an empty journal"
         )
+    elif (left := file.with_name(file.name + "-wal")).exists() and left.stat().st_size:
+        raise JournalError(
+            f"{file} is missing, but {left.name} shows that a journal stood there; put both back or run "
+            "palaver journal restore COPY, or move that file away to begin an empty journal"
+        )
+    return None
+
+
+def _ours(file: Path) -> None:
+    """A database of somebody else's stays as it is: opening it as a journal would already change it."""
+    with contextlib.closing(sqlite3.connect(file, timeout=30)) as connection:
+        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if tables and "alembic_version" not in tables:
+        raise JournalError(FOREIGN)
 
 
 async def migrate(url: URL, progress: Callable[[str], None]) -> None:
@@ -74,10 +95,7 @@ def _upgrade(connection: Connection, progress: Callable[[str], None]) -> None:
         connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATING})"))
     tables = set(inspect(connection).get_table_names())
     if tables and "alembic_version" not in tables:
-        raise JournalError(
-            "DATABASE_URL: that database holds other tables and no journal; name an empty one, "
-            "for example sqlite:///palaver.db"
-        )
+        raise JournalError(FOREIGN)
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
@@ -105,8 +123,15 @@ def restore(file: Path, copy: Path | None = None) -> Path:
         raise JournalError(f"there is no good copy in {copies(file)}")
     if problems := _problems(copy):
         raise JournalError(f"{copy} is corrupt itself: {problems[0]}")
+    if in_use(file):
+        raise JournalError(f"{file} is in use; stop palaver, restore, and start it again")
     fresh = file.with_name(file.name + ".restoring")
-    _copy(copy, fresh)
+    fresh.unlink(missing_ok=True)
+    try:
+        _copy(copy, fresh)
+    except (OSError, sqlite3.Error) as error:
+        fresh.unlink(missing_ok=True)
+        raise JournalError(f"{copy} could not be copied to {file.parent}: {error}") from error
     aside = f".corrupt-{_stamp()}"
     for suffix in ("", "-wal", "-shm"):
         old = file.with_name(file.name + suffix)
@@ -115,6 +140,21 @@ def restore(file: Path, copy: Path | None = None) -> Path:
     os.replace(fresh, file)
     _sync(file.parent)
     return copy
+
+
+def in_use(file: Path) -> bool:
+    """Does another process have the file open? Not to be asked where this one has: that would drop its locks."""
+    start, length = SHARED
+    try:
+        with file.open("rb+") as opened:
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        raise JournalError(f"{file} cannot be opened: {error}") from error
+    return False
 
 
 async def check(file: Path) -> list[str]:
@@ -129,10 +169,10 @@ async def backup(file: Path, path: Path | None = None) -> Path:
 
 def _backup(file: Path, path: Path | None) -> Path:
     target = path or copies(file) / f"{_stamp()}.db"
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     fresh = target.with_name(target.name + ".part")
-    fresh.unlink(missing_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh.unlink(missing_ok=True)
         _copy(file, fresh)
         if problems := _problems(fresh, "integrity_check"):
             raise JournalError(f"the copy is not whole, the older ones stay: {problems[0]}")
@@ -140,7 +180,8 @@ def _backup(file: Path, path: Path | None) -> Path:
     except (OSError, sqlite3.Error) as error:
         raise JournalError(f"no copy could be made at {target.parent}: {error}") from error
     finally:
-        fresh.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
     _sync(target.parent)
     if path is None:
         for old in sorted(copies(file).glob("*.db"), reverse=True)[KEEP:]:
@@ -150,7 +191,7 @@ def _backup(file: Path, path: Path | None) -> Path:
 
 def _copy(source: Path, target: Path) -> None:
     """SQLite's online copy, on disk when it returns."""
-    with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as reader:
+    with contextlib.closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as reader:
         with contextlib.closing(sqlite3.connect(target)) as writer:
             os.chmod(target, 0o600)
             reader.backup(writer, pages=512, sleep=0.005)

@@ -30,6 +30,8 @@ def kills(count: int, seed: int, engine: str) -> Tally:
         with Folder() as folder:
             tally = asyncio.run(kill_at_random(folder.path, seed + round_, now, engine))
             folder.keep = bool(tally.broken)
+        for line in tally.broken:
+            print(line, flush=True)
         total += tally
         done, round_ = done + now, round_ + 1
         _progress(f"{done:,}/{count:,} kills, seed {seed + round_ - 1}", total)
@@ -40,6 +42,8 @@ def points(times: int, seed: int) -> Tally:
     with Folder() as folder:
         tally = asyncio.run(kill_at_points(folder.path, seed, times, ("telegram", "discord")))
         folder.keep = bool(tally.broken)
+    for line in tally.broken:
+        print(line, flush=True)
     return tally
 
 
@@ -91,8 +95,6 @@ def main() -> None:
         total += kills(asked.kills, asked.seed, asked.engine)
     if asked.points:
         total += points(asked.points, asked.seed)
-    for line in total.broken:
-        print(line)
     print(table(total, time.monotonic() - began))
     sys.exit(bool(total.broken))
 

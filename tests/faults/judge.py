@@ -97,14 +97,15 @@ def _place(town: Town, place: Place, ledger: Ledger, echo: bool) -> list[str]:
 
 
 def _doubled_without_doubt(town: Town, place: Place, seen: list[Seen]) -> list[str]:
-    """A second copy is forgiven only where the process was killed, or the wire cut, after the first."""
+    """A second copy is forgiven only where the process was killed, or the wire cut, after the first had left: what a
+    dead process wrote to its socket arrives a moment after its death."""
     chat = int(place.id.partition(":")[0])
     found, earlier = [], dict[str, Seen]()
     for one in seen:
         first = earlier.get(one.to)
         if first is not None:
             cut = any(where == chat and first.at - 0.5 <= at <= one.at for at, where in town.telegram.broken)
-            if not cut and not any(first.at <= at <= one.at for at in town.killed):
+            if not cut and not any(first.at - 1.0 <= at <= one.at for at in town.killed):
                 found.append(one.to)
         earlier[one.to] = one
     return found

@@ -24,7 +24,7 @@ class Tally:
     states: Counter[str] = field(default_factory=Counter)
     doubled: Counter[str] = field(default_factory=Counter)
     recoveries: list[float] = field(default_factory=list)
-    """Seconds from a start to its first visible reply, where something was owed."""
+    """Seconds from a start to the first visible reply on a platform, where something was owed there."""
     stops: list[float] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
@@ -48,14 +48,15 @@ async def kill_at_random(folder: Path, seed: int, kills: int, engine: str = "ech
         people = [asyncio.create_task(town.talk(0.05)), asyncio.create_task(town.cut(4.0))]
         began = time.monotonic()
         for _ in range(kills):
-            before, owing = town.sends, bool(town.owed())
+            platform = town.dice.choice(("telegram", "discord"))
+            before, owing = town.sends(platform), any(place.platform == platform for place, _ in town.owed())
             if town.dice.random() < 0.15:
                 await asyncio.sleep(town.dice.uniform(0.0, 4.0))
             else:
-                await town.news(before + 1)
+                await town.news(platform, before + 1)
                 if owing:
                     tally.recoveries.append(time.monotonic() - began)
-                await town.news(before + town.dice.randint(1, 12))
+                await town.news(platform, before + town.dice.randint(1, 12))
                 await asyncio.sleep(town.dice.uniform(0.0, 0.2))
             await town.kill()
             began = time.monotonic()

