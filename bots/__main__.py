@@ -35,7 +35,7 @@ cli = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-journal_cli = typer.Typer(help="The journal, where every message and reply stands: counts by state, exports.")
+journal_cli = typer.Typer(help="The journal, where every message and reply stands: counts, exports, copies, checks.")
 cli.add_typer(journal_cli, name="journal")
 
 
@@ -143,6 +143,74 @@ def journal_export(
         return 0
 
     raise typer.Exit(_go(export()))
+
+
+@journal_cli.command("backup")
+def journal_backup(
+    file: Annotated[
+        Path | None, typer.Argument(help="where to; left out, NAME.backups/ beside the journal, where 5 are kept")
+    ] = None,
+) -> None:
+    """Copy the journal while everything runs, check the copy, and print where it is.
+
+    A running palaver does the same every hour.
+    """
+    from core.journal import storage
+
+    async def copy() -> int:
+        print(await storage.backup(_journal_file("pg_dump"), file))
+        return 0
+
+    raise typer.Exit(_go(copy()))
+
+
+@journal_cli.command("restore")
+def journal_restore(
+    copy: Annotated[Path | None, typer.Argument(help="which copy; left out, the newest that is whole")] = None,
+) -> None:
+    """Put a copy in the journal's place; stop palaver first. What stood there is moved aside, nothing is deleted.
+
+    Messages since the copy are lost to this journal. A corrupt journal is restored like this by itself at a start.
+    """
+    from core.journal import storage
+
+    async def restore() -> int:
+        used = storage.restore(_journal_file("pg_restore", must_exist=False), copy)
+        print(f"restored {used}")
+        return 0
+
+    raise typer.Exit(_go(restore()))
+
+
+@journal_cli.command("check")
+def journal_check() -> None:
+    """Read all of the journal and print what is wrong with it, also while palaver runs. It changes nothing.
+
+    Exit code 0: it is whole. 1: it is not; palaver journal restore puts the newest good copy in its place.
+    """
+    from core.journal import storage
+
+    async def check() -> int:
+        file = _journal_file("pg_amcheck")
+        problems = await storage.check(file)
+        print("\n".join(problems) or f"{file} is whole")
+        return 1 if problems else 0
+
+    raise typer.Exit(_go(check()))
+
+
+def _journal_file(tool: str, must_exist: bool = True) -> Path:
+    """SQLite's file; PostgreSQL has `tool` for the same. Raises JournalError."""
+    from core.journal.database import JournalError, file_of, parse
+
+    (settings,) = _settings(Settings)
+    logging.getLogger().setLevel(logging.WARNING)
+    file = file_of(parse(settings.database_url.get_secret_value()))
+    if file is None:
+        raise JournalError(f"DATABASE_URL: that journal is in PostgreSQL, which has its own tool for this: {tool}")
+    if must_exist and not file.is_file():
+        raise JournalError(f"DATABASE_URL: there is no journal at {file}")
+    return file
 
 
 def _settings(*groups: type[Any]) -> list[Any]:

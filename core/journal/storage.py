@@ -118,8 +118,11 @@ def newest_good(file: Path) -> Path | None:
 def restore(file: Path, copy: Path | None = None) -> Path:
     """Put `copy` (default: the newest good one) in place of `file`, which is moved aside; the process using it must
     have stopped. Returns the copy. Raises JournalError."""
-    copy = copy or newest_good(file)
-    if copy is None or not copy.is_file():
+    if copy is None:
+        copy = newest_good(file)
+    elif not copy.is_file():
+        raise JournalError(f"{copy} is no file; name a copy, or leave it out for the newest in {copies(file)}")
+    if copy is None:
         raise JournalError(f"there is no good copy in {copies(file)}")
     if problems := _problems(copy):
         raise JournalError(f"{copy} is corrupt itself: {problems[0]}")
