@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ CATCH_UP_MESSAGES = 2000
 CATCH_UP_DIRECT = 100
 CATCH_UP_HOURS = 24
 GUILDS_SECONDS = 10.0
+LATER = 60.0
+"""Seconds until a history out of reach is tried again, at most."""
 MARK_EVERY = 5.0
 SESSIONS_A_DAY = 950
 """Discord resets a token that identifies a thousand times a day: beyond this, starts are spread over the day."""
@@ -234,13 +237,22 @@ class Hearing:
             self._release(channel)
 
     async def _catch_up(self, channels: list[str], guild: str = "") -> None:
-        for channel in channels:
+        """A channel that cannot be read now is read later: its mark must not move past what was missed."""
+        left, failures = deque(channels), 0
+        while left:
+            channel = left.popleft()
             try:
                 await self._read_missed(channel, guild)
+            except (ConnectionError, NotAccepted) as error:
+                log.warning("what was missed in channel %s is read later: %s", channel, error)
+                left.append(channel)
+                await asyncio.sleep(min(LATER, 2.0**failures))
+                failures += 1
+                continue
             except Exception as error:
                 log.warning("what was missed in channel %s could not be read: %s", channel, error)
-            finally:
-                self._release(channel)
+            failures = 0
+            self._release(channel)
 
     async def _read_missed(self, channel: str, guild: str) -> None:
         """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered."""

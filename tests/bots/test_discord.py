@@ -277,6 +277,21 @@ async def test_what_was_said_while_away_is_heard_in_order_before_what_comes_afte
     assert all(message.server == server.guild for message in ears.heard if message.channel.id == general)
 
 
+async def test_a_history_out_of_reach_is_read_later_and_before_what_comes_after(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        server.say(general, "ann", "before", mention=True)
+        await until(lambda: general in ears.marks)
+    server.say(general, "ann", "away", mention=True)
+    server.faults.append(Fault("error", "GET", times=-1, value=[503, 0, "down"]))
+    async with serving(server, ears):
+        await until(lambda: sum(method == "GET" and "/messages" in path for method, path, _ in server.calls) >= 6)
+        server.say(general, "ann", "back", mention=True)
+        server.faults.clear()
+        await until(lambda: len(ears.heard) == 3)
+    assert ears.texts == ["before", "away", "back"]
+
+
 async def test_an_empty_journal_replays_nothing(server: DiscordServer) -> None:
     ears, general = Ears(), server.channel("general")
     server.say(general, "ann", "long ago", mention=True)
