@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from core.evaluation.selfchat import Talker
 from core.training.corpus import read_corpus
-from core.training.expand import Expander
+from core.training.expand import Expander, Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,10 @@ class Recall:
         return self.right / self.asked if self.asked else 0.0
 
 
-async def recall(talker: Talker, distance: int, count: int, *, held_out: bool, seed: int = 1) -> Recall:
+async def recall(talker: Talker, kind: Kind, distance: int, count: int, *, held_out: bool, seed: int = 1) -> Recall:
     """`distance` 1 asks right after the bot took note. `held_out`: values and wordings that training never saw."""
     expander, gate = Expander(read_corpus(), held_out=held_out), asyncio.Semaphore(16)
-    cases = [expander.recall(random.Random(f"recall-{seed}-{distance}-{i}"), distance) for i in range(count)]
+    cases = [expander.recall(random.Random(f"recall-{seed}-{distance}-{i}"), kind, distance) for i in range(count)]
 
     async def one(number: int) -> str:
         async with gate:

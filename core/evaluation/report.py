@@ -7,6 +7,9 @@ from core.evaluation.recall import recall
 from core.evaluation.selfchat import Talker, health, read_openers, self_chats
 from core.text import normalise, restore
 from core.tokenizer import Tokenizer
+from core.training.expand import Kind
+
+KINDS: tuple[Kind, ...] = ("name", "like", "made-up name")
 
 
 async def evaluate(
@@ -31,10 +34,12 @@ async def first_replies(engine: Engine, tokenizer: Tokenizer, params: SamplingPa
 
 
 async def _recall_table(talker: Talker, cases: int) -> list[str]:
-    lines = ["| right, of the names and likes told N exchanges earlier | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|"]
-    for held_out, who in ((False, "seen in training"), (True, "never seen in training")):
-        found = [await recall(talker, distance, cases, held_out=held_out) for distance in (1, 2, 3, 4)]
-        lines.append(f"| {who} | " + " | ".join(f"{one.share:.1%}" for one in found) + " |")
+    lines = ["| recalled, told N exchanges earlier | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|"]
+    for kind in KINDS:
+        for held_out in (False, True):
+            found = [await recall(talker, kind, distance, cases, held_out=held_out) for distance in (1, 2, 3, 4)]
+            who = f"{kind}, {'never ' if held_out else ''}seen in training"
+            lines.append(f"| {who} | " + " | ".join(f"{one.share:.1%}" for one in found) + " |")
     return lines
 
 

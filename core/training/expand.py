@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
+from typing import Literal
 
 from core.text import normalise
 from core.training import memory, slips
@@ -20,6 +21,8 @@ from core.training.corpus import SLOT, Exchange, Topic, choose
 from core.training.memory import Fact
 from core.training.slots import PROPER, SLOTS, names, values
 
+Kind = Literal["name", "made-up name", "like"]
+"""What `recall` tells and asks for."""
 EVERYDAY = frozenset(
     ("greetings", "how_are_you", "goodbyes", "thanks_and_sorry", "agreement_and_fillers", "about_the_bot", "smalltalk")
 )
@@ -96,15 +99,14 @@ class Expander:
         slot = rng.choice(("food", "animal", "color", "city", "name", "name", "job", "music", "invented", "invented"))
         return names(held_out=False) if slot == "invented" else values(slot, held_out=False)
 
-    def recall(self, rng: random.Random, distance: int) -> tuple[list[str], str]:
-        """Turns that end with a question about a name or a like told `distance` exchanges before, and the answer."""
-        told = Told()
-        fact = memory.NAME if rng.random() < 0.5 else rng.choice(memory.FAVORITES)
-        value = fact.value(rng, held_out=False)
-        while self.held_out and not (candidates := _unseen(fact)):
-            fact = rng.choice([memory.NAME, *memory.FAVORITES])
-        if self.held_out:
-            value = rng.choice(candidates)
+    def recall(self, rng: random.Random, kind: Kind, distance: int) -> tuple[list[str], str]:
+        """Turns that end with a question about something told `distance` exchanges before, and the answer."""
+        told, fact = Told(), memory.NAME
+        while kind == "like" and not _told_values(fact := rng.choice(memory.FAVORITES), self.held_out):
+            pass
+        value = rng.choice(
+            names(held_out=self.held_out) if kind == "made-up name" else _told_values(fact, self.held_out)
+        )
         told.facts[fact.noun] = (fact, value)
         turns = self._pair(rng, rng.choice(fact.tell), rng.choice(fact.acknowledge), {"v": value}, told)
         for _ in range(distance - 1):
@@ -252,9 +254,7 @@ def hash_of(text: str) -> int:
     return sum((index + 1) * ord(char) for index, char in enumerate(text))
 
 
-def _unseen(fact: Fact) -> list[str]:
-    """Held-out values of `fact`, spelled as they are told."""
-    known = list(values(fact.slot, held_out=True))
-    if fact.slot == "name":
-        known += names(held_out=True)
+def _told_values(fact: Fact, held_out: bool) -> list[str]:
+    """What training may, or may not, put into `fact`, spelled as it is told."""
+    known = values(fact.slot, held_out=held_out)
     return [memory.plural(value) if fact.slot in ("animal", "fruit") else value for value in known]

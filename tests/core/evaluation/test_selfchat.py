@@ -70,9 +70,9 @@ async def test_an_empty_reply_ends_the_talk(tokenizer: Tokenizer) -> None:
 
 
 async def test_recall_counts_what_was_said(tokenizer: Tokenizer) -> None:
-    everything = await recall(talker(tokenizer, lambda prompt, _: prompt), 1, 20, held_out=True)
+    everything = await recall(talker(tokenizer, lambda prompt, _: prompt), "name", 1, 20, held_out=True)
     assert everything.share == 1
-    nothing = await recall(talker(tokenizer, lambda *_: "who knows ?"), 1, 20, held_out=False)
+    nothing = await recall(talker(tokenizer, lambda *_: "who knows ?"), "like", 1, 20, held_out=False)
     assert nothing.right == 0
     assert len(nothing.wrong) == nothing.asked == 20
 

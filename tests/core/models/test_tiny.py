@@ -41,7 +41,7 @@ def test_its_config_is_dialogpts() -> None:
 async def test_it_remembers(engine: TorchEngine) -> None:
     talker = Talker(engine, Tokenizer.load(FOLDER), SamplingParams(max_tokens=32), budget=192)
     for distance in (1, 3):
-        found = await recall(talker, distance, 40, held_out=False, seed=9)
+        found = await recall(talker, "name", distance, 40, held_out=False, seed=9)
         assert found.share >= 0.8, found.wrong
 
 
