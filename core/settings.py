@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from core.engine.base import SamplingParams
 
 ENV_FILE = ".env"
+JOURNALS = ("sqlite", "sqlite+aiosqlite", "postgres", "postgresql", "postgresql+asyncpg")
 GroupT = TypeVar("GroupT", bound="Group")
 _NESTED = ConfigDict(frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -157,6 +158,16 @@ class Settings(Group):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error", examples=["info"]
     )
+
+    @field_validator("database_url")
+    @classmethod
+    def _a_journal(cls, url: SecretStr) -> SecretStr:
+        scheme, slashes, rest = url.get_secret_value().strip().partition("://")
+        if not slashes or scheme not in JOURNALS:
+            raise ValueError("must be the address of a SQLite file (sqlite:///palaver.db) or a PostgreSQL database")
+        if scheme.startswith("sqlite") and rest.lstrip("/").split("?")[0] in ("", ":memory:"):
+            raise ValueError("must name a file: a journal in memory would lose everything")
+        return SecretStr(url.get_secret_value().strip())
 
     @field_validator("device")
     @classmethod
