@@ -140,6 +140,8 @@ class Hearing:
         hear = {
             "READY": self._on_ready,
             "GUILD_CREATE": self._on_guild,
+            "CHANNEL_CREATE": self._first,
+            "THREAD_CREATE": self._first,
             "MESSAGE_CREATE": self._on_message,
             "MESSAGE_UPDATE": self._on_edit,
             "MESSAGE_DELETE": self._on_delete,
@@ -179,8 +181,7 @@ class Hearing:
         for channel in [*(event.get("channels") or ()), *(event.get("threads") or ())]:
             id, newest = str(channel["id"]), channel.get("last_message_id")
             if id not in self._marks:
-                if newest:
-                    self._mark(id, str(newest))
+                self._first(channel)
             elif not newest or int(newest) > int(self._marks[id]):
                 behind.append(id)
             else:
@@ -191,6 +192,11 @@ class Hearing:
         self._claimed |= set(behind)
         self._spawn(self._catch_up(behind, str(event["id"])))
 
+    def _first(self, channel: Mapping[str, Any]) -> None:
+        """A channel new to us: what was said there before is not ours, what is said from now on is."""
+        if "last_message_id" in channel:
+            self._mark(str(channel["id"]), str(channel["last_message_id"] or 0))
+
     def _on_message(self, event: Mapping[str, Any]) -> None:
         channel, id = str(int(event["channel_id"])), str(int(event["id"]))
         message = events.read(event, self._me)
@@ -200,8 +206,8 @@ class Hearing:
             self._inbox.put_nowait(Mark(channel, id))
 
     def _on_edit(self, event: Mapping[str, Any]) -> None:
-        if event.get("edited_timestamp") and event.get("author"):  # else only its embeds changed
-            message = events.read(event, self._me, "edit")
+        if event.get("content"):  # else only its embeds changed, or the text is not for us
+            message = events.read({"author": {"id": 0}, **event}, self._me, "edit")
             if message is not None:
                 self._take(message)
 
@@ -259,19 +265,21 @@ class Hearing:
         mark, found = self._marks[channel], dict[int, dict[str, Any]]()
         while True:
             page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100}) or []
-            found |= {int(event["id"]): event for event in page}
-            if len(page) < 100:
+            fresh = {int(event["id"]): event for event in page if int(event["id"]) > int(mark)}
+            found |= fresh
+            if len(page) < 100 or not fresh:
                 break
             if len(found) >= CATCH_UP_MESSAGES:
                 log.warning(
                     "more than %d messages were missed in channel %s; the rest is not read", len(found), channel
                 )
                 break
-            mark = str(max(int(event["id"]) for event in page))
+            mark = str(max(fresh))
         if not found:
             return
         if not guild:  # nothing in a message from the history says whether it was direct
-            guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
+            with contextlib.suppress(ConnectionError):
+                guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
         newest = events.sent_at(max(found))
         answered = {events.answers(event, self._me) for event in found.values()}
         for id in sorted(found):
@@ -305,7 +313,7 @@ class Hearing:
     # -- watermarks and sessions ------------------------------------------------------------------------------------
 
     def _mark(self, channel: str, id: str) -> None:
-        if int(id) > int(self._marks.get(channel, "0")):
+        if int(id) > int(self._marks.get(channel, "-1")):
             self._marks[channel] = id
             self._dirty.add(channel)
             if channel not in self._stored:

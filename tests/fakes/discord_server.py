@@ -110,6 +110,8 @@ class DiscordServer:
         self.chaos: dict[Kind, float] = {}
         """Fault kind -> probability, for every message sent, drawn from the seed."""
         self.duplicates = 0.0
+        self.deaf_to_after = False
+        """A server that always tells the whole history."""
         self.nonce_seconds = 120.0
         self.identifies = self.resumes = 0
         self.refuse_sessions = 0
@@ -483,6 +485,8 @@ class DiscordServer:
         if method == "GET" and path.endswith("/messages"):
             after, most = int(request.query.get("after", 0)), int(request.query.get("limit", 50))
             found = [m for m in self.messages.get(channel, ()) if int(m["id"]) > after][:most]
+            if self.deaf_to_after:
+                found = self.messages.get(channel, [])
             return _json(found[::-1])
         return _json({"message": "404: Not Found", "code": 0}, 404)
 
