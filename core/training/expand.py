@@ -86,7 +86,7 @@ class Expander:
         said: list[Said] = []
         told = Told(lower=rng.random() < 0.35)
         while sum(len(turn.text.split()) for turn in said) < words:
-            said += self._repeat(rng, told) if rng.random() < 0.4 else self._remember(rng, told)
+            said += self._repeat(rng, told) if rng.random() < 0.2 else self._remember(rng, told)
         return [Said(index % 2, turn.text) for index, turn in enumerate(said)]
 
     def _repeat(self, rng: random.Random, told: Told) -> list[Said]:
@@ -138,23 +138,23 @@ class Expander:
     def _remember(self, rng: random.Random, told: Told) -> list[Said]:
         """Something told, changed, asked for, or asked for in vain."""
         draw = rng.random()
-        if told.facts and draw < 0.5:
+        if told.facts and draw < 0.55:
             return self._asked(rng, told)
-        if told.facts and draw < 0.58:
+        if told.facts and draw < 0.61:
             return self._tell(rng, told, rng.choice(list(told.facts.values()))[0], change=True)
         if draw < 0.66:
             return self._pair(rng, rng.choice(memory.YOUR_NAME), rng.choice(memory.MY_NAME), {}, told)
         fact = self._some_fact(rng)
         if fact.noun in told.facts:
             return self._asked(rng, told)
-        if draw < 0.74:
+        if draw < 0.71:
             return self._asked_in_vain(rng, told, fact)
-        if draw < 0.79 and "name" not in told.facts and not told.likes():
+        if draw < 0.76 and "name" not in told.facts and not told.likes():
             return self._two_at_once(rng, told)
         return self._tell(rng, told, fact)
 
     def _some_fact(self, rng: random.Random) -> Fact:
-        if rng.random() < 0.45:
+        if rng.random() < 0.6:
             return rng.choice(memory.FAVORITES)
         kinds = [memory.NAME, memory.CITY, memory.PET, memory.FRIEND, memory.MOOD, memory.JOB, memory.AGE]
         return rng.choices(kinds, (6, 2, 2, 1, 2, 1, 1))[0]
@@ -176,7 +176,7 @@ class Expander:
 
     def _asked(self, rng: random.Random, told: Told) -> list[Said]:
         fact, value = rng.choice(list(told.facts.values()))
-        if "name" in told.facts and rng.random() < 0.4:
+        if "name" in told.facts and rng.random() < 0.2:
             fact, value = told.facts["name"]
         ask, answer = rng.choice(fact.ask), rng.choice(fact.answer)
         filled, likes = {"v": value}, told.likes()

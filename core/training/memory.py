@@ -31,13 +31,13 @@ class Fact:
         known = values(self.slot, held_out=held_out)
         if self.slot == "name" and rng.random() < 0.6:
             known = names(held_out=held_out)
-        elif not held_out and self.slot in INVENTED and rng.random() < 0.12:
+        elif not held_out and self.slot in INVENTED and rng.random() < 0.25:
             return rng.choice(names(held_out=False)).lower()
         value = rng.choice(known)
         return plural(value) if self.slot in ("animal", "fruit") else value
 
 
-INVENTED = frozenset(("food", "hobby", "game", "city", "drink", "sport", "music"))
+INVENTED = frozenset(("food", "hobby", "game", "drink", "sport", "music", "color", "animal", "instrument", "country"))
 """Kinds that now and then get a made-up word, so that the model learns to repeat what it hears."""
 
 
