@@ -1,0 +1,1 @@
+"""The decode step in C++, int8: step.cpp computes, library.py finds and describes it, gpt2.py is the model on top."""

@@ -1,0 +1,167 @@
+"""GPT-2 in int8: weights packed once for step.cpp, one call of it for each step, made without the interpreter's lock."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.engine.kv_cache import round_up
+from core.engine.model import TILE, Batch
+from core.engine.native import library as c
+from core.engine.weights import Checkpoint
+
+BLOCK = 32
+"""Numbers along a row that share a scale."""
+
+ACTIVATION = {"relu": 2, "tanh": 3, "none": 4}
+"""step.cpp's number of each value of `weights.ACTIVATIONS`; "none" is the exact GELU."""
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, k) -> int8 (N, K / 32, 32) and bfloat16 scales (N, K / 32, 1); N and K are the next multiples of 32.
+
+    The scale is rounded up, so that no value is cut off.
+    """
+    n, k = weight.shape
+    whole = torch.zeros(round_up(n, BLOCK), round_up(k, BLOCK))
+    whole[:n, :k] = weight
+    blocks = whole.view(len(whole), -1, BLOCK)
+    exact = blocks.abs().amax(2, keepdim=True) / 127
+    scale = exact.bfloat16()
+    scale = torch.where(scale.float() < exact, (scale.view(torch.int16) + 1).view(torch.bfloat16), scale)
+    quants = (blocks / scale.float().clamp(min=1e-30)).round().clamp(-127, 127).to(torch.int8)
+    return quants, scale
+
+
+class NativeGPT2:
+    """Satisfies `core.engine.model.Model`."""
+
+    def __init__(self, checkpoint: Checkpoint, native: Any, path: int | None = None) -> None:
+        """Takes the tensors out of `checkpoint` one by one. `path` is at most what the CPU can run, which None takes."""
+        self.config = config = checkpoint.config
+        self.native = native
+        self.path: int = native.palaver_best_path() if path is None else path
+        self.head_width = round_up(config.n_embd // config.n_head, 16)
+        self.token_bytes = 2 * 2 * config.n_layer * config.n_head * self.head_width
+        self.width = round_up(config.n_embd, BLOCK)
+        self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)
+        self.how = f"cpu, int8, native {c.PATHS[self.path]}"
+        self._kept: list[Tensor] = []
+        self._rows = 0
+        tensors = checkpoint.tensors
+
+        def vector(name: str) -> Any:
+            return self._keep(padded(tensors.pop(name)))
+
+        def linear(name: str) -> c.Linear:
+            return self._linear(tensors.pop(f"{name}.weight").T, vector(f"{name}.bias"))
+
+        def norm(name: str) -> c.Norm:
+            return c.Norm(vector(f"{name}.weight"), vector(f"{name}.bias"))
+
+        wte = self._linear(tensors.pop("wte.weight"))
+        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        self._layers = (c.Layer * config.n_layer)(
+            *(
+                c.Layer(
+                    norm(f"h.{i}.ln_1"),
+                    norm(f"h.{i}.ln_2"),
+                    linear(f"h.{i}.attn.c_attn"),
+                    linear(f"h.{i}.attn.c_proj"),
+                    linear(f"h.{i}.mlp.c_fc"),
+                    linear(f"h.{i}.mlp.c_proj"),
+                    scale / (i + 1 if config.scale_attn_by_inverse_layer_idx else 1),
+                )
+                for i in range(config.n_layer)
+            )
+        )
+        self._model = c.Model(
+            self._layers,
+            wte,
+            self._linear(tensors.pop("lm_head.weight")) if "lm_head.weight" in tensors else wte,
+            self._keep(tensors.pop("wpe.weight").float().clone()),
+            norm("ln_f"),
+            config.n_layer,
+            config.n_head,
+            config.n_embd,
+            config.n_positions,
+            ACTIVATION[config.activation],
+            config.layer_norm_epsilon,
+        )
+
+    def new_kv(self, capacity: int) -> Tensor:
+        """(layer, key/value, head, position, head_width); step.cpp says how keys stand in it."""
+        config = self.config
+        shape = config.n_layer, 2, config.n_head, round_up(capacity, TILE), self.head_width
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    def copy_kv(self, source: Tensor, target: Tensor, count: int) -> None:
+        count = round_up(count, 16)
+        target[:, :, :, :count] = source[:, :, :, :count]
+
+    def forward(self, batch: Batch) -> Tensor:
+        rows, wanted, threads = len(batch.ids), len(batch.wanted), torch.get_num_threads()
+        self._make_room(rows, threads)
+        spans, row = (c.Span * len(batch.rows))(), 0
+        for span, r in zip(spans, batch.rows, strict=True):
+            span.kv, span.capacity, span.start, span.count = r.kv.data_ptr(), r.kv.shape[3], r.start, r.count
+            span.row, row = row, row + r.count
+        logits = torch.empty(wanted, round_up(self.config.vocab_size, BLOCK))
+        step = c.Step(
+            spans,
+            integers(batch.ids),
+            integers(batch.positions),
+            integers(batch.wanted),
+            len(spans),
+            rows,
+            wanted,
+            threads,
+            self._x.data_ptr(),
+            self._wide.data_ptr(),
+            self._mixed.data_ptr(),
+            self._scores.data_ptr(),
+            logits.data_ptr(),
+            self._quants.data_ptr(),
+            self._scales.data_ptr(),
+            self._offsets.data_ptr(),
+        )
+        self.native.palaver_step(self._model, step, self.path)
+        return logits[:, : self.config.vocab_size]
+
+    def _make_room(self, rows: int, threads: int) -> None:
+        """The step's own memory, kept from step to step."""
+        if rows > self._rows:
+            self._rows = rows = round_up(rows, 16)
+            self._x, self._mixed = torch.zeros(rows, self.width), torch.zeros(rows, self.width)
+            self._wide = torch.zeros(rows, self.wide)
+            self._quants = torch.zeros(rows, self.wide, dtype=torch.int8)
+            self._scales = torch.zeros(rows, self.wide // BLOCK)
+            self._offsets = torch.zeros(rows, self.wide // BLOCK, dtype=torch.int32)
+        self._scores = torch.zeros(threads, 4, round_up(self.config.n_positions, 16))
+
+    def _linear(self, weight: Tensor, bias: int | None = None) -> c.Linear:
+        """`weight` is (out, in)."""
+        quants, scale = quantise(weight)
+        n, blocks = len(quants), quants.shape[1]
+        bytes_ = (quants.to(torch.int16) + 128).to(torch.uint8)
+        bytes_ = bytes_.view(n // 32, 32, blocks, 8, 4).permute(0, 2, 3, 1, 4).contiguous()
+        scale = scale.view(n // 32, 32, blocks).transpose(1, 2).contiguous()
+        return c.Linear(self._keep(bytes_), self._keep(scale), bias, blocks, n // 32)
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def padded(vector: Tensor) -> Tensor:
+    whole = torch.zeros(round_up(len(vector), BLOCK))
+    whole[: len(vector)] = vector
+    return whole
+
+
+def integers(values: Sequence[int]) -> Any:
+    return (ctypes.c_int32 * len(values))(*values)

@@ -1,0 +1,73 @@
+"""Finds the compiled step.cpp and says what it can do here. `open_library()` is None where there is none: torch then."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+PATHS = ["portable", "AVX2", "AVX512-VNNI"]
+"""By number; a CPU that runs one runs those before it."""
+
+
+class Linear(Structure):
+    _fields_ = [
+        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("blocks", c_int32), ("groups", c_int32),
+    ]  # fmt: skip
+
+
+class Norm(Structure):
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p)]
+
+
+class Layer(Structure):
+    _fields_ = [
+        ("ln_1", Norm), ("ln_2", Norm), ("c_attn", Linear), ("attn_c_proj", Linear), ("c_fc", Linear),
+        ("mlp_c_proj", Linear), ("attention_scale", c_float),
+    ]  # fmt: skip
+
+
+class Model(Structure):
+    _fields_ = [
+        ("layers", POINTER(Layer)), ("wte", Linear), ("lm_head", Linear), ("wpe", c_void_p), ("ln_f", Norm),
+        ("n_layer", c_int32), ("n_head", c_int32), ("n_embd", c_int32), ("n_positions", c_int32),
+        ("activation", c_int32), ("epsilon", c_float),
+    ]  # fmt: skip
+
+
+class Span(Structure):
+    _fields_ = [
+        ("kv", c_void_p), ("capacity", c_int32), ("start", c_int32), ("count", c_int32), ("row", c_int32),
+    ]  # fmt: skip
+
+
+class Step(Structure):
+    _fields_ = [
+        ("spans", POINTER(Span)), ("ids", POINTER(c_int32)), ("positions", POINTER(c_int32)),
+        ("wanted", POINTER(c_int32)),
+        ("n_spans", c_int32), ("rows", c_int32), ("n_wanted", c_int32), ("threads", c_int32),
+        ("x", c_void_p), ("wide", c_void_p), ("mixed", c_void_p), ("scores", c_void_p), ("logits", c_void_p),
+        ("quants", c_void_p), ("scales", c_void_p), ("offsets", c_void_p),
+    ]  # fmt: skip
+
+
+@cache
+def open_library() -> Any | None:
+    """The library, its functions typed. NATIVE=0 in the environment leaves it out."""
+    if os.environ.get("NATIVE") == "0":
+        return None
+    for file in sorted(Path(__file__).parent.glob("step*.so")):
+        try:
+            library = ctypes.CDLL(str(file))
+            library.palaver_step.argtypes = [POINTER(Model), POINTER(Step), c_int32]
+            library.palaver_step.restype = None
+            return library
+        except (OSError, AttributeError) as error:  # built for another machine, or something else of that name
+            log.warning("%s cannot be used (%s): torch computes instead", file.name, error)
+    return None
