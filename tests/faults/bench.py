@@ -17,7 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.kills import Tally, kill_at_points, kill_at_random
+from tests.core.journal.disk import writer
+from tests.faults.burst import burst, fairness
+from tests.faults.hostile import storm
+from tests.faults.kills import POINTS, Tally, kill_at_points, kill_at_random
+from tests.faults.torn import Torn
 
 ROUND = 20
 """Kills in one town; then its ledgers are counted and the next one opens with the next seed."""
@@ -40,11 +44,56 @@ def kills(count: int, seed: int, engine: str) -> Tally:
 
 def points(times: int, seed: int) -> Tally:
     with Folder() as folder:
-        tally = asyncio.run(kill_at_points(folder.path, seed, times, ("telegram", "discord")))
+        tally = asyncio.run(kill_at_points(folder.path, seed, times, POINTS, POINTS))
         folder.keep = bool(tally.broken)
     for line in tally.broken:
         print(line, flush=True)
     return tally
+
+
+def torn(count: int, seed: int) -> list[str]:
+    with Folder() as folder:
+        work = folder.path / "torn"
+        work.mkdir()
+        file, said = folder.path / "palaver.db", time.monotonic()
+        with writer(f"sqlite:///{file}") as process:
+            assert process.stdout
+            for line in process.stdout:
+                if line == "600\n":
+                    break
+        state, broken = Torn(file, work, seed), []
+        for number in range(1, count + 1):
+            try:
+                state.check()
+            except AssertionError as error:
+                broken.append(str(error))
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                print(f"{number:,}/{count:,} torn logs, {len(broken)} broken", flush=True)
+        print(f"{count:,} states of a log of {len(state.log):,} bytes and {len(state.whole):,} messages")
+        folder.keep = bool(broken)
+    return broken
+
+
+def hostile(count: int, seed: int) -> list[str]:
+    with Folder() as folder:
+        given, broken = asyncio.run(storm(folder.path, seed, count, progress=True))
+        print(f"{given.total():,} hostile inputs: {dict(given)}")
+        folder.keep = bool(broken)
+    return broken
+
+
+def crowd(count: int, seed: int) -> list[str]:
+    with Folder() as folder:
+        outcome = asyncio.run(burst(folder.path, count, max(1, count // 10), seed))
+        folder.keep = bool(outcome.broken)
+    print(f"{outcome.asked:,} messages over {max(1, count // 10):,} channels in {outcome.seconds:.0f} s:")
+    print(f"  {dict(outcome.states)}, the event loop away for {outcome.lag:.2f} s at most, before and after")
+    print(f"  {outcome.left}")
+    fair = fairness(seed)
+    print(f"one channel at 100 times the rate: Jain {fair.jain:.3f}, calm channels answered {fair.calm:.1%}")
+    print(f"  after {fair.waited:.1f} s on average, the loud one {fair.loud:.1%}")
+    return outcome.broken
 
 
 class Folder:
@@ -86,17 +135,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The bench of proof.")
     parser.add_argument("--kills", type=int, default=0, help="random SIGKILLs under load")
     parser.add_argument("--points", type=int, default=0, help="so many deaths at every named point")
+    parser.add_argument("--torn", type=int, default=0, help="torn write-ahead logs")
+    parser.add_argument("--hostile", type=int, default=0, help="hostile inputs")
+    parser.add_argument("--burst", type=int, default=0, help="messages at once, and one loud channel")
     parser.add_argument("--engine", default="echo", help="echo, process (the embedded model) or inprocess")
     parser.add_argument("--seed", type=int, default=1)
     asked, began = parser.parse_args(), time.monotonic()
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # the platforms' view of a client that dies
+    logging.basicConfig(level=logging.WARNING, handlers=[logging.NullHandler()])  # counted, not told
     total = Tally()
     if asked.kills:
         total += kills(asked.kills, asked.seed, asked.engine)
     if asked.points:
         total += points(asked.points, asked.seed)
-    print(table(total, time.monotonic() - began))
-    sys.exit(bool(total.broken))
+    broken = list(total.broken)
+    if total.kills:
+        print(table(total, time.monotonic() - began))
+    for count, run in ((asked.torn, torn), (asked.hostile, hostile), (asked.burst, crowd)):
+        if count:
+            began = time.monotonic()
+            found = run(count, asked.seed)
+            for line in found[:20]:
+                print(line)
+            print(f"{len(found)} broken, {time.monotonic() - began:.0f} s")
+            broken += found
+    sys.exit(bool(broken))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ class Wires:
         user = {"id": max(chat, 99), "is_bot": False, "first_name": name, "last_name": name, "username": name}
         said = f"@palaver_bot {text}" if chat < 0 else text
         if self.dice.random() < 0.7:
-            self.telegram.say(chat, max(chat, 99), said, **{"from": user})
+            fields: dict[str, Any] = {"from": user}
+            self.telegram.say(chat, max(chat, 99), said, **fields)
         else:
             message = self.telegram._message(chat, user, said)
             kind = self.dice.choice(("message", "edited_message", "my_chat_member", "callback_query"))
@@ -141,11 +142,9 @@ class Wires:
 
     def said_badly(self) -> list[str]:
         """What should never have gone out."""
-        bad = []
-        for sent in self.discord.ledger:
-            if sent.body.get("allowed_mentions") != {"parse": [], "replied_user": False}:
-                bad.append(f"a reply may mention: {sent.body}")
-        for text in [sent.text for sent in (*self.discord.ledger, *self.telegram.ledger)]:
+        plain = {"parse": [], "replied_user": False}
+        bad = [f"it may mention: {s.body}" for s in self.discord.ledger if s.body.get("allowed_mentions") != plain]
+        for text in [s.text for s in self.discord.ledger] + [s.text for s in self.telegram.ledger]:
             wrong = {c for c in text if c in BIDI or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t")}
             if wrong or self.telegram.token in text or self.discord.token in text:
                 bad.append(f"{wrong} in {text[:80]!r}")

@@ -69,20 +69,21 @@ async def kill_at_random(folder: Path, seed: int, kills: int, engine: str = "ech
     return tally
 
 
-async def kill_at_points(folder: Path, seed: int, times: int, platforms: tuple[str, ...]) -> Tally:
-    """Every named point, so many times for each platform: one dies there, the next goes on from there."""
+async def kill_at_points(
+    folder: Path, seed: int, times: int, telegram: tuple[str, ...], discord: tuple[str, ...]
+) -> Tally:
+    """These named points, so many times on each platform: one life ends there, the next goes on from there."""
     tally = Tally()
     async with Town(folder, seed, private=6, rooms=3) as town:
         await _open(town)
-        for platform in platforms:
+        for platform, points in (("telegram", telegram), ("discord", discord)):
             await town.stop()
             mine = [place for place in town.places if place.platform == platform]
-            for _ in range(times):
-                for point in POINTS:
-                    for place in town.dice.sample(mine, 2):
-                        town.say(place)
-                    await town.start(PALAVER_CRASH_AT=point)
-                    await town.died()
+            for point in points * times:
+                for place in town.dice.sample(mine, 2):
+                    town.say(place)
+                await town.start(PALAVER_CRASH_AT=point)
+                await town.died()
             await town.start()
             await town.settled()
         await _close(town, tally)

@@ -1,0 +1,59 @@
+"""A slice of the bench; as much of it as you like by hand: python -m tests.faults.bench --help."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.burst import burst, fairness
+from tests.faults.hostile import storm
+from tests.faults.judge import unhandled
+from tests.faults.kills import POINTS, kill_at_points, kill_at_random
+
+
+@pytest.fixture
+def silence() -> Iterator[None]:
+    """The house tells of every fault, and the servers of clients that die."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+async def test_killed_at_random_nothing_is_lost_or_doubled(tmp_path: Path, silence: None) -> None:
+    tally = await kill_at_random(tmp_path, seed=1, kills=3)
+    assert tally.broken == [] and tally.kills == 3
+    assert tally.states == {"answered": tally.asked}
+
+
+async def test_killed_at_every_named_point_nothing_is_lost_or_doubled(tmp_path: Path, silence: None) -> None:
+    tally = await kill_at_points(tmp_path, seed=1, times=1, telegram=POINTS[::2], discord=POINTS[1::2])
+    assert tally.broken == [] and tally.kills == len(POINTS)
+    assert tally.states == {"answered": tally.asked}
+
+
+async def test_hostile_inputs_over_three_wires(tmp_path: Path) -> None:
+    given_, broken = await storm(tmp_path, seed=1, count=240)
+    assert broken == [] and set(given_) == {"telegram", "discord", "web"}
+
+
+async def test_a_burst_over_many_channels(tmp_path: Path) -> None:
+    outcome = await burst(tmp_path, count=300, channels=60, seed=1)
+    assert outcome.broken == [] and outcome.states == {"answered": 300}
+    tasks, descriptors = outcome.left["tasks"], outcome.left["descriptors"]
+    assert tasks[1] <= tasks[0] and descriptors[1] <= descriptors[0] + 8, "readers of the journal, opened when needed"
+
+
+def test_one_loud_channel_harms_no_calm_one(silence: None) -> None:
+    outcome = fairness(seed=1, seconds=10)
+    assert outcome.jain >= 0.9 and outcome.calm >= 0.9 and outcome.loud < 0.5
+
+
+def test_the_judge_sees_a_traceback_and_forgives_a_reconnect(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("x ERROR   discord.client: Attempting a reconnect in 1s\n| Traceback (most\nx INFO a: b\n")
+    assert unhandled(log) == []
+    log.write_text("x INFO a: b\n| Traceback (most recent call last):\nx ERROR   a: b\n")
+    assert len(unhandled(log)) == 2
