@@ -123,7 +123,7 @@ class DeliveryRules(BaseModel):
 
 class Settings(Group):
     database_url: SecretStr = Field(
-        SecretStr("sqlite+aiosqlite:///palaver.db"),
+        SecretStr("sqlite:///palaver.db"),
         description="where the journal is: SQLite or PostgreSQL",
         examples=["postgresql+asyncpg://palaver:PASSWORD@localhost/palaver"],
     )

@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from core.journal import storage
-from core.journal.database import JournalBusy, JournalError, Writer, busy, file_of, open_engine, parse
+from core.journal.database import Database, JournalBusy, JournalError, Writer, busy, file_of, open_database, parse
 from core.journal.schema import channels, leases, messages, replies, sessions, watermarks
 from core.messages import Author, Channel, Message, MessageState, Reply, Request, Turn
 from core.owner import dead
@@ -52,11 +51,11 @@ async def open_journal(url: str, *, progress: Callable[[str], None] = lambda lin
     if file:
         storage.prepare(file)
     await storage.migrate(address, progress)
-    return Journal(address, open_engine(address, writes=True), open_engine(address, writes=False))
+    return Journal(address, open_database(address, writes=True), open_database(address, writes=False))
 
 
 class Journal:
-    def __init__(self, url: URL, writer: AsyncEngine, readers: AsyncEngine) -> None:
+    def __init__(self, url: URL, writer: Database, readers: Database) -> None:
         self._url = url
         self._file = file_of(url)
         self._writer = Writer(writer)
@@ -69,8 +68,7 @@ class Journal:
 
     async def _read(self, statement: Any) -> Sequence[Row[Any]]:
         try:
-            async with self._readers.connect() as connection:
-                return (await connection.execute(statement)).all()
+            return await self._readers.run(lambda connection: connection.execute(statement).all())
         except Exception as error:
             raise busy(error) or error from error
 
@@ -112,16 +110,18 @@ class Journal:
 
     def _store(self, connection: Connection, fresh: list[Message], deadline: float) -> list[Request]:
         """Insert or ignore; the questions that are new, in the batch's order."""
-        now, asked = time.time(), []
-        for start in range(0, len(fresh), 500):  # SQLite binds at most 32,766 values in one statement
-            rows = [_row(m, now, now + deadline) for m in fresh[start : start + 500]]
-            insert = self._insert(messages).values(rows).on_conflict_do_nothing()
-            stored = connection.execute(insert.returning(*_KEY, messages.c.id)).all()
-            ids = {tuple(row)[:4]: row.id for row in stored}
-            for message in fresh[start : start + 500]:
-                row = ids.pop(_key(message), None)
-                if row is not None and message.kind == "ask":
-                    asked.append(Request(row, message, datetime.fromtimestamp(now + deadline, UTC)))
+        if not fresh:
+            return []
+        now = time.time()
+        insert = self._insert(messages).on_conflict_do_nothing().returning(*_KEY, messages.c.id)
+        stored = connection.execute(insert, [_row(message, now, now + deadline) for message in fresh]).all()
+        ids = {tuple(row)[:4]: row.id for row in stored}
+        due = datetime.fromtimestamp(now + deadline, UTC)
+        asked = []
+        for message in fresh:
+            row = ids.pop(_key(message), None)
+            if row is not None and message.kind == "ask":
+                asked.append(Request(row, message, due))
         return asked
 
     def _edit(self, connection: Connection, message: Message) -> list[Request]:

@@ -22,7 +22,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.engine import URL
 
-from core.journal.database import JournalError, busy, file_of, open_engine
+from core.journal.database import JournalError, busy, file_of, open_database
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,9 @@ def _ours(file: Path) -> None:
 
 async def migrate(url: URL, progress: Callable[[str], None]) -> None:
     """Bring the tables to this version, all in one transaction. Raises JournalError."""
-    engine = open_engine(url, writes=True)
+    database = open_database(url, writes=True)
     try:
-        async with engine.begin() as connection:
-            await connection.run_sync(_upgrade, progress)
+        await database.run(lambda connection: _upgrade(connection, progress))
     except JournalError:
         raise
     except CommandError as error:
@@ -87,7 +86,7 @@ async def migrate(url: URL, progress: Callable[[str], None]) -> None:
         reason = busy(error)
         raise JournalError(f"the journal cannot be opened at {where}: {reason or error}") from error
     finally:
-        await engine.dispose()
+        await database.dispose()
 
 
 def _upgrade(connection: Connection, progress: Callable[[str], None]) -> None:
