@@ -80,6 +80,7 @@ def open_discord(settings: DiscordSettings) -> DiscordBot:
     """The bot for these settings. The addresses hold for the whole process: discord.py keeps them on classes."""
     assert settings.discord_token is not None
     Route.BASE = settings.discord_api_base.rstrip("/")
+    discord.VoiceClient.warn_nacl = discord.VoiceClient.warn_dave = False  # nobody here speaks aloud
     DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(settings.discord_gateway_url)
     return DiscordBot(settings.discord_token.get_secret_value(), settings.discord_message_content)
 
