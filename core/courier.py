@@ -64,7 +64,7 @@ class Courier:
         self._lines: dict[Channel, deque[Reply]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._circuits: dict[str, Circuit] = defaultdict(Circuit)
-        self._closing = False
+        self._ends: dict[int, float] = {}  # by the clock nobody sets: the wall's is read once per reply
 
     async def open(self, platforms: Iterable[Platform]) -> None:
         """Take up these platforms and what the journal still owes them."""
@@ -74,6 +74,8 @@ class Courier:
     def deliver(self, replies: Iterable[Reply]) -> None:
         """Take places in the channels' lines; returns at once."""
         for reply in replies:
+            age = max(0.0, (self._now() - reply.created_at).total_seconds())
+            self._ends[reply.id] = asyncio.get_running_loop().time() + self._rules.patience - age
             if reply.channel not in self._lines:
                 self._lines[reply.channel] = deque()
                 self._start(self._work(reply.channel))
@@ -140,6 +142,7 @@ class Courier:
                 elif not await self._deliver_surely(reply):
                     refused = reply.message
                 line.popleft()
+                del self._ends[reply.id]
                 metrics.undelivered.dec()
         finally:
             metrics.undelivered.dec(len(line))
@@ -226,7 +229,7 @@ class Courier:
         return False
 
     def _too_late(self, reply: Reply) -> bool:
-        return (self._now() - reply.created_at).total_seconds() > self._rules.patience
+        return asyncio.get_running_loop().time() > self._ends[reply.id]
 
     def _count(self, reply: Reply, outcome: str) -> None:
         metrics.sends.labels(reply.channel.platform, outcome).inc()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 
 import pytest
 
@@ -121,3 +122,19 @@ def test_a_wait_that_is_no_number_is_a_second(seconds: object) -> None:
 
 def test_a_wait_of_a_year_is_an_hour() -> None:
     assert RetryAfter(3e7).seconds == 3600
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_jumps_neither_hurries_nor_delays(days: int) -> None:
+    async def scene(house: House) -> None:
+        house.platform.script[A] = [NotSent("down")] * 3
+        await house.say("hi")
+        await asyncio.sleep(0.2)
+        true = house.loop.wall
+        house.journal._now = house.courier._now = house.chat._now = lambda: true() + timedelta(days=days)
+        await asyncio.sleep(30)
+        await house.say("more")
+        await asyncio.sleep(30)
+        assert replies(house) == ["sent", "sent"]
+
+    play(scene)
