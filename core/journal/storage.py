@@ -196,7 +196,7 @@ def _copy(source: Path, target: Path) -> None:
     with contextlib.closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as reader:
         with contextlib.closing(sqlite3.connect(target)) as writer:
             os.chmod(target, 0o600)
-            reader.backup(writer, pages=512, sleep=0.005)
+            reader.backup(writer)  # in one step: in several, each write of others makes it begin anew
             writer.execute("PRAGMA journal_mode=DELETE")
     with target.open("rb+") as file:
         os.fsync(file.fileno())

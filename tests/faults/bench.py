@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import logging
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--engine", default="echo", help="echo, process (the embedded model) or inprocess")
     parser.add_argument("--seed", type=int, default=1)
     asked, began = parser.parse_args(), time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no palaver is left running
     logging.basicConfig(level=logging.WARNING, handlers=[logging.NullHandler()])  # counted, not told
     total = Tally()
     if asked.kills:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,3 +58,16 @@ def test_the_judge_sees_a_traceback_and_forgives_a_reconnect(tmp_path: Path) -> 
     assert unhandled(log) == []
     log.write_text("x INFO a: b\n| Traceback (most recent call last):\nx ERROR   a: b\n")
     assert len(unhandled(log)) == 2
+
+
+def test_every_test_that_the_page_names_is_there() -> None:
+    root = Path(__file__).parents[2]
+    lines = (root / "docs" / "reliability.md").read_text().splitlines()
+    rows = [line.split("|")[2] for line in lines if line.startswith("|") and "tests/" in line.split("|")[2]]
+    assert len(rows) > 40
+    for row in rows:
+        files = re.findall(r"test_\w+\.py", row)
+        source = "".join(path.read_text() for file in files for path in (root / "tests").rglob(file))
+        assert source, row
+        for name in re.findall(r"`(\w+)`", row):
+            assert re.search(rf"def test_\w*{name}", source) or "both bots" in row, f"{name} in {files}"
