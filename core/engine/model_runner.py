@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,12 +20,16 @@ from core.engine import hub, weights
 from core.engine.base import BadCheckpoint
 from core.engine.kv_cache import Slot
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
+from core.engine.native import gpt2, library
 from core.engine.sampler import draw
 from core.engine.sequence import Span
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+LARGE = 1_000_000
+"""Parameters from which on int8 is worth what it rounds off: the embedded model has 4 million, DialoGPT-small 124."""
+
 BLOCK = {"cpu": 16, "cuda": TILE}
 """Rows per product where products of different heights do not agree bit for bit."""
 
@@ -95,7 +100,7 @@ def open_runner(model: str | Path, revision: str | None, device: str, dtype: str
     if place.type == "cpu":
         torch.set_num_threads(threads or cores())
     with torch.inference_mode():
-        runner = ModelRunner(build(folder, place, choose_dtype(dtype, place)), folder)
+        runner = ModelRunner(build(folder, place, choose_dtype(dtype, place, folder)), folder)
         runner.warm_up()
     return runner
 
@@ -107,11 +112,27 @@ def cores() -> int:
 
 def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     """The fastest model whose rows do not depend on each other."""
+    if dtype is torch.int8:
+        return build_int8(folder)
+    return agreeing(lambda: weights.load(folder), device, dtype)
+
+
+def agreeing(load: Callable[[], weights.Checkpoint], device: torch.device, dtype: torch.dtype) -> GPT2:
     block = 0 if device.type == "cpu" else BLOCK["cuda"]
-    model = GPT2(weights.load(folder), device, dtype, block=block)
+    model = GPT2(load(), device, dtype, block=block)
     if not block and not rows_agree(model):
         log.warning("this machine's matrix products depend on the batch's size: slower blocks of %d rows", BLOCK["cpu"])
-        model = GPT2(weights.load(folder), device, dtype, block=BLOCK["cpu"])
+        model = GPT2(load(), device, dtype, block=BLOCK["cpu"])
+    return model
+
+
+def build_int8(folder: Path) -> Model:
+    """Native where the library is; else float32 with the same weights, rounded to int8: as good, not as fast."""
+    native = library.open_library()
+    if native:
+        return gpt2.NativeGPT2(weights.load(folder), native)
+    model = agreeing(lambda: gpt2.rounded(weights.load(folder)), torch.device("cpu"), torch.float32)
+    model.how = f"{model.how}, weights rounded to int8"
     return model
 
 
@@ -158,13 +179,22 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: exact float32 on a CPU, bfloat16 on CUDA."""
+def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
+    """auto: bfloat16 on CUDA; on a CPU int8 for a large model where the fast native path is, else exact float32."""
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        if device.type != "cpu":
+            return torch.bfloat16
+        large = parameters(weights.read_config(folder / "config.json")) >= LARGE
+        return torch.int8 if large and library.is_fast() else torch.float32
     if name not in DTYPES:
         raise BadCheckpoint(f"DTYPE={name} is not known: auto, {', '.join(DTYPES)}")
+    if name == "int8" and device.type != "cpu":
+        raise BadCheckpoint("DTYPE=int8 is for CPUs; on CUDA use auto, bfloat16 or float16")
     return DTYPES[name]
+
+
+def parameters(config: weights.Config) -> int:
+    return sum(math.prod(shape) for shape in config.shapes().values())
 
 
 def cache_tokens(model: Model, cache_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""GPT-2 in int8: weights packed once for step.cpp, one call of it for each step, made without the interpreter's lock."""
+"""GPT-2 in int8: weights packed once for step.cpp, one call of it a step, made without the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -37,11 +37,27 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quants, scale
 
 
+def rounded(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with the weights that int8 leaves of it, for torch."""
+    for name, tensor in checkpoint.tensors.items():
+        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+            checkpoint.tensors[name] = dequantised(tensor.T).T
+        elif name in ("wte.weight", "lm_head.weight"):
+            checkpoint.tensors[name] = dequantised(tensor)
+    return checkpoint
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    quants, scale = quantise(weight)
+    n, k = weight.shape
+    return (quants * scale.float()).view(len(quants), -1)[:n, :k]
+
+
 class NativeGPT2:
     """Satisfies `core.engine.model.Model`."""
 
     def __init__(self, checkpoint: Checkpoint, native: Any, path: int | None = None) -> None:
-        """Takes the tensors out of `checkpoint` one by one. `path` is at most what the CPU can run, which None takes."""
+        """Takes the tensors out of `checkpoint` one by one. `path` indexes `library.PATHS`; None, the best."""
         self.config = config = checkpoint.config
         self.native = native
         self.path: int = native.palaver_best_path() if path is None else path

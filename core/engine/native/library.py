@@ -1,4 +1,4 @@
-"""Finds the compiled step.cpp and says what it can do here. `open_library()` is None where there is none: torch then."""
+"""Finds the compiled step.cpp; `open_library()` is None where there is none, and torch computes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 
 PATHS = ["portable", "AVX2", "AVX512-VNNI"]
 """By number; a CPU that runs one runs those before it."""
+
+LAYOUT = 1
+"""Goes up, here and in step.cpp, whenever a structure or a layout changes."""
 
 
 class Linear(Structure):
@@ -59,15 +62,27 @@ class Step(Structure):
 
 @cache
 def open_library() -> Any | None:
-    """The library, its functions typed. NATIVE=0 in the environment leaves it out."""
-    if os.environ.get("NATIVE") == "0":
-        return None
-    for file in sorted(Path(__file__).parent.glob("step*.so")):
+    """The library that was built beside this file. NATIVE=0 in the environment leaves it out."""
+    files = sorted(Path(__file__).parent.glob("step*.so")) if os.environ.get("NATIVE") != "0" else []
+    for file in files:
         try:
-            library = ctypes.CDLL(str(file))
-            library.palaver_step.argtypes = [POINTER(Model), POINTER(Step), c_int32]
-            library.palaver_step.restype = None
-            return library
-        except (OSError, AttributeError) as error:  # built for another machine, or something else of that name
+            return load(file)
+        except (OSError, AttributeError) as error:  # built for another machine, or from an older step.cpp
             log.warning("%s cannot be used (%s): torch computes instead", file.name, error)
     return None
+
+
+def load(file: Path) -> Any:
+    """The library with its functions typed. Raises OSError or AttributeError where it is not ours, or outdated."""
+    library = ctypes.CDLL(str(file))
+    if library.palaver_layout() != LAYOUT:
+        raise OSError("it was built from another version of step.cpp")
+    library.palaver_step.argtypes = [POINTER(Model), POINTER(Step), c_int32]
+    library.palaver_step.restype = None
+    return library
+
+
+def is_fast() -> bool:
+    """Does int8 beat float32 in every kind of step here? (On AVX2 it does for single rows, not for long prompts.)"""
+    library = open_library()
+    return library is not None and PATHS[library.palaver_best_path()] == "AVX512-VNNI"

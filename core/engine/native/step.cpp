@@ -75,6 +75,9 @@ constexpr int QUERIES = 4;
 #endif
 
 extern "C" {
+/// Which version of the structures and layouts this is.
+int palaver_layout() { return 1; }
+
 /// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI. All lower ones run too.
 int palaver_best_path() {
 #if PATHS > 1
@@ -324,9 +327,13 @@ template <int Q> INLINE void attend(const Head &h, int position, int row, int ro
     }
     for (int d = 0; d < h.width; d += 16) {
         F16 mixed[Q] = {};
-        for (int p = 0; p <= last; p++) {
+        for (int p = 0; p <= position; p++) {
             F16 value = bfloat(h.values + (size_t)p * h.width + d);
             for (int q = 0; q < Q; q++) mixed[q] += value * h.scores[q * room + p];
+        }
+        for (int i = 1; i < Q; i++) {  // not for the queries before: 0 times a value that is not finite is NaN
+            F16 value = bfloat(h.values + (size_t)(position + i) * h.width + d);
+            for (int q = i; q < Q; q++) mixed[q] += value * h.scores[q * room + position + i];
         }
         for (int q = 0; q < Q; q++) {
             F16 y = mixed[q] * total[q];

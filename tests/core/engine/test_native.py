@@ -1,0 +1,240 @@
+"""The native step: bit-equal however rows are put together and on every path, close to torch, and never a must."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor
+
+from core.engine import model_runner, weights
+from core.engine.base import BadCheckpoint
+from core.engine.model import GPT2, Batch, Model, Rows
+from core.engine.native import library
+from core.engine.native.gpt2 import NativeGPT2, dequantised, rounded
+from core.tokenizer import Tokenizer
+from core.training.tiny import dialogues
+from tests.checkpoints import SHAPES
+from tests.core.engine.oracle import prompts, reference
+
+Make = Callable[..., Path]
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[3]
+EMBEDDED = ROOT / "core/models/tiny"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """step.cpp of this tree, compiled as the package's install does it."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler, "the native step's tests need a C++ compiler: apt install g++"
+    [extension] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    assert extension["optional"], "without a compiler the install must go on"
+    [source] = extension["sources"]
+    out = tmp_path_factory.mktemp("native") / "step.so"
+    flags = [*extension["extra-compile-args"], *extension["extra-link-args"]]
+    assert not any("native" in flag for flag in flags), "an image built here must run elsewhere"
+    strict = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(out)]
+    done = subprocess.run([compiler, source, *flags, *strict], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def native(built: Path) -> Any:
+    return library.load(built)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(before)
+
+
+def run(model: Model, ids: list[int], counts: list[int], mates: Callable[[], int] = lambda: 0) -> Tensor:
+    """Logits of all positions, computed in steps of `counts` rows beside `mates()` rows of strangers."""
+    kv, results, start = model.new_kv(len(ids)), [], 0
+    for count in counts:
+        before, after = mates(), mates()
+        strangers = [Rows(model.new_kv(max(n, 1)), 0, n) for n in (before, after)]
+        rows = [strangers[0], Rows(kv, start, count), strangers[1]]
+        everything = ids[:before] + ids[start : start + count] + ids[:after]
+        results.append(
+            model.forward(Batch(everything, [r for r in rows if r.count], list(range(before, before + count))))
+        )
+        start += count
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_path_batch_cut_and_thread_count_gives_the_same_bits(checkpoint: Make, native: Any, shape: str) -> None:
+    models = [NativeGPT2(weights.load(checkpoint(shape)), native, p) for p in range(native.palaver_best_path() + 1)]
+    config = models[0].config
+    [ids] = prompts([min(config.n_positions, 170)], config.vocab_size)
+    whole = run(models[0], ids, [len(ids)])
+    assert whole.isfinite().all() and whole.std() > 0.1
+    rng = random.Random(shape)
+    for model in models:
+        assert torch.equal(run(model, ids, [len(ids)]), whole)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            counts: list[int] = []
+            while (left := len(ids) - sum(counts)) > 0:
+                counts.append(min(rng.choice([1, 1, 2, 3, 5, 17, 50]), left))
+            assert torch.equal(run(model, ids, counts, lambda: rng.choice([0, 0, 1, 2, 3, 6, 13])), whole)
+
+
+def test_a_forked_sequence_goes_on_with_the_same_bits(checkpoint: Make, native: Any) -> None:
+    model = NativeGPT2(weights.load(checkpoint("odd")), native)
+    [ids] = prompts([60], 301)
+    whole = run(model, ids, [60])
+    for at in (1, 15, 16, 17, 40):
+        source, fork = model.new_kv(60), model.new_kv(128)
+        fork.fill_(float("nan"))  # what stands behind the prefix is never looked at
+        model.forward(Batch(ids[:50], [Rows(source, 0, 50)], []))
+        model.copy_kv(source, fork, at)
+        rest = model.forward(Batch(ids[at:], [Rows(fork, at, 60 - at)], list(range(60 - at))))
+        assert torch.equal(rest, whole[at:])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_close_to_transformers_and_to_torch_with_the_same_weights(
+    checkpoint: Make, native: Any, shape: str
+) -> None:
+    """Relative to the spread of the logits. Random weights forgive least: nothing in them is redundant."""
+    folder = checkpoint(shape)
+    config = weights.read_config(folder / "config.json")
+    [ids] = prompts([min(150, config.n_positions)], config.vocab_size)
+    got = run(NativeGPT2(weights.load(folder), native), ids, [len(ids)])
+    want = reference(folder)(torch.tensor([ids])).logits[0]
+    same_weights = run(GPT2(rounded(weights.load(folder)), CPU, torch.float32), ids, [len(ids)])
+    assert float((got - want).std() / want.std()) < 0.06
+    assert float((got - same_weights).std() / want.std()) < 0.04
+
+
+def test_a_head_of_its_own(checkpoint: Make, native: Any) -> None:
+    folder = checkpoint("plain", head="own")
+    [ids] = prompts([30], 384)
+    got, want = run(NativeGPT2(weights.load(folder), native), ids, [30]), reference(folder)(torch.tensor([ids]))
+    assert float((got - want.logits[0]).std() / want.logits.std()) < 0.06
+
+
+def test_quantised_weights_are_near_and_never_cut_off() -> None:
+    weight = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)) ** 3
+    weight[3] = 0
+    weight[4, 5] = 1e4
+    near = dequantised(weight)
+    assert near.shape == weight.shape and not near[3].any()
+    step = weight.abs().max() / 127
+    assert float((near - weight).abs().max()) < 0.51 * step
+    assert float((near - weight)[5:].norm() / weight[5:].norm()) < 0.01
+
+
+def test_what_is_not_finite_spoils_its_own_row_only(checkpoint: Make, native: Any) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for path in range(native.palaver_best_path() + 1):
+            loaded = weights.load(checkpoint("inner"))
+            good = NativeGPT2(weights.load(checkpoint("inner")), native, path)
+            loaded.tensors["wpe.weight"][7, 3] = bad
+            model = NativeGPT2(loaded, native, path)
+            kv, short = model.new_kv(64), model.new_kv(64)
+            batch = Batch([5] * 12, [Rows(short, 0, 4), Rows(kv, 0, 8)], list(range(12)))
+            logits = model.forward(batch)
+            clean = good.forward(
+                Batch([5] * 12, [Rows(good.new_kv(8), 0, 4), Rows(good.new_kv(8), 0, 8)], [*range(12)])
+            )
+            assert torch.equal(logits[:11], clean[:11])
+            assert not logits[11].isfinite().any()
+            again = model.forward(Batch([5] * 2, [Rows(short, 4, 1), Rows(kv, 8, 1)], [0, 1]))
+            assert again[0].isfinite().all() and not again[1].isfinite().any()  # its keys stay bad; nobody else's do
+
+
+def test_perplexity_is_within_one_percent_of_float32(native: Any) -> None:
+    tokenizer = Tokenizer.load(EMBEDDED)
+    eos = weights.read_config(EMBEDDED / "config.json").eos_id
+    texts = [
+        [i for _, text in dialogue for i in (*tokenizer.encode(text), eos)][:256]
+        for dialogue in dialogues(25, seed=99, held_out=True)
+    ]
+    models: list[Model] = [
+        GPT2(weights.load(EMBEDDED), CPU, torch.float32),
+        NativeGPT2(weights.load(EMBEDDED), native),
+        GPT2(rounded(weights.load(EMBEDDED)), CPU, torch.float32),
+    ]
+    exact, int8, fallback = (perplexity(model, texts) for model in models)
+    assert exact < 30
+    assert int8 == pytest.approx(exact, rel=0.01) and fallback == pytest.approx(exact, rel=0.01)
+
+
+def perplexity(model: Model, texts: list[list[int]]) -> float:
+    losses = [
+        F.cross_entropy(run(model, ids[:-1], [len(ids) - 1]), torch.tensor(ids[1:]), reduction="none") for ids in texts
+    ]
+    return math.exp(float(torch.cat(losses).mean()))
+
+
+def test_weights_are_packed_once_and_the_originals_freed(checkpoint: Make, native: Any) -> None:
+    loaded = weights.load(checkpoint("deep"))
+    numbers = sum(tensor.numel() for tensor in loaded.tensors.values())
+    model = NativeGPT2(loaded, native)
+    assert not loaded.tensors
+    assert sum(tensor.nbytes for tensor in model._kept) < 2.1 * numbers  # wpe stays float32: here a third of all
+    assert all(tensor.dtype != torch.float32 or tensor.numel() <= 1024 * 32 for tensor in model._kept)
+
+
+def test_without_the_library_torch_computes(checkpoint: Make, native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    [ids] = prompts([40], 384)
+    monkeypatch.setattr(library, "open_library", lambda: native)
+    fast = model_runner.build(checkpoint("plain"), CPU, torch.int8)
+    assert "int8, native" in fast.how
+    monkeypatch.setattr(library, "open_library", lambda: None)
+    slow = model_runner.build(checkpoint("plain"), CPU, torch.int8)
+    assert "int8" in slow.how and "torch" in slow.how and "native" not in slow.how
+    a, b = run(fast, ids, [40]), run(slow, ids, [40])
+    assert float((a - b).std() / b.std()) < 0.04
+    assert torch.equal(run(slow, ids, [3, 1, 36], lambda: 5), b)
+
+
+def test_auto_is_int8_only_where_it_is_fast_and_the_model_large(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for fast in (True, False):
+        monkeypatch.setattr(library, "is_fast", lambda fast=fast: fast)
+        assert model_runner.choose_dtype("auto", CPU, EMBEDDED) is (torch.int8 if fast else torch.float32)
+        assert model_runner.choose_dtype("auto", CPU, checkpoint("plain")) is torch.float32
+    assert model_runner.choose_dtype("int8", CPU, EMBEDDED) is torch.int8
+    with pytest.raises(BadCheckpoint, match="int8 is for CPUs"):
+        model_runner.choose_dtype("int8", torch.device("cuda"), EMBEDDED)
+
+
+def test_what_cannot_be_loaded_is_told_and_left_out(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    open_fresh = library.open_library.__wrapped__
+    assert open_fresh() is None
+    (tmp_path / "step.x.so").write_bytes(b"\x7fELF and then nothing")
+    with caplog.at_level(logging.WARNING):
+        assert open_fresh() is None
+    assert "step.x.so cannot be used" in caplog.text
+    shutil.copy(built, tmp_path / "step.y.so")
+    assert open_fresh() is not None
+    monkeypatch.setattr(library, "LAYOUT", 0)
+    assert open_fresh() is None
+    assert "another version" in caplog.text
+    monkeypatch.setattr(library, "LAYOUT", 1)
+    monkeypatch.setenv("NATIVE", "0")
+    assert open_fresh() is None
