@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.core.journal.disk import writer
 from tests.faults.burst import burst, fairness
 from tests.faults.hostile import storm
-from tests.faults.kills import POINTS, Tally, kill_at_points, kill_at_random
+from tests.faults.kills import POINTS, Tally, kill_at_points, kill_at_random, stop_when_full
 from tests.faults.torn import Torn
 
 ROUND = 20
@@ -97,6 +97,15 @@ def crowd(count: int, seed: int) -> list[str]:
     return outcome.broken
 
 
+def stops(waiting: int, seed: int) -> Tally:
+    with Folder() as folder:
+        tally = asyncio.run(stop_when_full(folder.path, seed, waiting))
+        folder.keep = bool(tally.broken)
+    for line in tally.broken:
+        print(line, flush=True)
+    return tally
+
+
 class Folder:
     """A folder of its own for a run, kept when something was wrong."""
 
@@ -136,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The bench of proof.")
     parser.add_argument("--kills", type=int, default=0, help="random SIGKILLs under load")
     parser.add_argument("--points", type=int, default=0, help="so many deaths at every named point")
+    parser.add_argument("--stops", type=int, default=0, help="one SIGTERM with so many questions open")
     parser.add_argument("--torn", type=int, default=0, help="torn write-ahead logs")
     parser.add_argument("--hostile", type=int, default=0, help="hostile inputs")
     parser.add_argument("--burst", type=int, default=0, help="messages at once, and one loud channel")
@@ -147,10 +157,12 @@ def main() -> None:
     total = Tally()
     if asked.kills:
         total += kills(asked.kills, asked.seed, asked.engine)
+    if asked.stops:
+        total += stops(asked.stops, asked.seed)
     if asked.points:
         total += points(asked.points, asked.seed)
     broken = list(total.broken)
-    if total.kills:
+    if total.asked:
         print(table(total, time.monotonic() - began))
     for count, run in ((asked.torn, torn), (asked.hostile, hostile), (asked.burst, crowd)):
         if count:

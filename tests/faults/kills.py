@@ -90,6 +90,20 @@ async def kill_at_points(
     return tally
 
 
+async def stop_when_full(folder: Path, seed: int, waiting: int) -> Tally:
+    """SIGTERM while so many questions are open; the next start answers the rest."""
+    tally = Tally()
+    async with Town(folder, seed, private=20, rooms=5) as town:
+        await _open(town)
+        for number in range(waiting):
+            town.say(town.places[number % len(town.places)])
+        await town.news("telegram", town.sends("telegram") + 1)
+        tally.stops.append(await town.stop())
+        await town.start()
+        await _close(town, tally)
+    return tally
+
+
 async def _open(town: Town) -> None:
     """Everyone has talked with the bot before; a Discord channel nobody was answered in is not looked through."""
     await town.start()

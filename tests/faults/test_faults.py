@@ -12,7 +12,7 @@ import pytest
 from tests.faults.burst import burst, fairness
 from tests.faults.hostile import storm
 from tests.faults.judge import unhandled
-from tests.faults.kills import POINTS, kill_at_points, kill_at_random
+from tests.faults.kills import POINTS, kill_at_points, kill_at_random, stop_when_full
 
 
 @pytest.fixture
@@ -33,6 +33,11 @@ async def test_killed_at_every_named_point_nothing_is_lost_or_doubled(tmp_path: 
     tally = await kill_at_points(tmp_path, seed=1, times=1, telegram=POINTS[::2], discord=POINTS[1::2])
     assert tally.broken == [] and tally.kills == len(POINTS)
     assert tally.states == {"answered": tally.asked}
+
+
+async def test_stopped_with_a_hundred_waiting_the_next_start_answers_them(tmp_path: Path, silence: None) -> None:
+    tally = await stop_when_full(tmp_path, seed=1, waiting=100)
+    assert tally.broken == [] and tally.states == {"answered": tally.asked}
 
 
 async def test_hostile_inputs_over_three_wires(tmp_path: Path) -> None:
