@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := core/engine/native/step.cpp
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c deploy/constraints.txt
 
 .PHONY: run test check format clean
@@ -26,12 +27,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Palaver needs Python 3.11 or newer; name one: make run PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/run.done: $(VENV)/bin/python pyproject.toml deploy/constraints.txt
+$(VENV)/run.done: $(VENV)/bin/python pyproject.toml deploy/constraints.txt $(NATIVE)
 	@echo "Setting up (once, a minute or two) ..."
 	$(PIP) -e '.[engine]'
 	@touch $@
 
-$(VENV)/test.done: $(VENV)/bin/python pyproject.toml deploy/constraints.txt
+$(VENV)/test.done: $(VENV)/bin/python pyproject.toml deploy/constraints.txt $(NATIVE)
 	@echo "Setting up (once, a few minutes) ..."
 	$(PIP) -e '.[test]'
 	@touch $@ $(VENV)/run.done
