@@ -53,7 +53,7 @@ async def test_small_chunks_change_nothing(engine: Open, checkpoint: Make) -> No
     assert [c.token_ids for c in got] == [greedy(checkpoint("odd"), p) for p in texts]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 async def test_every_bit_is_the_same_alone_and_beside_others(engine: Open, dtype: str) -> None:
     e = await engine("deep", dtype=dtype, token_budget=40, max_running=12)
     texts = prompts([5, 30, 64, 111, 17, 80, 200, 9], e.info.vocab_size, seed=1)
@@ -67,7 +67,7 @@ async def test_every_bit_is_the_same_alone_and_beside_others(engine: Open, dtype
             assert dataclasses.replace(got, cached_tokens=0) == alone[i]  # the log-probability to the last bit
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 async def test_a_conversation_reuses_its_cache_and_says_the_same(engine: Open, checkpoint: Make, dtype: str) -> None:
     """Over many turns the window grows, slides, and grows again; a second engine has no cache at all."""
     e, bare = await engine("plain", dtype=dtype), await engine("plain", dtype=dtype)
