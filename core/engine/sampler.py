@@ -78,7 +78,8 @@ def largest(scores: Tensor, k: int) -> Tensor:
     least = blocks[richest].flatten().topk(k).values[-1]
     near = (best >= least).nonzero()[:, 0]
     hits = (blocks[near] >= least).nonzero()
-    return near[hits[:, 0]] * 64 + hits[:, 1]
+    ids = near[hits[:, 0]] * 64 + hits[:, 1]
+    return ids[ids < len(scores)]  # where forbidden ids are among the k, the padding ties with them
 
 
 def repeated(tokens: list[int], n: int) -> set[int]:
