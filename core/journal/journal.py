@@ -489,8 +489,17 @@ def _text(text: str) -> str:
 
 
 def _storable(message: Message) -> Message:
-    author = replace(message.author, name=_text(message.author.name)[:200])
-    return replace(message, text=_text(message.text), author=author)
+    """As both databases hold it; of ids, too, since an event nobody can read may have anything for one."""
+    channel, author = message.channel, message.author
+    return replace(
+        message,
+        channel=Channel(channel.platform, _text(channel.id)[:128]),
+        id=_text(message.id)[:128],
+        author=replace(author, id=_text(author.id)[:64], name=_text(author.name)[:200]),
+        text=_text(message.text),
+        server=_text(message.server)[:64],
+        account=_text(message.account)[:64],
+    )
 
 
 def _row(message: Message, received_at: float, deadline: float) -> dict[str, Any]:

@@ -68,6 +68,14 @@ async def test_text_no_database_can_hold_is_held(journal: Journal) -> None:
     assert await spoken(journal) == [(0, "ab?c"), (1, "x")]
 
 
+async def test_ids_no_database_can_hold_are_held(journal: Journal) -> None:
+    bad = "\ud800\0" + "9" * 300
+    strange = replace(message(bad, channel=Channel("test", bad), author=bad), server=bad, account=bad)
+    await journal.refail(strange, note=bad)
+    await journal.receive(strange, strange, deadline=60)
+    assert await states(journal) == {"failed": 1}
+
+
 async def test_an_answer_is_given_once(journal: Journal) -> None:
     request = await ask(journal, "1")
     replies = await journal.answer(request, ["One.", "Two."], spoken="one . two .", seed=2**62, logprob=-3.5)
