@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 LARGE = 1_000_000
 """Parameters from which on int8 is worth what it rounds off: the embedded model has 4 million, DialoGPT-small 124."""
+SHARED = 30_000_000
+"""Parameters from which on threads share a step; below, they would wait for each other longer than they compute."""
 
 BLOCK = {"cpu": 16, "cuda": TILE}
 """Rows per product where products of different heights do not agree bit for bit."""
@@ -98,7 +100,7 @@ def open_runner(model: str | Path, revision: str | None, device: str, dtype: str
     folder = hub.resolve(model, revision)
     place = choose_device(device)
     if place.type == "cpu":
-        torch.set_num_threads(threads or cores())
+        torch.set_num_threads(threads or (cores() if parameters(folder) >= SHARED else 1))
     with torch.inference_mode():
         runner = ModelRunner(build(folder, place, choose_dtype(dtype, place, folder)), folder)
         runner.warm_up()
@@ -184,8 +186,7 @@ def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
     if name == "auto":
         if device.type != "cpu":
             return torch.bfloat16
-        large = parameters(weights.read_config(folder / "config.json")) >= LARGE
-        return torch.int8 if large and library.is_fast() else torch.float32
+        return torch.int8 if parameters(folder) >= LARGE and library.is_fast() else torch.float32
     if name not in DTYPES:
         raise BadCheckpoint(f"DTYPE={name} is not known: auto, {', '.join(DTYPES)}")
     if name == "int8" and device.type != "cpu":
@@ -193,8 +194,8 @@ def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def parameters(config: weights.Config) -> int:
-    return sum(math.prod(shape) for shape in config.shapes().values())
+def parameters(folder: Path) -> int:
+    return sum(math.prod(shape) for shape in weights.read_config(folder / "config.json").shapes().values())
 
 
 def cache_tokens(model: Model, cache_bytes: int) -> int:
