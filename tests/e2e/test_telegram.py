@@ -100,6 +100,7 @@ async def test_a_conversation_with_reset_edit_and_a_user_who_blocks(tmp_path: Pa
             server.say(7, 7, "two")
             await server.until(4)
             await server.confirmed()
+            assert await app.courier.drain(30)
             counts = await app.journal.counts()
         assert [(reply.chat, reply.text) for reply in server.ledger[1:]] == [
             (7, "One"),
