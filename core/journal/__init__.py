@@ -1,1 +1,3 @@
-"""Where every message and every reply stands, on disk before anything else happens. Reading order: schema, journal."""
+"""Where every message and every reply stands, on disk before anything else happens. Reading order: schema, journal, database,
+storage.
+"""
