@@ -1,3 +1,4 @@
-"""Where every message and every reply stands, on disk before anything else happens. Reading order: schema, journal, database,
-storage.
+"""Where every message and every reply stands, on disk before anything else happens.
+
+Reading order: schema, journal, database, storage.
 """
