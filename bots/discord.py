@@ -21,7 +21,7 @@ from discord.http import Route
 from pydantic import Field, SecretStr, field_validator
 
 from bots import discord_events as events
-from bots.discord_hearing import SESSIONS_A_DAY, Hearing, call
+from bots.discord_hearing import SESSIONS_A_DAY, Client, Hearing, call, read_answer
 from bots.splitting import split
 from core.delivery import NotAccepted, NotSent, Refused, Unservable
 from core.messages import Channel, Reply
@@ -37,6 +37,8 @@ EXAMPLE = "MTIzNDU2Nzg5MDEyMzQ1Njc4.GaBcDe.the-rest-of-it"
 MAX_TEXT = 2000
 SUPPRESS_EMBEDS = 1 << 2
 SESSION_PAUSE = 90.0
+LOOK_BACK = 10
+"""Pages of 100 messages that are searched for a reply in doubt."""
 FORGOTTEN = "Forgotten. We start fresh."
 NOT_NOW = "That did not work just now, please try again."
 
@@ -81,6 +83,7 @@ def open_discord(settings: DiscordSettings) -> DiscordBot:
     assert settings.discord_token is not None
     Route.BASE = settings.discord_api_base.rstrip("/")
     discord.VoiceClient.warn_nacl = discord.VoiceClient.warn_dave = False  # nobody here speaks aloud
+    discord.http.json_or_text = read_answer
     DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(settings.discord_gateway_url)
     return DiscordBot(settings.discord_token.get_secret_value(), settings.discord_message_content)
 
@@ -95,7 +98,7 @@ class DiscordBot:
     def __init__(self, token: str, message_content: bool = False) -> None:
         self._token = token
         self._message_content = message_content
-        self._client: discord.Client | None = None
+        self._client: Client | None = None
         self._logged_in = asyncio.Event()
 
     # -- hearing -------------------------------------------------------------------------------------------------
@@ -138,11 +141,11 @@ class DiscordBot:
                 await client.close()
             self._client = None
 
-    def _build(self, chat: Chat) -> discord.Client:
+    def _build(self, chat: Chat) -> Client:
         intents = discord.Intents.none()
         intents.guilds = intents.guild_messages = intents.dm_messages = True
         intents.message_content = self._message_content
-        client = discord.Client(
+        client = Client(
             intents=intents,
             max_messages=None,
             chunk_guilds_at_startup=False,
@@ -166,7 +169,7 @@ class DiscordBot:
         self._tree = tree
         return client
 
-    async def _connect(self, client: discord.Client) -> None:
+    async def _connect(self, client: Client) -> None:
         await client.login(self._token)
         self._client = client
         self._logged_in.set()
@@ -209,13 +212,19 @@ class DiscordBot:
         return str(sent["id"])
 
     async def find_sent(self, reply: Reply) -> str | None:
-        """Our message in the channel that replies to the question with this text; "" when there is none."""
-        for event in await self._after(reply.channel.id, reply.to):
-            if events.answers(event, str(self._me)) == reply.to and event.get("content") == reply.text:
-                return str(event["id"])
-            if event.get("nonce") == reply.nonce:
-                return str(event["id"])
-        return ""
+        """Our message in the channel that replies to the question with this text; "" when there is none, None when too
+        much was said there since."""
+        last = reply.to
+        for _ in range(LOOK_BACK):
+            page = await self._after(reply.channel.id, last)
+            for event in page:
+                known = events.answers(event, str(self._me)) == reply.to and event.get("content") == reply.text
+                if known or event.get("nonce") == reply.nonce:
+                    return str(event["id"])
+            if len(page) < 100 or int(page[-1]["id"]) <= int(last):
+                return ""
+            last = str(page[-1]["id"])
+        return None
 
     async def typing(self, channel: Channel, note: str = "") -> None:
         await self._call(Route("POST", "/channels/{channel_id}/typing", channel_id=int(channel.id)))

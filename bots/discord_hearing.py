@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import discord
-from discord.http import Route
+from discord.http import Route, json_or_text
 
 from bots import discord_events as events
 from core.delivery import MaybeSent, NotAccepted, NotSent, Refused, RetryAfter
@@ -39,16 +39,47 @@ SESSIONS_A_DAY = 950
 """Discord resets a token that identifies a thousand times a day: beyond this, starts are spread over the day."""
 
 
-async def call(client: discord.Client, route: Route, **arguments: Any) -> Any:
-    """One REST call through discord.py, which keeps Discord's rate limits. Raises a SendError."""
+class GlobalLimit(discord.RateLimited):
+    """Every call must wait, not this route's alone."""
+
+
+class Client(discord.Client):
+    """discord.py's client, and until when Discord wants no calls at all (the event loop's time)."""
+
+    quiet_until = 0.0
+
+
+async def read_answer(response: aiohttp.ClientResponse) -> Any:
+    """What discord.py reads answers with (see `open_discord`), where a 429 asks for a sane wait.
+
+    discord.py shuts a gate for all calls while it sleeps through a global limit, and a call that is cancelled in that
+    sleep leaves it shut for ever: so a global limit is raised here, and `call` keeps it.
+    """
+    data = await json_or_text(response)
+    if response.status == 429 and isinstance(data, dict):
+        wait = RetryAfter(data.get("retry_after", 1.0)).seconds
+        if data.get("global"):
+            raise GlobalLimit(wait)
+        data["retry_after"] = wait
+    return data
+
+
+async def call(client: Client, route: Route, **arguments: Any) -> Any:
+    """One REST call through discord.py, which keeps Discord's limits for each route. Raises a SendError."""
+    now = asyncio.get_running_loop().time
+    if (left := client.quiet_until - now()) > 0:
+        raise RetryAfter(left)
     try:
         async with asyncio.timeout(CALL_SECONDS):
             return await client.http.request(route, **arguments)
+    except GlobalLimit as error:
+        client.quiet_until = now() + error.retry_after
+        raise RetryAfter(error.retry_after) from None
     except discord.RateLimited as error:
         raise RetryAfter(error.retry_after) from None
     except discord.HTTPException as error:
-        if error.status == 429:
-            raise RetryAfter(1.0) from None
+        if error.status == 429:  # not Discord's API: what stands before it shuts us out
+            raise RetryAfter(_seconds(error.response.headers.get("Retry-After"))) from None
         if error.status >= 500:
             raise MaybeSent(f"Discord answered {error.status}") from None
         if error.status == 401:
@@ -58,6 +89,15 @@ async def call(client: discord.Client, route: Route, **arguments: Any) -> Any:
         raise NotSent(f"no connection to Discord ({type(error).__name__})") from None
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise MaybeSent(f"the connection broke ({type(error).__name__})") from None
+    except ValueError:
+        raise MaybeSent("Discord's answer cannot be read") from None
+
+
+def _seconds(header: str | None) -> float:
+    try:
+        return float(header or 1.0)
+    except ValueError:
+        return 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +111,7 @@ class Mark:
 class Hearing:
     """One client's ears: gateway events in their order, behind them what was missed, into chat in batches."""
 
-    def __init__(self, client: discord.Client, chat: Chat) -> None:
+    def __init__(self, client: Client, chat: Chat) -> None:
         self._client, self._chat = client, chat
         self._inbox: asyncio.Queue[Message | Mark] = asyncio.Queue()
         self._marks: dict[str, str] = {}
@@ -84,6 +124,7 @@ class Hearing:
         self._guilds: set[str] = set()
         self._guilds_came = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._reading: set[asyncio.Task[Any]] = set()  # those of them that read what was missed
         parsers = client._connection.parsers
         for name, parse in list(parsers.items()):
             parsers[name] = self._guarded(name, parse)
@@ -169,11 +210,13 @@ class Hearing:
         self._guilds = {str(guild["id"]) for guild in event.get("guilds") or ()}
         self._guilds_came.clear()
         self._claimed.clear()
+        for task in self._reading:  # it may have read a channel before the gap that this session begins with
+            task.cancel()
         self._behind = {channel: [] for channel in self._marks} | self._behind
         if self._ready_before:
             self._spawn(self.count_session())
         self._ready_before = True
-        self._spawn(self._catch_up_rest(set(self._behind)))
+        self._reading = {self._spawn(self._catch_up_rest(set(self._behind)))}
 
     def _on_guild(self, event: Mapping[str, Any]) -> None:
         """The newest message of each channel comes with its server: what is behind is read, what is new is marked."""
@@ -190,7 +233,7 @@ class Hearing:
         if not self._guilds:
             self._guilds_came.set()
         self._claimed |= set(behind)
-        self._spawn(self._catch_up(behind, str(event["id"])))
+        self._reading.add(self._spawn(self._catch_up(behind, str(event["id"]))))
 
     def _first(self, channel: Mapping[str, Any]) -> None:
         """A channel new to us: what was said there before is not ours, what is said from now on is."""
@@ -206,7 +249,7 @@ class Hearing:
             self._inbox.put_nowait(Mark(channel, id))
 
     def _on_edit(self, event: Mapping[str, Any]) -> None:
-        if event.get("content"):  # else only its embeds changed, or the text is not for us
+        if event.get("content") and event.get("edited_timestamp", "?"):  # else its embeds changed, or it is not for us
             message = events.read({"author": {"id": 0}, **event}, self._me, "edit")
             if message is not None:
                 self._take(message)
@@ -301,7 +344,10 @@ class Hearing:
         route = Route("GET", "/channels/{channel_id}" + path, channel_id=int(channel))
         for _ in range(5):
             try:
-                return await call(self._client, route, params=params or {})
+                answer = await call(self._client, route, params=params or {})
+                if not isinstance(answer, str):  # else it is not Discord that answers
+                    return answer
+                await asyncio.sleep(1.0)
             except Refused:
                 return None
             except RetryAfter as error:
@@ -347,7 +393,8 @@ class Hearing:
             log.error("%d sessions on Discord in 24 hours; at 1,000 the token is reset: look why", count)
         return count
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

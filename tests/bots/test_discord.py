@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from discord.http import Route
@@ -178,6 +179,45 @@ async def test_one_channel_that_must_wait_delays_no_other(server: DiscordServer)
     assert [sent.channel for sent in server.ledger] == [fast, slow]
 
 
+async def test_a_global_limit_holds_for_all_and_ends_though_who_met_it_went_away(server: DiscordServer) -> None:
+    ears, general, other = Ears(), server.channel("general"), server.channel("other")
+    async with serving(server, ears) as bot:
+        server.faults = [Fault("flood_global", path="/typing", value=1.0)]
+        typing = asyncio.create_task(bot.typing(Channel("discord", general)))
+        await until(lambda: any(path.endswith("/typing") for _, path, _ in server.calls))
+        await asyncio.sleep(0.2)
+        typing.cancel()
+        await asyncio.gather(typing, return_exceptions=True)
+        with pytest.raises(RetryAfter) as caught:
+            await bot.send(reply(server, other, "1"))
+        assert not server.ledger and 0 < caught.value.seconds <= 1
+        await asyncio.sleep(caught.value.seconds)
+        await asyncio.wait_for(bot.send(reply(server, other, "1")), 20)
+
+
+@pytest.mark.parametrize("asked", [None, "soon", float("nan"), -5])
+async def test_a_wait_that_is_no_number_is_a_second(server: DiscordServer, asked: object) -> None:
+    general = server.channel("general")
+    async with serving(server, Ears()) as bot:
+        server.faults = [Fault("flood", value=asked)]
+        await asyncio.wait_for(bot.send(reply(server, general, "1")), 30)
+    assert len(server.ledger) == 1
+
+
+async def test_a_reply_in_doubt_is_found_behind_much_chatter(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    general = server.channel("general")
+    async with serving(server, Ears()) as bot:
+        asked = server.say(general, "ann", "hi", mention=True)
+        for number in range(250):
+            server.say(general, "bob", f"chatter {number}")
+        await bot.send(reply(server, general, asked))
+        assert await bot.find_sent(reply(server, general, asked)) == server.ledger[0].id
+        monkeypatch.setattr(module, "LOOK_BACK", 2)
+        assert await bot.find_sent(reply(server, general, asked)) is None, "nobody can tell"
+
+
 async def test_typing_is_shown(server: DiscordServer) -> None:
     ears, general = Ears(), server.channel("general")
     async with serving(server, ears) as bot:
@@ -204,6 +244,17 @@ async def test_edits_and_deletes_are_heard(server: DiscordServer) -> None:
         server.delete(general, id)
         await until(lambda: len(ears.heard) == 3)
     assert [(message.kind, message.text) for message in ears.heard] == [("ask", "one"), ("edit", "two"), ("delete", "")]
+
+
+async def test_a_preview_that_appears_is_no_edit(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        id = server.say(general, "ann", "see https://example.org", mention=True)
+        seen = {**(server.find(general, id) or {}), "guild_id": server.guild, "embeds": [{"type": "link"}]}
+        server.publish_raw("MESSAGE_UPDATE", seen)
+        server.edit(general, id, f"<@{server.me['id']}> two")
+        await until(lambda: len(ears.heard) == 2)
+    assert ears.texts == ["see https://example.org", "two"]
 
 
 async def test_an_event_nobody_can_read_ends_nothing(server: DiscordServer) -> None:
@@ -290,6 +341,53 @@ async def test_a_history_out_of_reach_is_read_later_and_before_what_comes_after(
         server.faults.clear()
         await until(lambda: len(ears.heard) == 3)
     assert ears.texts == ["before", "away", "back"]
+
+
+async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ears, other, general = Ears(), server.channel("other"), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: set(ears.marks) >= {general, other})
+    reads: list[str] = []
+    old_read, new_read = asyncio.Event(), asyncio.Event()
+    call = hearing.call
+
+    async def slow(client: hearing.Client, route: Route, **arguments: Any) -> Any:
+        answer = await call(client, route, **arguments)
+        reads.append(str(route.channel_id))
+        if reads[-1] == general and reads.count(general) == 1:
+            await old_read.wait()
+        elif reads[-1] == other and reads.count(other) == 2:
+            await new_read.wait()
+        return answer
+
+    monkeypatch.setattr(hearing, "call", slow)
+    for place in (other, general):
+        server.say(place, "ann", "one", mention=True)
+    async with serving(server, ears):
+        await until(lambda: general in reads)
+        await server.invalidate()
+        for place in (other, general):
+            server.say(place, "ann", "two", mention=True)
+        await until(lambda: reads.count(other) == 2)
+        old_read.set()
+        await asyncio.sleep(0.2)
+        server.say(general, "ann", "three", mention=True)
+        await asyncio.sleep(0.5)
+        new_read.set()
+        await until(lambda: len(ears.heard) == 5)
+    assert [message.text for message in ears.heard if message.channel.id == general] == ["one", "two", "three"]
+
+
+async def test_an_answer_that_is_not_discords_closes_no_gap(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: general in ears.marks)
+    server.say(general, "ann", "away", mention=True)
+    server.faults = [Fault("page", "GET", times=2)]
+    async with serving(server, ears):
+        await until(lambda: ears.texts == ["away"])
 
 
 async def test_an_empty_journal_replays_nothing(server: DiscordServer) -> None:

@@ -32,7 +32,7 @@ BUFFER = 200
 """Events that a RESUME can bring back."""
 MESSAGE_CONTENT = 1 << 15
 Json = dict[str, Any]
-Kind = Literal["delay", "flood", "flood_global", "error", "reset_before", "reset_after", "garbage"]
+Kind = Literal["delay", "flood", "flood_global", "error", "reset_before", "reset_after", "garbage", "page"]
 
 
 @dataclass
@@ -441,6 +441,8 @@ class DiscordServer:
                 return _json({"code": code, "message": text}, status)
             elif fault.kind == "garbage":
                 return web.Response(text="<html>", content_type="text/html", status=502)
+            elif fault.kind == "page":  # what a proxy says when it is not asked nicely
+                return web.Response(text="<html>", content_type="text/html")
             elif fault.kind == "reset_before":
                 return _reset(request)
         if method != "GET" and path.startswith("/interactions/"):
