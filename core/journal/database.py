@@ -29,7 +29,12 @@ T = TypeVar("T")
 
 EXAMPLES = "for example sqlite:///palaver.db or postgresql+asyncpg://palaver:PASSWORD@localhost/palaver"
 FSYNC_FAILED = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
+BAD_VALUE = (sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE)
+BAD_VALUE_CLASS = ("21", "22", "23", "54")  # PostgreSQL's: cardinality, data, integrity, program limits
+BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 GROUP = 256
+ASK_FOR = 30.0
+"""Seconds in which PostgreSQL may come back and say whether a commit that broke off took place."""
 
 
 class JournalError(Exception):
@@ -106,6 +111,7 @@ class SQLite:
 
 class PostgreSQL:
     def __init__(self, url: URL, writes: bool) -> None:
+        self._writes = writes
         self._engine = create_async_engine(
             url,
             pool_size=1 if writes else 4,
@@ -126,8 +132,34 @@ class PostgreSQL:
         )
 
     async def run(self, work: Callable[[Connection], T]) -> T:
-        async with self._engine.begin() as connection:
-            return await connection.run_sync(work)
+        if not self._writes:
+            async with self._engine.begin() as connection:
+                return await connection.run_sync(work)
+        number = 0  # of the transaction, once all but its commit is done
+        try:
+            async with self._engine.begin() as connection:
+                result = await connection.run_sync(work)
+                number = (await connection.exec_driver_sql("SELECT txid_current()")).scalar_one()
+        except Exception:
+            if not (number and await self._committed(number)):
+                raise
+        return result
+
+    async def _committed(self, number: int) -> bool:
+        """The connection broke in the middle of a commit: the server knows how it ended, once it can be asked."""
+        end = asyncio.get_running_loop().time() + ASK_FOR
+        while True:
+            try:
+                async with self._engine.connect() as connection:
+                    asked = await connection.exec_driver_sql(f"SELECT txid_status({number:d})")
+                    if (status := asked.scalar_one()) != "in progress":
+                        return bool(status == "committed")
+            except Exception as error:
+                log.warning("did a commit arrive? the database cannot be asked yet: %s", error)
+            if asyncio.get_running_loop().time() > end:
+                log.error("a commit's end is unknown: a message it stored may wait until the next start")
+                return False
+            await asyncio.sleep(0.5)
 
     async def dispose(self) -> None:
         await self._engine.dispose()
@@ -149,19 +181,33 @@ def _set_up_sqlite(connection: Any, record: object) -> None:
 
 
 def busy(error: BaseException) -> JournalBusy | None:
-    """What kept the database from working, as one line; None when the fault is in the statement itself."""
+    """What kept the database from working, as one line; None when the fault is in what was to be written.
+
+    In doubt it is the database: a message that is not acknowledged comes again, one given up does not.
+    """
     original = error.orig if isinstance(error, DBAPIError) else error
-    if getattr(original, "sqlite_errorcode", None) in FSYNC_FAILED:
+    code = getattr(original, "sqlite_errorcode", None)
+    if code in FSYNC_FAILED:
         log.critical("fsync failed: what the disk holds is unknown, so this process ends here (%s)", original)
         logging.shutdown()
         os._exit(74)
-    transient = isinstance(error, DBAPIError) and (
-        error.connection_invalidated or type(error).__name__ in ("OperationalError", "InterfaceError", "DBAPIError")
-    )
-    if transient or isinstance(original, OSError | PoolTimeout | asyncio.TimeoutError | sqlite3.OperationalError):
-        text = " ".join(str(original).split())[:200] or type(original).__name__
-        return JournalBusy(f"the database does not work now: {text}")
+    if isinstance(error, DBAPIError) and not error.connection_invalidated:
+        state = getattr(original, "sqlstate", None)
+        if (code is not None and code & 0xFF in BAD_VALUE) or (state is not None and state[:2] in BAD_VALUE_CLASS):
+            return None
+        if code is None and state is None:  # the driver itself said no, before the database heard of it
+            return None if "argument" in str(original) or "parameter" in str(original) else _not_now(original)
+        return _not_now(original)
+    if isinstance(error, DBAPIError | OSError | PoolTimeout | asyncio.TimeoutError | sqlite3.Error):
+        return _not_now(original)
     return None
+
+
+def _not_now(error: BaseException | None) -> JournalBusy:
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in BROKEN:
+        text += "; a restart puts the newest good copy in its place"
+    return JournalBusy(f"the database does not work now: {text}")
 
 
 @dataclass

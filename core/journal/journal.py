@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, text, update
+from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 
@@ -145,7 +145,7 @@ class Journal:
         def work(connection: Connection) -> None:
             now = time.time()
             rows = [{**_row(_storable(m), now, now), "state": "failed", "note": _text(note)[:500]} for m in batch]
-            connection.execute(self._insert(messages).values(rows).on_conflict_do_nothing())
+            connection.execute(self._insert(messages).on_conflict_do_nothing(), rows)
 
         if batch:
             await self._writer.do(work)
@@ -328,7 +328,7 @@ class Journal:
 
     async def sent(self, reply: Reply, id: str) -> None:
         """T4: it arrived, as the platform's `id`."""
-        await self._set(reply, state="sent", platform_id=id)
+        await self._set(reply, state="sent", platform_id=_text(id)[:128])
 
     async def pending(self, reply: Reply) -> None:
         """It certainly did not arrive."""
@@ -356,27 +356,33 @@ class Journal:
     def _move_marks(self, connection: Connection, marks: Mapping[Channel, str]) -> None:
         if not marks:
             return
-        rows = [{"platform": c.platform, "channel": c.id, "last_id": id} for c, id in marks.items()]
-        insert = self._insert(watermarks).values(rows)
+        rows = [
+            {"platform": c.platform, "channel": _text(c.id)[:128], "last_id": _text(id)[:128]}
+            for c, id in marks.items()
+        ]
+        insert = self._insert(watermarks)
         moved = insert.on_conflict_do_update(
             index_elements=["platform", "channel"], set_={"last_id": insert.excluded.last_id}
         )
-        connection.execute(moved)
+        connection.execute(moved, rows)
 
     async def rekey(self, old: Channel, new: Channel) -> None:
         """The platform gave `old` another id: history, waiting questions and replies go with it."""
 
         def work(connection: Connection) -> None:
             known = select(messages.c.platform_id).where(_in(new))
-            shift = connection.execute(select(channels.c.next_turn).where(_channel(new))).scalar() or 0
-            moved = update(messages).where(_in(old), messages.c.platform_id.not_in(known))
-            connection.execute(moved.values(channel=new.id, turn=messages.c.turn + shift))
-            if not shift:
-                connection.execute(delete(channels).where(_channel(new)))
-                connection.execute(update(channels).where(_channel(old)).values(channel=new.id))
-            else:
-                turns = connection.execute(select(func.max(messages.c.turn)).where(_in(new))).scalar() or 0
-                connection.execute(update(channels).where(_channel(new)).values(next_turn=turns + 1))
+            rows = connection.execute(select(channels).where(or_(_channel(old), _channel(new)))).all()
+            before = max((row.next_turn for row in rows if row.channel == old.id), default=0)
+            later = update(messages).where(_in(new)).values(turn=messages.c.turn + before)
+            connection.execute(later)  # what `new` said already comes after all that `old` said
+            connection.execute(
+                update(messages).where(_in(old), messages.c.platform_id.not_in(known)).values(channel=new.id)
+            )
+            connection.execute(delete(channels).where(or_(_channel(old), _channel(new))))
+            if rows:
+                turns, hidden = sum(row.next_turn for row in rows), max(row.history_after for row in rows)
+                merged = {"platform": new.platform, "channel": new.id, "next_turn": turns, "history_after": hidden}
+                connection.execute(self._insert(channels).values(**merged))
 
         await self._writer.do(work)
 
@@ -444,7 +450,9 @@ class Journal:
 
     async def ping(self) -> None:
         """Raises JournalBusy when a write would not work now."""
-        await self._writer.do(lambda connection: connection.execute(text("SELECT 1")))
+        mark = self._insert(leases).values(name="ping", owner="", until=time.time())
+        mark = mark.on_conflict_do_update(index_elements=["name"], set_={"until": mark.excluded.until})
+        await self._writer.do(lambda connection: connection.execute(mark))
 
     async def check(self) -> list[str]:
         """Problems found in the file, [] when it is whole."""

@@ -43,8 +43,10 @@ def prepare(file: Path) -> None:
         raise JournalError(f"DATABASE_URL: {file} is a folder; name a file in it, for example {file / 'palaver.db'}")
     missing = not file.exists() or file.stat().st_size == 0
     problems = [] if missing else _problems(file)
-    if not problems and not missing:
-        return _ours(file)
+    if not problems and not missing and (tables := _tables(file)):
+        if "alembic_version" not in tables:  # opening it as a journal would already change it
+            raise JournalError(FOREIGN)
+        return
     copy = newest_good(file)
     if copy:
         restore(file, copy)
@@ -54,20 +56,22 @@ def prepare(file: Path) -> None:
             f"{file} is corrupt and has no good copy in {copies(file).name}/ ({problems[0]}); put a copy there and run "
             "palaver journal restore, or move the file away to begin an empty journal"
         )
-    elif (left := file.with_name(file.name + "-wal")).exists() and left.stat().st_size:
+    elif missing and (left := _left(file)):
         raise JournalError(
             f"{file} is missing, but {left.name} shows that a journal stood there; put both back or run "
             "palaver journal restore COPY, or move that file away to begin an empty journal"
         )
-    return None
 
 
-def _ours(file: Path) -> None:
-    """A database of somebody else's stays as it is: opening it as a journal would already change it."""
+def _left(file: Path) -> Path | None:
+    """What a journal that is gone leaves beside it: its log, or the copy that was to take its place."""
+    found = (file.with_name(file.name + suffix) for suffix in ("-wal", ".restoring"))
+    return next((left for left in found if left.exists() and left.stat().st_size), None)
+
+
+def _tables(file: Path) -> set[str]:
     with contextlib.closing(sqlite3.connect(file, timeout=30)) as connection:
-        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if tables and "alembic_version" not in tables:
-        raise JournalError(FOREIGN)
+        return {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
 
 
 async def migrate(url: URL, progress: Callable[[str], None]) -> None:
@@ -111,7 +115,17 @@ def copies(file: Path) -> Path:
 def newest_good(file: Path) -> Path | None:
     """The newest copy without a problem."""
     found = sorted(copies(file).glob("*.db"), reverse=True) if copies(file).is_dir() else []
-    return next((copy for copy in found if not _problems(copy)), None)
+    return next((copy for copy in found if not _bad(copy)), None)
+
+
+def _bad(copy: Path) -> str:
+    """Why it cannot take a journal's place; "" when it can."""
+    try:
+        if problems := _problems(copy):
+            return f"is corrupt itself: {problems[0]}"
+        return "" if {"alembic_version", "messages"} <= _tables(copy) else "is no copy of a journal"
+    except JournalError as error:
+        return f"is of no use: {error}"
 
 
 def restore(file: Path, copy: Path | None = None) -> Path:
@@ -123,8 +137,8 @@ def restore(file: Path, copy: Path | None = None) -> Path:
         raise JournalError(f"{copy} is no file; name a copy, or leave it out for the newest in {copies(file)}")
     if copy is None:
         raise JournalError(f"there is no good copy in {copies(file)}")
-    if problems := _problems(copy):
-        raise JournalError(f"{copy} is corrupt itself: {problems[0]}")
+    if why := _bad(copy):
+        raise JournalError(f"{copy} {why}")
     if in_use(file):
         raise JournalError(f"{file} is in use; stop palaver, restore, and start it again")
     fresh = file.with_name(file.name + ".restoring")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from core.journal.journal import Journal, open_journal
+from core.journal.journal import Journal, JournalBusy, open_journal
 from core.messages import Author, Channel, Kind, Message, Reply, Request
 
 HERE = Channel("test", "here")
@@ -267,10 +267,20 @@ async def test_a_channel_that_moves_onto_one_that_talked_already(journal: Journa
     await answered(journal, "1", THERE)
     await answered(journal, "2")
     await journal.rekey(HERE, THERE)
-    indices = [index for index, _ in await spoken(journal, THERE)]
-    assert indices == sorted(set(indices)) and len(indices) == 4
+    await journal.rekey(HERE, THERE)
+    turns = [(turn.index, turn.id) for turn in await journal.history(THERE)]
+    assert turns == [(2, "2"), (3, "2"), (4, "1"), (5, "1")], "ids that both have stay where they are"
     await answered(journal, "3", THERE)
     assert (await spoken(journal, THERE))[-1][1] == "re 3 ."
+
+
+async def test_a_channel_that_moves_stays_reset(journal: Journal) -> None:
+    await answered(journal, "1")
+    await journal.reset(HERE)
+    await answered(journal, "2")
+    await answered(journal, "9", THERE)
+    await journal.rekey(HERE, THERE)
+    assert [text for _, text in await spoken(journal, THERE)] == ["text 2", "re 2 .", "text 9", "re 9 ."]
 
 
 async def test_a_person_can_be_forgotten(journal: Journal) -> None:
@@ -300,6 +310,25 @@ async def test_one_bad_write_harms_no_other(journal: Journal) -> None:
     with pytest.raises(KeyError):
         await journal._writer.do(bad)
     assert len({request.row for request in await asyncio.gather(*good)}) == 5
+
+
+async def test_what_no_column_can_hold_is_cut_or_fails_alone(journal: Journal) -> None:
+    (reply,) = await answered(journal, "1")
+    bad = "\ud800\0" + "9" * 300
+    await journal.sent(reply, bad)
+    await journal.receive(marks={HERE: bad}, deadline=60)
+    good = asyncio.create_task(ask(journal, "2"))
+    with pytest.raises(Exception) as caught:
+        await journal.receive(replace(message("3"), channel=Channel("x" * 99 + "\ud800", "here")), deadline=60)
+    assert not isinstance(caught.value, JournalBusy), "it would be tried for ever, with all who write beside it"
+    assert (await good).row
+
+
+async def test_many_at_once_are_no_more_than_a_statement_holds(journal: Journal) -> None:
+    await journal.refail(*(message(str(id)) for id in range(3000)), note="unreadable")
+    marks = {Channel("test", str(id)): str(id) for id in range(12_000)}
+    await journal.receive(marks=marks, deadline=60)
+    assert await states(journal) == {"failed": 3000} and len(await journal.watermarks("test")) == 12_000
 
 
 async def test_a_caller_that_gives_up_harms_no_other(journal: Journal) -> None:

@@ -215,6 +215,70 @@ async def test_postgresql_gone_and_back(own_postgres: tuple[PostgresServer, str]
         await journal.aclose()
 
 
+async def test_corrupt_while_it_runs_nothing_is_taken(file: Path) -> None:
+    """A message that were refused for good would be acknowledged, and lost."""
+    async with opened(file) as journal:
+        await journal.receive(*(message(str(number), "x" * 500) for number in range(500)), deadline=60)
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with file.open("rb+") as opened_:
+            opened_.seek(4096)
+            opened_.write(os.urandom(file.stat().st_size - 4096))
+        for call in (journal.receive(message("new"), deadline=60), journal.due(), journal.ping()):
+            with pytest.raises(JournalBusy, match="malformed; a restart puts the newest good copy"):
+                await call
+
+
+class Cutting:
+    """Between us and PostgreSQL: the next COMMIT arrives, and its answer does not."""
+
+    def __init__(self, server: Path) -> None:
+        self._server, self.armed, self.cut = server, False, 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_unix_connection(str(self._server))
+        committing = asyncio.Event()
+
+        async def up() -> None:
+            while data := await reader.read(65536):
+                if self.armed and b"COMMIT" in data:
+                    committing.set()
+                to_server.write(data)
+
+        async def down() -> None:
+            while data := await from_server.read(65536):
+                if committing.is_set():
+                    self.armed, self.cut = False, self.cut + 1
+                    return
+                writer.write(data)
+
+        ways = {asyncio.create_task(up()), asyncio.create_task(down())}
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            writer.close()
+            to_server.close()
+
+
+async def test_a_commit_that_broke_off_is_asked_about(postgres_url: str, tmp_path: Path) -> None:
+    folder = Path(postgres_url.split("host=")[1])
+    with tempfile.TemporaryDirectory() as near:  # the name of a socket must be short
+        cutting = Cutting(next(folder.glob(".s.PGSQL.*[0-9]")))
+        async with await asyncio.start_unix_server(cutting, f"{near}/.s.PGSQL.5432"):
+            journal = await open_journal(postgres_url.replace(str(folder), near))
+            try:
+                for number in range(3):
+                    cutting.armed = True
+                    request = await ask(journal, str(number))
+                    cutting.armed = True
+                    assert await journal.answer(request, ["Hello."], spoken="hello ."), "they are to be delivered"
+                assert cutting.cut == 6 and await states(journal) == {"answered": 3}
+            finally:
+                await journal.aclose()
+
+
 # -- kills ----------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +405,34 @@ async def test_a_missing_file_with_copies_beside_it_is_restored(
     async with opened(file) as journal:
         assert await states(journal) == {"waiting": 1}
     assert "missing; restored" in caplog.text
+
+
+async def test_a_file_without_a_table_is_missing_too(file: Path) -> None:
+    await filled(file, "1")
+    file.unlink()
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.executescript("PRAGMA journal_mode=WAL; CREATE TABLE x (y); DROP TABLE x")
+    async with opened(file) as journal:
+        assert await states(journal) == {"waiting": 1}
+
+
+async def test_a_restore_that_was_killed_is_no_new_journal(file: Path) -> None:
+    (await filled(file, "1")).unlink()
+    file.rename(file.with_name("palaver.db.restoring"))
+    assert "is missing, but palaver.db.restoring shows" in await refused(url_of(file))
+
+
+@pytest.mark.parametrize("tables", ["", "CREATE TABLE accounts (money INTEGER)"])
+async def test_only_a_journals_copy_is_restored(file: Path, tables: str) -> None:
+    copy = await filled(file, "1")
+    empty = file.with_name("empty.db")
+    with contextlib.closing(sqlite3.connect(empty)) as database:
+        database.execute(tables or "VACUUM")
+    with pytest.raises(JournalError, match="is no copy of a journal"):
+        storage.restore(file, empty)
+    newer = copy.with_name("99990101-000000-000000.db")
+    newer.write_bytes(empty.read_bytes())
+    assert storage.restore(file) == copy and ids(file) == ["1"]
 
 
 async def test_a_copy_made_while_all_write_is_whole(file: Path) -> None:
