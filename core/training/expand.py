@@ -147,7 +147,7 @@ class Expander:
         fact = self._some_fact(rng)
         if fact.noun in told.facts:
             return self._asked(rng, told)
-        if draw < 0.71:
+        if draw < 0.71 and not any(could_be(fact, *like) for like in told.facts.values()):
             return self._asked_in_vain(rng, told, fact)
         if draw < 0.76 and "name" not in told.facts and not told.likes():
             return self._two_at_once(rng, told)
@@ -252,6 +252,18 @@ class Expander:
 
 def hash_of(text: str) -> int:
     return sum((index + 1) * ord(char) for index, char in enumerate(text))
+
+
+def could_be(asked: Fact, told: Fact, value: str) -> bool:
+    """Whether someone asked for `asked` may well answer with this value: swimming is a hobby too, and what a made-up
+    word is, nobody knows."""
+    if asked not in memory.FAVORITES or told not in memory.FAVORITES:
+        return False
+    return value.lower() in _known(asked) or value.lower() not in _known(told)
+
+
+def _known(fact: Fact) -> set[str]:
+    return {value.lower() for value in _told_values(fact, held_out=False)}
 
 
 def _told_values(fact: Fact, held_out: bool) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -20,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from core.tokenizer import Tokenizer
 from core.training.datasets import Example, batches, encode, read_dialogues
+from core.training.muon import Muon
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,12 @@ class Recipe:
     """Shorten dialogues above `max_length` instead of dropping them."""
     reverse: bool = False
     weight_decay: float = 0.01
+    dropout: float = 0.1
     clip: float = 1.0
     muon: bool = False
     """Muon for the blocks' matrices (arXiv 2502.16982); AdamW for the rest. Pays when training from nothing."""
     bfloat16: bool = True
+    """Where the hardware has it; a CPU without would take a hundred times as long."""
     save_every: float = 300.0
     """Seconds."""
     seed: int = 1
@@ -84,7 +88,7 @@ def finetune(
     """
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
-    model, folder = _open(base, tokenizer_folder)
+    model, folder = _open(base, tokenizer_folder, recipe.dropout)
     tokenizer = Tokenizer.load(folder)
 
     def read(path: Path) -> list[Example]:
@@ -104,17 +108,24 @@ def finetune(
     return progress
 
 
-def _open(base: str | Path | GPT2Config, tokenizer_folder: Path | None) -> tuple[GPT2LMHeadModel, Path]:
+def _open(base: str | Path | GPT2Config, tokenizer_folder: Path | None, dropout: float) -> tuple[GPT2LMHeadModel, Path]:
+    dropouts: dict[str, Any] = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
     if isinstance(base, GPT2Config):
         if tokenizer_folder is None:
             raise ValueError("a model from nothing needs tokenizer_folder")
-        return GPT2LMHeadModel(base), tokenizer_folder
-    folder = Path(base)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
+        base.update(dropouts)
+        model, folder = GPT2LMHeadModel(base), tokenizer_folder
+    else:
+        folder = Path(base)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(base), allow_patterns=["*.json", "*.txt", "*.bin", "*.safetensors"]))
-    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32), tokenizer_folder or folder
+            folder = Path(snapshot_download(str(base), allow_patterns=["*.json", "*.txt", "*.bin", "*.safetensors"]))
+        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, **dropouts)
+    if model.config.activation_function == "gelu_new":
+        for block in model.transformer.h:
+            block.mlp.act = torch.nn.GELU(approximate="tanh")  # type: ignore[union-attr]  # the same function in one operation
+    return model, tokenizer_folder or folder
 
 
 class Trainer:
@@ -135,6 +146,7 @@ class Trainer:
         torch.nn.Module.to(model, self.device)
         self.recipe, self.out, self.quiet = recipe, out, quiet
         self.progress = Progress()
+        self.bfloat16 = recipe.bfloat16 and has_bfloat16(self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = optimizers(model, recipe)
         per_epoch = len(batches(examples, recipe.batch_tokens // self.parts, recipe.seed)) / self.parts
@@ -232,7 +244,7 @@ class Trainer:
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
             learn[row, : len(example.ids)] = torch.tensor(example.learn, dtype=torch.bool)
         ids, learn = ids.to(self.device), learn.to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.recipe.bfloat16):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16):
             hidden = self.model.transformer(ids[:, :-1], use_cache=False).last_hidden_state  # (B, T-1, D)
             logits = self.model.lm_head(hidden[learn[:, 1:]])  # (learnt, V)
         return cross_entropy(logits.float(), ids[:, 1:][learn[:, 1:]], reduction="sum")
@@ -279,6 +291,12 @@ class Trainer:
         self.progress = Progress(**state["progress"])
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
 def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW without decay on biases and norms; with `muon`, the blocks' matrices go to Muon."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -291,7 +309,7 @@ def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optim
     ]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)]
     if blocks:
-        muon = torch.optim.Muon(blocks, lr=peak, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = Muon(blocks, lr=peak, weight_decay=recipe.weight_decay)
         muon.param_groups[0]["peak"] = peak
         found.append(muon)
     return found

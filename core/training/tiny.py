@@ -27,7 +27,8 @@ HEAD = 64
 
 
 def dialogues(count: int, seed: int, *, held_out: bool = False, drills: float = 0.0) -> Iterator[Dialogue]:
-    """`count` chains of dialogues; half fill the model's positions, the others are shorter. A share is `drills`."""
+    """`count` chains of dialogues: a third of them a few turns, a third longer, a third fill the model's positions. A
+    share is `drills`."""
     expander = Expander(read_corpus(), held_out=held_out)
     for index in range(count):
         rng = random.Random(f"{seed}-{index}-{held_out}")
@@ -36,7 +37,7 @@ def dialogues(count: int, seed: int, *, held_out: bool = False, drills: float = 
                 (turn.weight, turn.text) for turn in expander.drill(rng, rng.randrange(8, rng.choice((30, 60, 180))))
             ]
             continue
-        words = rng.choice((rng.randrange(10, 200), 205))
+        words = rng.choice((rng.randrange(8, 40), rng.randrange(10, 200), 205))
         yield [(turn.weight, turn.text) for turn in expander.chain(rng, words)]
 
 
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--chains", type=int, default=80_000)
     parser.add_argument("--minutes", type=float, default=55)
+    parser.add_argument("--base", type=Path, help="begin with the weights and the tokenizer of this folder")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -115,7 +117,9 @@ def main() -> None:
         write_tsv(out / "valid.tsv", dialogues(400, arguments.seed, held_out=True))
         write_tsv(out / "train.tmp", dialogues(arguments.chains, arguments.seed, drills=arguments.drills))
         (out / "train.tmp").rename(out / "train.tsv")
-    if not (out / "tokenizer.json").is_file():
+    if arguments.base:
+        (out / "tokenizer.json").write_bytes((arguments.base / "tokenizer.json").read_bytes())
+    elif not (out / "tokenizer.json").is_file():
         train_tokenizer((text for talk in dialogues(6000, arguments.seed) for _, text in talk), out)
     tokenizer = Tokenizer.load(out)
     config = GPT2Config(
@@ -124,18 +128,18 @@ def main() -> None:
         n_embd=arguments.width,
         n_layer=arguments.layers,
         n_head=arguments.width // HEAD,
-        activation_function="gelu_pytorch_tanh",  # gelu_new in one operation
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        activation_function="gelu_new",
         bos_token_id=tokenizer.eos_id,
         eos_token_id=tokenizer.eos_id,
     )
     recipe = Recipe(
         learning_rate=arguments.rate, warmup=100, schedule="cosine", minutes=arguments.minutes, epochs=1,
-        batch_tokens=arguments.batch, max_length=POSITIONS, cut=True, muon=not arguments.adamw, seed=arguments.seed,
+        batch_tokens=arguments.batch, max_length=POSITIONS, cut=True, dropout=0.0, muon=not arguments.adamw,
+        seed=arguments.seed,
     )  # fmt: skip
-    finetune(out / "train.tsv", out, config, valid=out / "valid.tsv", recipe=recipe, tokenizer_folder=out)
+    finetune(
+        out / "train.tsv", out, arguments.base or config, valid=out / "valid.tsv", recipe=recipe, tokenizer_folder=out
+    )
 
 
 if __name__ == "__main__":

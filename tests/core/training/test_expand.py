@@ -10,7 +10,7 @@ from core.evaluation.report import KINDS
 from core.text import normalise, restore
 from core.training import memory, slips
 from core.training.corpus import read_corpus
-from core.training.expand import Expander, Kind, spelled
+from core.training.expand import Expander, Kind, could_be, spelled
 from core.training.slots import is_held_out
 
 
@@ -109,3 +109,11 @@ def test_replies_read_well_when_restored(expander: Expander) -> None:
 
 def test_spelled_ignores_white_space() -> None:
     assert spelled(" hi   there") == "hi there"
+
+
+def test_nobody_asks_in_vain_for_what_may_have_been_told() -> None:
+    told = {fact.noun: fact for fact in memory.FAVORITES}
+    assert could_be(told["hobby"], told["sport"], "swimming"), "it is both"
+    assert could_be(told["food"], told["animal"], "otrepuk"), "a made-up word may be anything"
+    assert not could_be(told["food"], told["city"], "paris")
+    assert not could_be(memory.NAME, told["animal"], "otrepuk")
