@@ -16,6 +16,7 @@ import aiohttp
 import discord
 import yarl
 from discord import app_commands
+from discord.backoff import ExponentialBackoff
 from discord.gateway import DiscordWebSocket
 from discord.http import Route
 from pydantic import Field, SecretStr, field_validator
@@ -78,12 +79,31 @@ class DiscordSettings(Group):
         raise ValueError("must be an address with http(s):// or ws(s)://")
 
 
+class Backoff(ExponentialBackoff[Any]):
+    """discord.py's own waits up to 17 minutes: half a minute after an outage, people shall be answered again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._max = 5  # 2^5 seconds
+
+
+def _tell_calmly(record: logging.LogRecord) -> bool:
+    """discord.py tells each reconnect as an error with a traceback: it is a line, with the reason."""
+    if record.exc_info and record.exc_info[1] and "reconnect" in str(record.msg):
+        record.msg = f"{record.getMessage()}: {type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
+        record.args, record.exc_info = None, None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+    return True
+
+
 def open_discord(settings: DiscordSettings) -> DiscordBot:
     """The bot for these settings. The addresses hold for the whole process: discord.py keeps them on classes."""
     assert settings.discord_token is not None
     Route.BASE = settings.discord_api_base.rstrip("/")
     discord.VoiceClient.warn_nacl = discord.VoiceClient.warn_dave = False  # nobody here speaks aloud
     discord.http.json_or_text = read_answer
+    discord.client.ExponentialBackoff = Backoff  # type: ignore[assignment,attr-defined]
+    logging.getLogger("discord.client").addFilter(_tell_calmly)  # the same one is added once
     DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(settings.discord_gateway_url)
     return DiscordBot(settings.discord_token.get_secret_value(), settings.discord_message_content)
 

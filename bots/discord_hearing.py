@@ -47,6 +47,13 @@ class Client(discord.Client):
     """discord.py's client, and until when Discord wants no calls at all (the event loop's time)."""
 
     quiet_until = 0.0
+    on_session: Callable[[], Awaitable[None]] | None = None
+
+    async def before_identify_hook(self, shard_id: int | None, *, initial: bool = False) -> None:
+        """The first session of a client is counted before it connects."""
+        await super().before_identify_hook(shard_id, initial=initial)
+        if not initial and self.on_session:
+            await self.on_session()
 
 
 async def read_answer(response: aiohttp.ClientResponse) -> Any:
@@ -119,12 +126,12 @@ class Hearing:
         self._stored: set[str] = set()  # channels with a mark on disk
         self._first_mark = asyncio.Event()
         self._behind: dict[str, list[Message]] = {}  # channels to be caught up, and what is said there meanwhile
-        self._ready_before = False
         self._claimed: set[str] = set()  # those of them that came with their server
         self._guilds: set[str] = set()
         self._guilds_came = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Task[Any]] = set()  # those of them that read what was missed
+        client.on_session = self._another_session
         parsers = client._connection.parsers
         for name, parse in list(parsers.items()):
             parsers[name] = self._guarded(name, parse)
@@ -213,9 +220,6 @@ class Hearing:
         for task in self._reading:  # it may have read a channel before the gap that this session begins with
             task.cancel()
         self._behind = {channel: [] for channel in self._marks} | self._behind
-        if self._ready_before:
-            self._spawn(self.count_session())
-        self._ready_before = True
         self._reading = {self._spawn(self._catch_up_rest(set(self._behind)))}
 
     def _on_guild(self, event: Mapping[str, Any]) -> None:
@@ -392,6 +396,15 @@ class Hearing:
         if count > SESSIONS_A_DAY:
             log.error("%d sessions on Discord in 24 hours; at 1,000 the token is reset: look why", count)
         return count
+
+    async def _another_session(self) -> None:
+        if await self.count_session() > SESSIONS_A_DAY:
+            self._spawn(self._end())
+
+    async def _end(self) -> None:
+        """A start waits before it opens a session; the client's own next attempt would not."""
+        await asyncio.sleep(1.0)  # until this one is open and can be closed
+        await self._client.close()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import random
 import signal
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core import metrics, systemd
 from core.chat import Chat
@@ -95,6 +96,7 @@ class App:
     async def run(self, bots: Sequence[Bot]) -> int:
         """Serve until a signal or until no bot is left; then drain. The process's exit code."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_Complaints(loop))
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self.stop)
         for bot in bots:
@@ -178,6 +180,25 @@ class App:
                     await self.journal.backup()
                 except Exception as error:
                     log.error("the hourly backup failed: %s", error)
+
+
+class _Complaints:
+    """What the event loop complains of: that nothing can be accepted for want of descriptors, which it tells a hundred
+    times a second, is one line in ten seconds."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._before, self._next = loop.get_exception_handler(), 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if loop.time() >= self._next:
+                self._next = loop.time() + 10.0
+                log.warning("no connection can be accepted now: %s", error)
+        elif self._before:
+            self._before(loop, context)
+        else:
+            loop.default_exception_handler(context)
 
 
 async def _all(tasks: Collection[asyncio.Task[None]]) -> bool:

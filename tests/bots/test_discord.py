@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yarl
+from discord import client as discord_client
+from discord.gateway import DiscordWebSocket
 from discord.http import Route
 from pydantic import SecretStr
 
@@ -429,6 +432,32 @@ async def test_sessions_are_counted_and_too_many_starts_a_day_are_spread(
     began = asyncio.get_running_loop().time()
     async with serving(server, ears):
         assert asyncio.get_running_loop().time() - began > 1
+
+
+async def test_with_too_many_sessions_today_the_client_starts_anew_which_waits(server: DiscordServer) -> None:
+    ears = Ears()
+    task = asyncio.create_task(bot_for(server).serve(ears.chat))
+    await server.until(connected=True)
+    ears.sessions = hearing.SESSIONS_A_DAY
+    await server.invalidate()
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(task, 60)
+    assert server.identifies == 2
+
+
+async def test_a_reconnect_is_one_line_and_comes_within_half_a_minute(
+    server: DiscordServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    bot = bot_for(server)
+    DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL("ws://127.0.0.1:9/")
+    task = asyncio.create_task(bot.serve(Ears().chat))
+    await until(lambda: "reconnect" in caplog.text)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    told, *_ = [record for record in caplog.records if "reconnect" in record.getMessage()]
+    assert (told.levelname, told.exc_info) == ("WARNING", None)
+    backoff = discord_client.ExponentialBackoff()  # type: ignore[attr-defined]
+    assert max(backoff.delay() for _ in range(200)) <= 32
 
 
 async def test_a_bad_token_says_the_mend(server: DiscordServer) -> None:

@@ -47,12 +47,9 @@ def judge(town: Town, echo: bool = True) -> list[str]:
 
 
 def unhandled(log: Path) -> list[str]:
-    """Lines that tell of an exception nobody expected. discord.py tells a reconnect with a traceback: that is none."""
+    """Lines that tell of an exception nobody expected."""
     signs = ("Traceback", "never retrieved", "CRITICAL", "never awaited", " ERROR ")
-    lines = log.read_text(errors="replace").splitlines()
-    expected = {place for place, line in enumerate(lines) if "discord.client: Attempting a reconnect" in line}
-    expected |= {place + 1 for place in expected}
-    return [line for place, line in enumerate(lines) if place not in expected and any(sign in line for sign in signs)]
+    return [line for line in log.read_text(errors="replace").splitlines() if any(sign in line for sign in signs)]
 
 
 def doubled(town: Town) -> Counter[str]:

@@ -43,7 +43,7 @@ async def kill_at_random(folder: Path, seed: int, kills: int, engine: str = "ech
     """So many SIGKILLs under load, most of them while replies go out, some while it starts."""
     tally = Tally()
     async with Town(folder, seed, {"ENGINE": engine}) as town:
-        await _open(town)
+        await open_town(town)
         town.chaos(chaos)
         people = [asyncio.create_task(town.talk(0.05)), asyncio.create_task(town.cut(4.0))]
         began = time.monotonic()
@@ -65,7 +65,7 @@ async def kill_at_random(folder: Path, seed: int, kills: int, engine: str = "ech
             person.cancel()
         await asyncio.gather(*people, return_exceptions=True)
         town.chaos(False)
-        await _close(town, tally, echo=engine == "echo")
+        await close(town, tally, echo=engine == "echo")
     return tally
 
 
@@ -75,7 +75,7 @@ async def kill_at_points(
     """These named points, so many times on each platform: one life ends there, the next goes on from there."""
     tally = Tally()
     async with Town(folder, seed, private=6, rooms=3) as town:
-        await _open(town)
+        await open_town(town)
         for platform, points in (("telegram", telegram), ("discord", discord)):
             await town.stop()
             mine = [place for place in town.places if place.platform == platform]
@@ -86,7 +86,7 @@ async def kill_at_points(
                 await town.died()
             await town.start()
             await town.settled()
-        await _close(town, tally)
+        await close(town, tally)
     return tally
 
 
@@ -94,17 +94,17 @@ async def stop_when_full(folder: Path, seed: int, waiting: int) -> Tally:
     """SIGTERM while so many questions are open; the next start answers the rest."""
     tally = Tally()
     async with Town(folder, seed, private=20, rooms=5) as town:
-        await _open(town)
+        await open_town(town)
         for number in range(waiting):
             town.say(town.places[number % len(town.places)])
         await town.news("telegram", town.sends("telegram") + 1)
         tally.stops.append(await town.stop())
         await town.start()
-        await _close(town, tally)
+        await close(town, tally)
     return tally
 
 
-async def _open(town: Town) -> None:
+async def open_town(town: Town) -> None:
     """Everyone has talked with the bot before; a Discord channel nobody was answered in is not looked through."""
     await town.start()
     async with asyncio.timeout(90):
@@ -114,7 +114,7 @@ async def _open(town: Town) -> None:
     await town.settled()
 
 
-async def _close(town: Town, tally: Tally, echo: bool = True) -> None:
+async def close(town: Town, tally: Tally, echo: bool = True) -> None:
     await town.settled()
     tally.stops.append(await town.stop())
     tally.kills += len(town.killed)

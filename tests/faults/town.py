@@ -209,6 +209,15 @@ class Town:
                 case "lost":
                     await self.discord.invalidate(resumable=True)
 
+    async def cut_all(self) -> None:
+        """Every connection breaks off, on both platforms."""
+        await self.discord.drop(1006)
+        for server in (self.telegram, self.discord):
+            assert server._runner is not None and server._runner.server is not None
+            for connection in server._runner.server.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+
     # -- the process ---------------------------------------------------------------------------------------------
 
     async def start(self, **settings: str) -> None:
