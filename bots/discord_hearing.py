@@ -31,6 +31,7 @@ CALL_SECONDS = 60.0
 CATCH_UP_MESSAGES = 2000
 CATCH_UP_DIRECT = 100
 CATCH_UP_HOURS = 24
+"""What was said so long before the newest message of its channel expires; our own clock has no say."""
 GUILDS_SECONDS = 10.0
 LATER = 60.0
 """Seconds until a history out of reach is tried again, at most."""
@@ -211,6 +212,9 @@ class Hearing:
     async def _unread(self, event: Any, why: str) -> None:
         await self._chat.refail(events.unread(event, why), note=f"unreadable: {why}")
 
+    async def _expire(self, late: list[Message]) -> None:
+        await self._chat.refail(*late, note=f"said {CATCH_UP_HOURS} hours before the newest", state="expired")
+
     def _on_ready(self, event: Mapping[str, Any]) -> None:
         """A new session: nothing is replayed, so every channel we know is behind until its history was read."""
         self._me = str(event["user"]["id"])
@@ -329,6 +333,7 @@ class Hearing:
                 guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
         newest = events.sent_at(max(found))
         answered = {events.answers(event, self._me) for event in found.values()}
+        late: list[Message] = []
         for id in sorted(found):
             event = {**found[id], **({"guild_id": guild} if guild else {})}
             try:
@@ -336,11 +341,16 @@ class Hearing:
             except Exception as error:
                 await self._insist(self._unread, event, type(error).__name__)
                 continue
-            if message is None or (newest - message.sent_at).total_seconds() > 3600 * CATCH_UP_HOURS:
+            if message is None:
+                continue
+            if (newest - message.sent_at).total_seconds() > 3600 * CATCH_UP_HOURS:
+                late.append(message)
                 continue
             if message.id in answered and not await self._chat.replied(message.channel, message.id):
                 message = replace(message, kind="heard")
             self._inbox.put_nowait(message)
+        if late:
+            await self._insist(self._expire, late)
         self._inbox.put_nowait(Mark(channel, str(max(found))))
 
     async def _fetch(self, channel: str, path: str = "", params: dict[str, Any] | None = None) -> Any:

@@ -129,9 +129,9 @@ class Chat:
         """Is there a reply to this message, or one on its way?"""
         return await self.journal.replied(channel, id)
 
-    async def refail(self, *messages: Message, note: str) -> None:
-        """Record platform events that nobody could read as failed, so that they do not come again."""
-        await self.journal.refail(*messages, note=note)
+    async def refail(self, *messages: Message, note: str, state: MessageState = "failed") -> None:
+        """Record what nobody could read, or will answer, in its final state, so that it does not come again."""
+        await self.journal.refail(*messages, note=note, state=state)
 
     async def rekey(self, old: Channel, new: Channel) -> None:
         """The platform gave the conversation another id."""

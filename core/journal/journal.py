@@ -139,12 +139,12 @@ class Journal:
         connection.execute(update(replies).where(replies.c.message == row.id).values(spoken=""))
         return [row.id] if state != row.state else []
 
-    async def refail(self, *batch: Message, note: str) -> None:
-        """Record events nobody could read as failed, so that they do not come again."""
+    async def refail(self, *batch: Message, note: str, state: MessageState = "failed") -> None:
+        """Record what nobody could read, or will answer, in its final state, so that it does not come again."""
 
         def work(connection: Connection) -> None:
             now = time.time()
-            rows = [{**_row(_storable(m), now, now), "state": "failed", "note": _text(note)[:500]} for m in batch]
+            rows = [{**_row(_storable(m), now, now), "state": state, "note": _text(note)[:500]} for m in batch]
             connection.execute(self._insert(messages).on_conflict_do_nothing(), rows)
 
         if batch:

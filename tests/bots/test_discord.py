@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bots.discord import FORGOTTEN, DiscordBot, DiscordSettings, open_discord
 from core.delivery import MaybeSent, NotSent, Refused, RetryAfter, SendError, Unservable
 from core.messages import Channel, Reply
 from core.settings import WrongSettings, read
-from tests.fakes.discord_server import DiscordServer, Fault
+from tests.fakes.discord_server import EPOCH_MS, DiscordServer, Fault
 from tests.fakes.ears import Ears
 
 
@@ -329,6 +330,26 @@ async def test_what_was_said_while_away_is_heard_in_order_before_what_comes_afte
     here = [message.text for message in ears.heard if message.channel.id == general]
     assert here == ["before", *(f"away {number}" for number in range(0, 150, 2)), "back"]
     assert all(message.server == server.guild for message in ears.heard if message.channel.id == general)
+
+
+async def test_offline_for_longer_than_a_day_the_old_expires_and_the_newest_of_a_channel_is_heard(
+    server: DiscordServer,
+) -> None:
+    ears, general, quiet = Ears(), server.channel("general"), server.channel("quiet")
+
+    def hours_ago(hours: float) -> str:
+        return str((int((time.time() - 3600 * hours) * 1000) - EPOCH_MS) << 22)
+
+    ears.marks = {place: hours_ago(72) for place in (general, quiet)}
+    for hours in (40, 25, 23):
+        server.say(general, "ann", f"{hours} hours ago", mention=True, id=hours_ago(hours))
+    server.say(quiet, "ann", "two days ago", mention=True, id=hours_ago(48))
+    server.say(general, "ann", "now", mention=True)
+    async with serving(server, ears):
+        await until(lambda: len(ears.heard) == 3 and len(ears.marks) == 2)
+        await until(lambda: min(int(mark) for mark in ears.marks.values()) > int(hours_ago(49)))
+    assert sorted(ears.texts) == ["23 hours ago", "now", "two days ago"]
+    assert [message.text for message, _ in ears.expired] == ["40 hours ago", "25 hours ago"] and not ears.failed
 
 
 async def test_a_history_out_of_reach_is_read_later_and_before_what_comes_after(server: DiscordServer) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sqlite3
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -108,6 +109,22 @@ async def test_a_conversation_with_reset_edit_and_a_user_who_blocks(tmp_path: Pa
             (7, "Two"),
         ]
         assert counts["messages"] == {"answered": 3} and counts["replies"] == {"sent": 2, "abandoned": 1}
+
+
+async def test_offline_for_longer_than_telegram_keeps_updates(tmp_path: Path) -> None:
+    """What it threw away nobody can know of; what it still has is stored and answered, however old."""
+    async with TelegramServer() as server:
+        server.private(7, "Ann")
+        server.say(7, 7, "two days ago", date=int(time.time()) - 48 * 3600)
+        server.pending.clear()
+        server.say(7, 7, "23 hours ago", date=int(time.time()) - 23 * 3600)
+        async with house(server, tmp_path) as app:
+            await server.until(1)
+            server.say(7, 7, "now")
+            await server.until(2)
+            await server.confirmed()
+            assert (await app.journal.counts())["messages"] == {"answered": 2}
+        assert [reply.text for reply in server.ledger] == ["23 hours ago", "Now"]
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -8,13 +8,14 @@ from typing import cast
 
 from core.chat import NO_MARKS, Chat
 from core.delivery import NotAccepted
-from core.messages import Channel, Message
+from core.messages import Channel, Message, MessageState
 
 
 class Ears:
     def __init__(self) -> None:
         self.heard: list[Message] = []
         self.failed: list[tuple[Message, str]] = []
+        self.expired: list[tuple[Message, str]] = []
         self.resets: list[Channel] = []
         self.moves: list[tuple[Channel, Channel]] = []
         self.refuse = 0
@@ -53,9 +54,9 @@ class Ears:
             if message.kind == "edit" or not seen:
                 self.heard.append(message)
 
-    async def refail(self, *messages: Message, note: str) -> None:
+    async def refail(self, *messages: Message, note: str, state: MessageState = "failed") -> None:
         self._asked()
-        self.failed += [(message, note) for message in messages]
+        (self.expired if state == "expired" else self.failed).extend((message, note) for message in messages)
 
     async def reset(self, channel: Channel) -> None:
         self._asked()
