@@ -43,10 +43,6 @@ struct Step {
 }
 
 namespace {
-typedef float F16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t I16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int8_t B16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint16_t H16 __attribute__((vector_size(32), aligned(2), may_alias));
 enum After { STORE, ADD, RELU, TANH, ERF };
 constexpr int QUERIES = 4;
 }
@@ -102,127 +98,132 @@ void palaver_step(const Model *model, const Step *step, int path) {
 #else  // ------------------------------------------------------------------------------------------- once for each path
 
 namespace { namespace PATH {
-INLINE F16 load(const float *p) { return *(const F16 *)p; }
-INLINE void store(float *p, F16 v) { *(F16 *)p = v; }
-INLINE F16 bfloat(const uint16_t *p) { return (F16)(__builtin_convertvector(*(const H16 *)p, I16) << 16); }
+#if defined(PATH_AVX512)
+constexpr int LANES = 16;  // of a register
+#elif defined(PATH_AVX2)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int PARTS = 16 / LANES;  // sums along a row run in 16 lanes on every path, so that they agree
+typedef float F __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t H __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int8_t B __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+INLINE F load(const float *p) { return *(const F *)p; }
+INLINE void store(float *p, F v) { *(F *)p = v; }
+INLINE F bfloat(const uint16_t *p) { return (F)(__builtin_convertvector(*(const H *)p, I) << 16); }
 /// The nearest bfloat16; NaN stays NaN.
 INLINE uint16_t rounded(float v) {
     uint32_t bits;
     memcpy(&bits, &v, 4);
     return v != v ? 0x7FC0 : (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
-INLINE F16 all(float v) { return F16{} + v; }
-INLINE I16 lanes() { return I16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+INLINE F all(float v) { return F{} + v; }
+/// from, from + 1, ...
+INLINE I count(int from) {
+    I v;
+    for (int i = 0; i < LANES; i++) v[i] = from + i;
+    return v;
+}
 INLINE int padded(int n, int step) { return (n + step - 1) / step * step; }
 
-INLINE float sum(F16 v) {
-    float a[16], b[8];
-    memcpy(a, &v, sizeof a);
-    for (int i = 0; i < 8; i++) b[i] = a[i] + a[i + 8];
-    for (int i = 0; i < 4; i++) b[i] += b[i + 4];
-    return (b[0] + b[2]) + (b[1] + b[3]);
-}
-INLINE float max(F16 v) {
+INLINE float sum(const F *parts) {
     float a[16];
-    memcpy(a, &v, sizeof a);
+    memcpy(a, parts, sizeof a);
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) a[i] += a[i + n];
+    return a[0];
+}
+template <typename V> INLINE V max(const void *parts) {
+    V a[16];
+    memcpy(a, parts, sizeof a);
     for (int n = 8; n; n /= 2)
         for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
     return a[0];
 }
 /// e^x, relative error below 2e-7 (Cephes' polynomial); NaN stays NaN.
-INLINE F16 exp(F16 x) {
+INLINE F exp(F x) {
     x = x < -87.0f ? all(-87.0f) : x;
     x = x > 88.0f ? all(88.0f) : x;
-    F16 n = (x * 1.44269504f + 12582912.0f) - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    F16 p = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+    F n = (x * 1.44269504f + 12582912.0f) - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    F p = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
              1.6666665459e-1f) * r + 5.0000001201e-1f;
-    I16 power = (__builtin_convertvector(n, I16) + 127) << 23;
-    return (p * r * r + r + 1.0f) * (F16)power;
+    I power = (__builtin_convertvector(n, I) + 127) << 23;
+    return (p * r * r + r + 1.0f) * (F)power;
 }
-INLINE F16 activate(F16 y, int after) {
+INLINE F activate(F y, int after) {
     if (after == RELU) return y < 0.0f ? all(0) : y;
     if (after == TANH) return y / (exp(-1.5957691216f * (y + 0.044715f * y * y * y)) + 1.0f);  // 1 + tanh, written out
     if (after == ERF)
-        for (int i = 0; i < 16; i++) y[i] = 0.5f * y[i] * (1.0f + erff(y[i] * 0.70710678f));
+        for (int i = 0; i < LANES; i++) y[i] = 0.5f * y[i] * (1.0f + erff(y[i] * 0.70710678f));
     return y;
 }
 
-/// 16 sums of integers, as the path likes to keep them; dot4: sum[j] += 4 bytes of column j (unsigned) . x[0..3], exactly.
+/// dot4: sum[j] += the 4 bytes of column j . x[0..3], exactly.
 #if defined(PATH_AVX512)
-typedef I16 Dots;
 constexpr int ROWS = 5;  // of a tile: what the registers hold
-INLINE Dots dots_from(int32_t offset) { return I16{} + offset; }
-INLINE F16 floats(const Dots &d) { return __builtin_convertvector(d, F16); }
-INLINE void dot4(Dots &sum, const uint8_t *w, int32_t four) {
-    sum = (I16)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
-}
-#elif defined(PATH_AVX2)
-struct Dots { __m256i half[2]; };
-constexpr int ROWS = 2;
-INLINE Dots dots_from(int32_t offset) { return {{_mm256_set1_epi32(offset), _mm256_set1_epi32(offset)}}; }
-INLINE F16 floats(const Dots &d) {
-    float y[16];
-    for (int i = 0; i < 2; i++) _mm256_storeu_ps(y + 8 * i, _mm256_cvtepi32_ps(d.half[i]));
-    return load(y);
-}
-INLINE void dot4(Dots &sum, const uint8_t *w, int32_t four) {
-    __m256i both = _mm256_set1_epi32(four), odd = _mm256_srai_epi16(both, 8);
-    __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8);
-    for (int i = 0; i < 2; i++) {  // as 16 bits: bytes times bytes would saturate
-        __m256i v = _mm256_loadu_si256((const __m256i *)(w + 32 * i));
-        __m256i low = _mm256_and_si256(v, _mm256_set1_epi16(255)), high = _mm256_srli_epi16(v, 8);
-        __m256i four_dots = _mm256_add_epi32(_mm256_madd_epi16(low, even), _mm256_madd_epi16(high, odd));
-        sum.half[i] = _mm256_add_epi32(sum.half[i], four_dots);
-    }
+INLINE I dots_from(int32_t offset) { return I{} + offset; }
+INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
+    sum = (I)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
 }
 #else
-struct Dots { int32_t v[16]; };
-constexpr int ROWS = 1;
-INLINE Dots dots_from(int32_t offset) {
-    Dots d;
-    for (int j = 0; j < 16; j++) d.v[j] = offset;
-    return d;
+INLINE I dots_from(int32_t) { return I{}; }  // the bytes are made signed first
+#if defined(PATH_AVX2)
+constexpr int ROWS = 6;
+INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
+    __m256i v = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)w), _mm256_set1_epi8(-128));
+    // |v| times x with v's sign: the sum of two is below 2^15
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(_mm256_set1_epi32(four), v));
+    sum += (I)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
-INLINE F16 floats(const Dots &d) { return __builtin_convertvector(*(const I16 *)d.v, F16); }
-INLINE void dot4(Dots &sum, const uint8_t *w, int32_t four) {
-    for (int t = 0; t < 4; t++) {
-        const int32_t x = (int8_t)(four >> (8 * t));
-        for (int j = 0; j < 16; j++) sum.v[j] += x * w[4 * j + t];
-    }
+#else
+constexpr int ROWS = 2;
+INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
+    typedef int16_t S __attribute__((vector_size(16), aligned(1), may_alias));
+    S v = *(const S *)w ^ (int16_t)0x8080, x = (S)(I{} + four);
+    S pairs = (v << 8 >> 8) * (x << 8 >> 8) + (v >> 8) * (x >> 8);  // below 2^15
+    sum += ((I)pairs << 16 >> 16) + ((I)pairs >> 16);
 }
+#endif
 #endif
 
 /// `M` rows from `row` on times one group of 32 columns.
 template <int M> INLINE void tile(const Linear &l, int group, const Step &s, int row, int rows, float *out, int stride, int after) {
-    const uint8_t *w = l.weight + (size_t)group * l.blocks * 1024;
-    const uint16_t *scale = l.scale + (size_t)group * l.blocks * 32;
+    constexpr int AT_ONCE = M == 1 ? 32 / LANES : 2;  // registers of columns; a single row takes its weights in one run
     const size_t ahead = row + M == rows ? (size_t)l.blocks * 1024 : 0;  // the next group, while this one computes
-    F16 y[M][2] = {};
-    for (int b = 0; b < l.blocks; b++, w += 1024, scale += 32) {
-        const size_t at = (size_t)b * s.rows + row;
-        const int8_t *x = s.quants + 32 * at;
-        Dots dots[M][2];
-        for (int m = 0; m < M; m++) dots[m][0] = dots[m][1] = dots_from(s.offsets[at + m]);
-        for (int i = 0; i < 8; i++, x += 4) {
-            if (ahead) __builtin_prefetch(w + ahead + 128 * i), __builtin_prefetch(w + ahead + 128 * i + 64);
-            for (int m = 0; m < M; m++) {
-                int32_t four;
-                memcpy(&four, x + 32 * m, 4);
-                for (int j = 0; j < 2; j++) dot4(dots[m][j], w + 128 * i + 64 * j, four);
+    for (int first = 0; first < 32; first += AT_ONCE * LANES) {
+        const uint8_t *w = l.weight + (size_t)group * l.blocks * 1024 + 4 * first;
+        const uint16_t *scale = l.scale + (size_t)group * l.blocks * 32 + first;
+        F y[M][AT_ONCE] = {};
+        for (int b = 0; b < l.blocks; b++, w += 1024, scale += 32) {
+            const size_t at = (size_t)b * s.rows + row;
+            const int8_t *x = s.quants + 32 * at;
+            I dots[M][AT_ONCE];
+            for (int m = 0; m < M; m++)
+                for (int j = 0; j < AT_ONCE; j++) dots[m][j] = dots_from(s.offsets[at + m]);
+            for (int i = 0; i < 8; i++, x += 4) {
+                if (ahead)
+                    for (int j = 0; j < AT_ONCE * LANES; j += 16) __builtin_prefetch(w + ahead + 128 * i + 4 * j);
+                for (int m = 0; m < M; m++) {
+                    int32_t four;
+                    memcpy(&four, x + 32 * m, 4);
+                    for (int j = 0; j < AT_ONCE; j++) dot4(dots[m][j], w + 128 * i + 4 * LANES * j, four);
+                }
+            }
+            for (int j = 0; j < AT_ONCE; j++) {
+                F ws = bfloat(scale + LANES * j);
+                for (int m = 0; m < M; m++) y[m][j] += __builtin_convertvector(dots[m][j], F) * (ws * s.scales[at + m]);
             }
         }
-        for (int j = 0; j < 2; j++) {
-            F16 ws = bfloat(scale + 16 * j);
-            for (int m = 0; m < M; m++)
-                y[m][j] += floats(dots[m][j]) * (ws * s.scales[at + m]);
-        }
-    }
-    for (int j = 0; j < 2; j++) {
-        const int column = 32 * group + 16 * j;
-        F16 bias = l.bias ? load(l.bias + column) : F16{};
-        for (int m = 0; m < M; m++) {
-            float *to = out + (size_t)(row + m) * stride + column;
-            store(to, after == ADD ? load(to) + (y[m][j] + bias) : activate(y[m][j] + bias, after));
+        for (int j = 0; j < AT_ONCE; j++) {
+            const int column = 32 * group + first + LANES * j;
+            F bias = l.bias ? load(l.bias + column) : F{};
+            for (int m = 0; m < M; m++) {
+                float *to = out + (size_t)(row + m) * stride + column;
+                store(to, after == ADD ? load(to) + (y[m][j] + bias) : activate(y[m][j] + bias, after));
+            }
         }
     }
 }
@@ -239,29 +240,43 @@ static void linear(const Linear &l, const Step &s, int rows, float *out, int str
 
 /// Row `row` of `quants` [k / 32][rows][32], `scales` and `offsets` [k / 32][rows] from k floats (a multiple of 32).
 INLINE void quantise(const float *x, int k, const Step &s, int row) {
-    for (int b = 0; b < k / 32; b++) {
-        F16 u = load(x + 32 * b), v = load(x + 32 * b + 16), a = u < 0.0f ? -u : u, c = v < 0.0f ? -v : v;
-        float most = max(a > c ? a : c), bad = sum(u * 0.0f + v * 0.0f);  // NaN when a number is not finite
-        float inverse = most > 1e-30f ? 127.0f / most : 0.0f;
-        I16 p = (I16)(u * inverse + 12582912.0f) - 0x4B400000, q = (I16)(v * inverse + 12582912.0f) - 0x4B400000;
+    for (int b = 0; b < k / 32; b++, x += 32) {
+        I sizes[PARTS] = {};  // floats above 0 compare as their bits do, infinity and NaN above all
+        for (int i = 0; i < 32; i += LANES) {
+            I bits = (I)load(x + i) & 0x7FFFFFFF, &most = sizes[i / LANES % PARTS];
+            most = bits > most ? bits : most;
+        }
+        int32_t bits = max<int32_t>(sizes), total = 0;
+        float most;
+        memcpy(&most, &bits, 4);
+        const bool finite = bits < 0x7F800000, some = finite && most > 1e-30f;
+        const float inverse = some ? 127.0f / most : 0.0f;
         const size_t at = (size_t)b * s.rows + row;
-        *(B16 *)(s.quants + at * 32) = __builtin_convertvector(p, B16);
-        *(B16 *)(s.quants + at * 32 + 16) = __builtin_convertvector(q, B16);
-        s.scales[at] = most > 1e-30f ? most / 127.0f + bad : bad;
-        s.offsets[at] = -128 * (int32_t)sum(__builtin_convertvector(p + q, F16));
+        I totals{};
+        for (int i = 0; i < 32; i += LANES) {
+            I q = (I)(load(x + i) * inverse + 12582912.0f) - 0x4B400000;
+            *(B *)(s.quants + at * 32 + i) = __builtin_convertvector(q, B);
+            totals += q;
+        }
+        for (int i = 0; i < LANES; i++) total += totals[i];
+        s.scales[at] = some ? most / 127.0f : finite ? 0.0f : NAN;
+        s.offsets[at] = -128 * total;
     }
 }
 INLINE void norm(const float *x, const Norm &n, const Model &m, float *out) {
     const int e = m.n_embd, width = padded(e, 32);
-    F16 total{}, squares{};
-    for (int i = 0; i < width; i += 16) total += load(x + i);
+    F total[PARTS] = {}, squares[PARTS] = {};
+    for (int i = 0; i < width; i += 16)
+        for (int j = 0; j < PARTS; j++) total[j] += load(x + i + LANES * j);
     float mean = sum(total) / (float)e;
-    for (int i = 0; i < width; i += 16) {
-        F16 d = lanes() + i < e ? load(x + i) - mean : F16{};
-        squares += d * d;
-    }
+    for (int i = 0; i < width; i += 16)
+        for (int j = 0; j < PARTS; j++) {
+            F d = count(i + LANES * j) < e ? load(x + i + LANES * j) - mean : F{};
+            squares[j] += d * d;
+        }
     float scale = 1.0f / sqrtf(sum(squares) / (float)e + m.epsilon);
-    for (int i = 0; i < width; i += 16) store(out + i, (load(x + i) - mean) * scale * load(n.weight + i) + load(n.bias + i));
+    for (int i = 0; i < width; i += LANES)
+        store(out + i, (load(x + i) - mean) * scale * load(n.weight + i) + load(n.bias + i));
 }
 static void norm_and_quantise(const Norm &n, const Model &m, const Step &s) {
     const int width = padded(m.n_embd, 32);
@@ -298,46 +313,51 @@ struct Head { const float *qkv; const uint16_t *keys, *values; float *out, *scor
 
 /// `Q` queries of one head, the first at `position` and row `row` of the span; each sees the keys up to its own.
 template <int Q> INLINE void attend(const Head &h, int position, int row, int room) {
-    const int last = position + Q - 1, end = padded(last + 1, 16);
-    float top[Q];
-    for (int q = 0; q < Q; q++) top[q] = -INFINITY;
+    const int end = padded(position + Q, 16);
+    F best[Q][PARTS], total[Q][PARTS] = {};
+    for (int q = 0; q < Q; q++)
+        for (int j = 0; j < PARTS; j++) best[q][j] = all(-INFINITY);
     for (int t = 0; t < end; t += 16) {
-        F16 dots[Q] = {};
-        for (int d = 0; d < h.dim; d++) {
-            F16 key = bfloat(h.keys + (size_t)t * h.width + 16 * d);
-            for (int q = 0; q < Q; q++) dots[q] += key * h.qkv[(size_t)(row + q) * h.stride + d];
-        }
-        for (int q = 0; q < Q; q++) {
-            F16 score = lanes() + t <= position + q ? dots[q] * h.scale : all(-INFINITY);
-            store(h.scores + q * room + t, score);
-            float most = max(score);
-            top[q] = most > top[q] || most != most ? most : top[q];
-        }
+        F dots[Q][PARTS] = {};
+        for (int d = 0; d < h.dim; d++)
+            for (int j = 0; j < PARTS; j++) {
+                F key = bfloat(h.keys + (size_t)t * h.width + 16 * d + LANES * j);
+                for (int q = 0; q < Q; q++) dots[q][j] += key * h.qkv[(size_t)(row + q) * h.stride + d];
+            }
+        for (int q = 0; q < Q; q++)
+            for (int j = 0; j < PARTS; j++) {
+                F score = count(t + LANES * j) <= position + q ? dots[q][j] * h.scale : all(-INFINITY);
+                store(h.scores + q * room + t + LANES * j, score);
+                best[q][j] = score > best[q][j] ? score : best[q][j];
+            }
     }
-    float total[Q];
     for (int q = 0; q < Q; q++) {
-        F16 parts{};
-        for (int t = 0; t < end; t += 16) {
-            F16 weight = exp(load(h.scores + q * room + t) - top[q]);
-            weight = lanes() + t <= position + q ? weight : F16{};
-            store(h.scores + q * room + t, weight);
-            parts += weight;
-        }
-        total[q] = 1.0f / sum(parts);
+        const float top = max<float>(best[q]);
+        for (int t = 0; t < end; t += 16)
+            for (int j = 0; j < PARTS; j++) {
+                float *at = h.scores + q * room + t + LANES * j;
+                F weight = exp(load(at) - top);
+                weight = count(t + LANES * j) <= position + q ? weight : F{};
+                store(at, weight);
+                total[q][j] += weight;
+            }
     }
     for (int d = 0; d < h.width; d += 16) {
-        F16 mixed[Q] = {};
-        for (int p = 0; p <= position; p++) {
-            F16 value = bfloat(h.values + (size_t)p * h.width + d);
-            for (int q = 0; q < Q; q++) mixed[q] += value * h.scores[q * room + p];
-        }
-        for (int i = 1; i < Q; i++) {  // not for the queries before: 0 times a value that is not finite is NaN
-            F16 value = bfloat(h.values + (size_t)(position + i) * h.width + d);
-            for (int q = i; q < Q; q++) mixed[q] += value * h.scores[q * room + position + i];
-        }
+        F mixed[Q][PARTS] = {};
+        for (int p = 0; p <= position; p++)
+            for (int j = 0; j < PARTS; j++) {
+                F value = bfloat(h.values + (size_t)p * h.width + d + LANES * j);
+                for (int q = 0; q < Q; q++) mixed[q][j] += value * h.scores[q * room + p];
+            }
+        for (int i = 1; i < Q; i++)  // not for the queries before: 0 times a value that is not finite is NaN
+            for (int j = 0; j < PARTS; j++) {
+                F value = bfloat(h.values + (size_t)(position + i) * h.width + d + LANES * j);
+                for (int q = i; q < Q; q++) mixed[q][j] += value * h.scores[q * room + position + i];
+            }
         for (int q = 0; q < Q; q++) {
-            F16 y = mixed[q] * total[q];
-            memcpy(h.out + (size_t)(row + q) * h.out_stride + d, &y, sizeof(float) * (h.dim - d < 16 ? h.dim - d : 16));
+            const float scale = 1.0f / sum(total[q]);
+            for (int j = 0; j < PARTS; j++) mixed[q][j] *= scale;
+            memcpy(h.out + (size_t)(row + q) * h.out_stride + d, mixed[q], sizeof(float) * (h.dim - d < 16 ? h.dim - d : 16));
         }
     }
 }
