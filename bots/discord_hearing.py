@@ -58,7 +58,7 @@ class Client(discord.Client):
 
 
 async def read_answer(response: aiohttp.ClientResponse) -> Any:
-    """What discord.py reads answers with (see `open_discord`), where a 429 asks for a sane wait.
+    """What discord.py reads answers with (see `open_discord`), where a 429 asks for a sane wait and a yes is JSON.
 
     discord.py shuts a gate for all calls while it sleeps through a global limit, and a call that is cancelled in that
     sleep leaves it shut for ever: so a global limit is raised here, and `call` keeps it.
@@ -69,6 +69,8 @@ async def read_answer(response: aiohttp.ClientResponse) -> Any:
         if data.get("global"):
             raise GlobalLimit(wait)
         data["retry_after"] = wait
+    if response.status < 300 and data and isinstance(data, str):
+        raise ValueError("an answer that is no JSON, so not Discord's")
     return data
 
 
@@ -124,6 +126,7 @@ class Hearing:
         self._inbox: asyncio.Queue[Message | Mark] = asyncio.Queue()
         self._marks: dict[str, str] = {}
         self._dirty: set[str] = set()
+        self._last_seen: int | None = None  # the newest message of all channels, when the session began
         self._stored: set[str] = set()  # channels with a mark on disk
         self._first_mark = asyncio.Event()
         self._behind: dict[str, list[Message]] = {}  # channels to be caught up, and what is said there meanwhile
@@ -219,6 +222,8 @@ class Hearing:
         """A new session: nothing is replayed, so every channel we know is behind until its history was read."""
         self._me = str(event["user"]["id"])
         self._guilds = {str(guild["id"]) for guild in event.get("guilds") or ()}
+        self._last_seen = max(map(int, self._marks.values()), default=None)
+        log.info("Discord: connected as %s, in %d servers", event["user"]["username"], len(self._guilds))
         self._guilds_came.clear()
         self._claimed.clear()
         for task in self._reading:  # it may have read a channel before the gap that this session begins with
@@ -231,6 +236,9 @@ class Hearing:
         behind = []
         for channel in [*(event.get("channels") or ()), *(event.get("threads") or ())]:
             id, newest = str(channel["id"]), channel.get("last_message_id")
+            if id not in self._marks and self._last_seen is not None and int(id) > self._last_seen:
+                self._mark(id, str(int(id) - 1))  # made while we were away: all of it was said since
+                self._behind[id] = []
             if id not in self._marks:
                 self._first(channel)
             elif not newest or int(newest) > int(self._marks[id]):
@@ -358,10 +366,7 @@ class Hearing:
         route = Route("GET", "/channels/{channel_id}" + path, channel_id=int(channel))
         for _ in range(5):
             try:
-                answer = await call(self._client, route, params=params or {})
-                if not isinstance(answer, str):  # else it is not Discord that answers
-                    return answer
-                await asyncio.sleep(1.0)
+                return await call(self._client, route, params=params or {})
             except Refused:
                 return None
             except RetryAfter as error:

@@ -93,7 +93,7 @@ class Poller:
             raise MaybeSent("Telegram's updates are no updates")
         if not updates and asyncio.get_running_loop().time() - began < 0.2:
             await asyncio.sleep(0.2)  # a server that holds no poll
-        return updates
+        return sorted(updates, key=_number)  # the ids say in which order people wrote
 
     async def _take_surely(self, updates: list[Any]) -> None:
         tries = 0

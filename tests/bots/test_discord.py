@@ -134,6 +134,7 @@ async def test_what_was_answered_is_gone_the_answer_is_not(server: DiscordServer
         (Fault("error", value=[403, 50001, "Missing Access"], times=9), Refused),
         (Fault("error", value=[404, 10003, "Unknown Channel"], times=9), Refused),
         (Fault("error", value=[503, 0, "unavailable"], times=9), MaybeSent),
+        (Fault("page", times=9), MaybeSent),
         (Fault("flood", value=300.0, times=9), RetryAfter),
         (Fault("reset_before", times=9), MaybeSent),
         (Fault("reset_after", times=9), MaybeSent),
@@ -330,6 +331,19 @@ async def test_what_was_said_while_away_is_heard_in_order_before_what_comes_afte
     here = [message.text for message in ears.heard if message.channel.id == general]
     assert here == ["before", *(f"away {number}" for number in range(0, 150, 2)), "back"]
     assert all(message.server == server.guild for message in ears.heard if message.channel.id == general)
+
+
+async def test_a_channel_and_a_thread_made_while_away_are_read_from_their_beginning(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        server.say(general, "ann", "before", mention=True)
+        await until(lambda: general in ears.marks)
+    channel, thread = server.channel("made"), server.channel("a thread", thread_of=general)
+    server.say(channel, "ann", "in a new channel", mention=True)
+    server.say(thread, "ann", "in a new thread", mention=True)
+    async with serving(server, ears):
+        await until(lambda: len(ears.heard) == 3)
+    assert sorted(ears.texts) == ["before", "in a new channel", "in a new thread"]
 
 
 async def test_offline_for_longer_than_a_day_the_old_expires_and_the_newest_of_a_channel_is_heard(

@@ -138,6 +138,15 @@ async def test_the_same_again_out_of_order_and_with_new_numbers(server: Telegram
     assert sorted(ears.texts) == [f"{round} {number}" for round in range(4) for number in range(10)]
 
 
+async def test_updates_of_one_poll_are_heard_in_the_order_of_their_numbers(server: TelegramServer) -> None:
+    ears, server.reordered = Ears(), 1.0
+    for number in range(5):
+        server.say(ANN, ANN, str(number))
+    async with serving(server, ears):
+        await until(lambda: len(ears.heard) == 5)
+    assert ears.texts == ["0", "1", "2", "3", "4"]
+
+
 async def test_numbers_that_start_anew_below_the_last_one(
     server: TelegramServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
