@@ -56,6 +56,9 @@ async def insist(write: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kw
 
 
 class Courier:
+    in_memory = 20
+    """Replies of one channel; what waits behind them is read from the journal when its turn comes."""
+
     def __init__(self, journal: Journal, rules: DeliveryRules, now: Callable[[], datetime] = wall) -> None:
         self._journal = journal
         self._rules = rules
@@ -64,7 +67,10 @@ class Courier:
         self._lines: dict[Channel, deque[Reply]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._circuits: dict[str, Circuit] = defaultdict(Circuit)
-        self._ends: dict[int, float] = {}  # by the clock nobody sets: the wall's is read once per reply
+        self._behind: set[Channel] = set()  # channels with more replies in the journal than in their line
+        self._ends: dict[
+            int, float
+        ] = {}  # of those in a line, by the clock nobody sets: the wall's is read once per reply
 
     async def open(self, platforms: Iterable[Platform]) -> None:
         """Take up these platforms and what the journal still owes them."""
@@ -74,13 +80,32 @@ class Courier:
     def deliver(self, replies: Iterable[Reply]) -> None:
         """Take places in the channels' lines; returns at once."""
         for reply in replies:
-            age = max(0.0, (self._now() - reply.created_at).total_seconds())
-            self._ends[reply.id] = asyncio.get_running_loop().time() + self._rules.patience - age
+            metrics.undelivered.inc()
             if reply.channel not in self._lines:
                 self._lines[reply.channel] = deque()
                 self._start(self._work(reply.channel))
-            self._lines[reply.channel].append(reply)
-            metrics.undelivered.inc()
+            if len(self._lines[reply.channel]) >= self.in_memory:
+                self._behind.add(reply.channel)
+            if reply.channel not in self._behind and reply.id not in self._ends:  # else the journal gives it, or gave
+                self._hold(reply)
+
+    def _hold(self, reply: Reply) -> None:
+        age = max(0.0, (self._now() - reply.created_at).total_seconds())
+        self._ends[reply.id] = asyncio.get_running_loop().time() + self._rules.patience - age
+        self._lines[reply.channel].append(reply)
+
+    async def _read_on(self, channel: Channel) -> None:
+        """The line is empty: on with what waits in the journal, and with what is delivered here meanwhile."""
+        self._behind.discard(channel)
+        rows = await insist(self._journal.due, channel, self.in_memory)
+        if len(rows) == self.in_memory:
+            self._behind.add(channel)
+        line = self._lines[channel]
+        held = {reply.id: reply for reply in (rows if channel in self._behind else (*rows, *line))}
+        while line:
+            del self._ends[line.pop().id]
+        for id in sorted(held):
+            self._hold(held[id])
 
     def split(self, channel: Channel, text: str) -> list[str]:
         """`text` in pieces as the channel's platform takes them."""
@@ -135,7 +160,10 @@ class Courier:
         line = self._lines[channel]
         refused = 0  # the message whose earlier part was refused
         try:
-            while line:
+            while line or channel in self._behind:
+                if not line:
+                    await self._read_on(channel)
+                    continue
                 reply = line[0]
                 if reply.part and reply.message == refused:
                     await insist(self._journal.abandon, reply, "an earlier part was not delivered")

@@ -295,14 +295,17 @@ class Journal:
 
     # -- delivering ----------------------------------------------------------------------------------------------
 
-    async def due(self) -> list[Reply]:
-        """Replies not yet delivered or given up, oldest first."""
+    async def due(self, channel: Channel | None = None, limit: int | None = None) -> list[Reply]:
+        """Replies not yet delivered or given up, oldest first: of one channel, or of all."""
         query = (
             select(replies, messages.c.platform, messages.c.channel, messages.c.platform_id.label("answers"))
             .join(messages, replies.c.message == messages.c.id)
             .where(replies.c.state.in_(("pending", "sending")))
             .order_by(replies.c.id)
+            .limit(limit)
         )
+        if channel is not None:
+            query = query.where(_in(channel))
         return [
             Reply(
                 row.id,

@@ -65,6 +65,41 @@ def test_one_chat_that_must_wait_delays_no_other_and_keeps_its_order() -> None:
     play(scene)
 
 
+def test_what_piles_up_while_a_chat_must_wait_is_left_in_the_journal_and_comes_in_order() -> None:
+    async def scene(house: House) -> None:
+        house.courier.in_memory = 3
+        house.platform.script[A] = [RetryAfter(100)]
+        texts = [f"number {number}" for number in range(40)]
+        for text in texts:
+            await house.say(text)
+            await asyncio.sleep(2)
+            assert len(house.courier._lines[A]) <= 3 and len(house.courier._ends) <= 3
+        await house.say("other", channel="b")
+        await asyncio.sleep(60)
+        assert [text for text in house.platform.texts() if text != "re other"] == [f"re {text}" for text in texts]
+        assert replies(house) == ["sent"] * 41
+        assert not house.courier._lines and not house.courier._ends and not house.courier._behind
+
+    play(scene)
+
+
+def test_what_piled_up_is_delivered_in_order_after_a_restart() -> None:
+    async def scene(house: House) -> None:
+        house.platform.script[A] = [RetryAfter(500)]
+        await house.say(*(f"number {number}" for number in range(20)))
+        await asyncio.sleep(20)
+        await house.kill()
+        house.build()
+        house.courier.in_memory = 3
+        house.platform.script.clear()
+        await house.open()
+        await house.say("more")
+        await asyncio.sleep(60)
+        assert house.platform.texts() == [*(f"re number {number}" for number in range(20)), "re more"]
+
+    play(scene)
+
+
 def test_a_refused_part_takes_the_later_parts_with_it_and_nothing_else() -> None:
     async def scene(house: House) -> None:
         house.platform.limit = 3

@@ -79,6 +79,8 @@ class ScriptedEngine:
             raise self.script.pop(0)
         return [Completion(self.words.encode(f"re {turns[-1]}"), -1.0, "stop", 0)]
 
+    def prepare(self, session: str, ids: Sequence[int]) -> None: ...
+
     async def ready(self) -> str:
         return ""
 

@@ -196,9 +196,14 @@ class MemoryJournal:
         await self._before()
         self._disk.after[channel] = len(self._disk.rows)
 
-    async def due(self) -> list[Reply]:
+    async def due(self, channel: Channel | None = None, limit: int | None = None) -> list[Reply]:
+        due = [
+            sent.reply
+            for sent in self._disk.replies
+            if sent.reply.state in ("pending", "sending") and channel in (None, sent.reply.channel)
+        ]
         await self._wait(self._dice.uniform(0, 0.005))
-        return [sent.reply for sent in self._disk.replies if sent.reply.state in ("pending", "sending")]
+        return due[:limit]
 
     async def begin_send(self, reply: Reply) -> Reply:
         await self._before()

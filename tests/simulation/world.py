@@ -118,6 +118,8 @@ class Answers:
         ids = world.words.encode(" ".join(["re", *spoken[-1]]))
         return [Completion(ids, -1.0, "stop", 0)]
 
+    def prepare(self, session: str, ids: Sequence[int]) -> None: ...
+
     async def ready(self) -> str:
         return ""
 
@@ -208,6 +210,7 @@ class World:
         self.limits = QueueLimits(
             per_channel=self.dice.choice((3, 20)), running=self.dice.choice((1, 4, 32)), deadline=60
         )
+        self.in_memory = self.dice.choice((1, 2, 20))
         self.words = Words()
         self.disk = Disk()
         self.clean: set[int] = set()
@@ -246,6 +249,7 @@ class World:
         journal: Any = MemoryJournal(self.disk, self.loop.wall, self.dice, life.wait, self.faults.journal)
         voice = Voice(Answers(self, life), self.words, SamplingParams(max_tokens=8), 60, spaced=False)  # type: ignore[arg-type]
         courier = Courier(journal, DeliveryRules(patience=PATIENCE), self.loop.wall)
+        courier.in_memory = self.in_memory
         queue = RequestQueue(self.limits)
         chat = Chat(journal, queue, courier, voice, self.limits, self.loop.time, self.loop.wall)
         clients = [Client(self, server, life) for server in self.servers]

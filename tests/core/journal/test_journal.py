@@ -211,6 +211,15 @@ async def test_a_delivery_step_by_step(journal: Journal) -> None:
     assert await journal.replied(HERE, "1") and not await journal.replied(HERE, "2")
 
 
+async def test_what_is_due_in_one_channel(journal: Journal) -> None:
+    there = Channel("test", "other")
+    for number in range(3):
+        await answered(journal, f"here {number}")
+        await answered(journal, f"there {number}", there)
+    assert [reply.to for reply in await journal.due(there)] == ["there 0", "there 1", "there 2"]
+    assert [reply.to for reply in await journal.due(there, 2)] == ["there 0", "there 1"]
+
+
 async def test_an_export_holds_every_message_and_what_became_of_it(journal: Journal) -> None:
     (reply,) = await answered(journal, "1")
     await journal.sent(await journal.begin_send(reply), "77")
