@@ -1,4 +1,4 @@
-"""The command line: run, chat, engine, journal.
+"""The command line: run, chat, engine, bench, journal.
 
 Exit codes: 0 fine, 1 it failed, 75 try again later (the journal or the engine cannot be opened), 78 wrong settings.
 """
@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -93,6 +94,160 @@ def engine(
 
     (settings,) = _settings(Settings)
     raise typer.Exit(_go(serve_engine(settings, address)))
+
+
+@cli.command()
+def bench(
+    seconds: Annotated[float, typer.Option(min=1, max=3600, help="how long to measure, loading not counted")] = 110,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of a table")] = False,
+) -> None:
+    """Measure what this machine serves with your settings: delays, replies a second, about how many active channels.
+
+    It asks the same engine that the bots use (MODEL, DTYPE, DEVICE, THREADS, SAMPLING__*, HISTORY_TOKENS), so stop
+    palaver first: they would slow each other down. It needs no token and touches no journal.
+    """
+    (settings,) = _settings(Settings)
+    logging.getLogger().setLevel(logging.WARNING)
+    raise typer.Exit(_go(_bench(settings, seconds, as_json)))
+
+
+async def _bench(settings: Settings, seconds: float, as_json: bool) -> int:
+    from core.app import open_voice
+    from core.evaluation import load
+
+    began = time.monotonic()
+
+    def tell(what: str) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {what} ...", file=sys.stderr, flush=True)
+
+    tell(f"loading {settings.model}")
+    async with open_voice(settings) as voice:
+        loading, info = time.monotonic() - began, voice.engine.info
+        found = await load.measure(voice, seconds, settings.queue.running, tell)
+        memory = load.resident_bytes()
+    if as_json:
+        print(json.dumps(load.as_dict(found, info.name, info.how, loading, memory), indent=2))
+    else:
+        print(load.as_text(found, info.name, info.how, loading, memory))
+    return 0
+
+
+@journal_cli.callback(invoke_without_command=True)
+def journal_counts(context: typer.Context) -> None:
+    """The journal, where every message and reply stands. Alone: how many are in which state."""
+    if context.invoked_subcommand:
+        return
+
+    async def show() -> int:
+        from rich.console import Console
+        from rich.table import Table
+
+        async with _journal() as journal:
+            for what, states in (await journal.counts()).items():
+                table = Table(title=what, title_justify="left")
+                table.add_column("state")
+                table.add_column("rows", justify="right")
+                for state, count in states.items():
+                    table.add_row(state, str(count))
+                Console().print(table)
+        return 0
+
+    raise typer.Exit(_go(show()))
+
+
+@journal_cli.command("export")
+def journal_export(
+    channel: Annotated[str, typer.Argument(help="platform:id, for example discord:123 or web:abc")],
+    file: Annotated[Path | None, typer.Argument(help="where to write; standard output when left out")] = None,
+) -> None:
+    """One channel's conversation as JSON lines, oldest first."""
+    from core.messages import Channel
+
+    try:
+        where = Channel.parse(channel)
+    except ValueError as error:
+        _stop([str(error)])
+
+    async def export() -> int:
+        out = file.open("w", encoding="utf-8") if file else sys.stdout
+        try:
+            async with _journal() as journal:
+                async for line in journal.export(where):
+                    print(json.dumps(line, ensure_ascii=False), file=out)
+        finally:
+            if file:
+                out.close()
+        return 0
+
+    raise typer.Exit(_go(export()))
+
+
+@journal_cli.command("backup")
+def journal_backup(
+    file: Annotated[
+        Path | None, typer.Argument(help="where to; left out, NAME.backups/ beside the journal, where 5 are kept")
+    ] = None,
+) -> None:
+    """Copy the journal while everything runs, check the copy, and print where it is.
+
+    A running palaver does the same every hour.
+    """
+    from core.journal import storage
+
+    async def copy() -> int:
+        print(await storage.backup(_journal_file("pg_dump"), file))
+        return 0
+
+    raise typer.Exit(_go(copy()))
+
+
+@journal_cli.command("restore")
+def journal_restore(
+    copy: Annotated[Path | None, typer.Argument(help="which copy; left out, the newest that is whole")] = None,
+) -> None:
+    """Put a copy in the journal's place; stop palaver first. What stood there is moved aside, nothing is deleted.
+
+    Messages since the copy are lost to this journal. A corrupt journal is restored like this by itself at a start.
+    """
+    from core.journal import storage
+
+    async def restore() -> int:
+        used = storage.restore(_journal_file("pg_restore", must_exist=False), copy)
+        print(f"restored {used}")
+        return 0
+
+    raise typer.Exit(_go(restore()))
+
+
+@journal_cli.command("check")
+def journal_check() -> None:
+    """Read all of the journal and print what is wrong with it, also while palaver runs. It changes nothing.
+
+    Exit code 0: it is whole. 1: it is not; palaver journal restore puts the newest good copy in its place.
+    """
+    from core.journal import storage
+
+    async def check() -> int:
+        file = _journal_file("pg_amcheck")
+        problems = await storage.check(file)
+        print("\n".join(problems) or f"{file} is whole")
+        return 1 if problems else 0
+
+    raise typer.Exit(_go(check()))
+
+
+def _journal_file(tool: str, must_exist: bool = True) -> Path:
+    """SQLite's file; PostgreSQL has `tool` for the same. Raises JournalError."""
+    from core.journal.database import JournalError, file_of, parse
+
+    (settings,) = _settings(Settings)
+    logging.getLogger().setLevel(logging.WARNING)
+    file = file_of(parse(settings.database_url.get_secret_value()))
+    if file is None:
+        raise JournalError(f"DATABASE_URL: that journal is in PostgreSQL, which has its own tool for this: {tool}")
+    if must_exist and not file.is_file():
+        raise JournalError(f"DATABASE_URL: there is no journal at {file}")
+    return file
 
 
 @journal_cli.callback(invoke_without_command=True)

@@ -1,0 +1,153 @@
+"""What the peers load: a checkpoint of the wanted shape whose end of text is never drawn, so no reply ends early.
+
+Speed depends on shapes, not on what the numbers mean, so the true shapes get random weights; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from core.engine.hub import EMBEDDED
+from core.engine.weights import load, read_config
+
+SHAPES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}
+"""DialoGPT's three: layers, width, heads; 50,257 ids, 1,024 positions."""
+
+
+def make(shape: str, model: Path | None, folder: Path) -> Path:
+    """The checkpoint's folder inside `folder`, kept for the next run. `model` stands in for a shape."""
+    source = model or (EMBEDDED if shape == "tiny" else None)
+    path = folder / (model.name if model else shape)
+    if not (path / "model.safetensors").is_file():
+        path.mkdir(parents=True, exist_ok=True)
+        tensors, config = read(source) if source else draw(shape)
+        names(path, config["vocab_size"])
+        (path / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+        save_file(tensors, path / "model.safetensors.part", {"format": "pt"})
+        (path / "model.safetensors.part").rename(path / "model.safetensors")
+    return path
+
+
+def draw(shape: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Random weights, spread as GPT-2's at its start; the end of text's row is zero, far below the 50 likeliest."""
+    layers, width, heads = SHAPES[shape]
+    vocab, positions, rng = 50_257, 1024, torch.Generator().manual_seed(1)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=rng) * 0.02
+
+    tensors = {"wte.weight": normal(vocab, width), "wpe.weight": normal(positions, width)}
+    tensors["wte.weight"][vocab - 1] = 0.0
+    for i in range(layers):
+        for name, size in (
+            ("attn.c_attn", (width, 3 * width)),
+            ("attn.c_proj", (width, width)),
+            ("mlp.c_fc", (width, 4 * width)),
+            ("mlp.c_proj", (4 * width, width)),
+        ):
+            tensors[f"h.{i}.{name}.weight"] = normal(*size)
+            tensors[f"h.{i}.{name}.bias"] = normal(size[1])
+        for name in ("ln_1", "ln_2"):
+            tensors |= {f"h.{i}.{name}.weight": torch.ones(width), f"h.{i}.{name}.bias": torch.zeros(width)}
+    tensors |= {"ln_f.weight": torch.ones(width), "ln_f.bias": torch.zeros(width)}
+    config = _config(layers, width, heads, positions, vocab, vocab - 1)
+    return {f"transformer.{name}": tensor for name, tensor in tensors.items()}, config
+
+
+def read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A real checkpoint in float32, its end of text moved to the id that its last layer's bias likes least.
+
+    Which id that is changes no shape; a reply that ends early all the same stops the run.
+    """
+    found, c = load(source), read_config(source / "config.json")
+    tensors = {f"transformer.{name}": tensor.float().contiguous().clone() for name, tensor in found.tensors.items()}
+    if "transformer.lm_head.weight" in tensors:
+        raise SystemExit(f"{source} has an output layer of its own, which not every peer can load")
+    eos = int((tensors["transformer.wte.weight"] @ tensors["transformer.ln_f.bias"]).argmin())
+    return tensors, _config(c.n_layer, c.n_embd, c.n_head, c.n_positions, c.vocab_size, eos)
+
+
+def _config(layers: int, width: int, heads: int, positions: int, vocab: int, eos: int) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": heads,
+        "n_positions": positions,
+        "vocab_size": vocab,
+        "eos_token_id": eos,
+        "bos_token_id": eos,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    }
+
+
+def names(path: Path, vocab: int) -> None:
+    """A tokenizer's files with a made-up word per id: some converters will not do without."""
+    words = {f"<{i}>": i for i in range(vocab)}
+    (path / "vocab.json").write_text(json.dumps(words), "utf-8")
+    (path / "merges.txt").write_text("#version: 0.2\n", "utf-8")
+    end = f"<{vocab - 1}>"
+    said = {"tokenizer_class": "GPT2Tokenizer", "bos_token": end, "eos_token": end, "unk_token": end}
+    (path / "tokenizer_config.json").write_text(json.dumps(said), "utf-8")
+
+
+def gguf(folder: Path, kind: str) -> Path:
+    """The checkpoint as llama.cpp reads it; matrices as f32, bf16 or q8_0, all else f32. Needs the package gguf."""
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
+
+    path = folder / f"{kind}.gguf"
+    if path.is_file():
+        return path
+    c = json.loads((folder / "config.json").read_text("utf-8"))
+    part = path.with_suffix(".part")
+    writer = GGUFWriter(part, "gpt2")
+    writer.add_context_length(c["n_positions"])
+    writer.add_embedding_length(c["n_embd"])
+    writer.add_feed_forward_length(4 * c["n_embd"])
+    writer.add_block_count(c["n_layer"])
+    writer.add_head_count(c["n_head"])
+    writer.add_layer_norm_eps(c["layer_norm_epsilon"])
+    writer.add_file_type({"f32": LlamaFileType.ALL_F32, "bf16": LlamaFileType.MOSTLY_BF16}.get(kind, 7))
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(c["vocab_size"])
+    matrix = {"f32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}[kind]
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        new, is_linear = _gguf_name(name.removeprefix("transformer."))
+        values = (tensor.T if is_linear else tensor).contiguous().numpy()
+        big = values.ndim == 2 and new != "position_embd.weight"
+        to = GGMLQuantizationType[matrix if big else "F32"]
+        writer.add_tensor(new, quants.quantize(values, to), raw_dtype=to)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shutil.move(part, path)
+    return path
+
+
+def _gguf_name(name: str) -> tuple[str, bool]:
+    """(llama.cpp's name, whether it is a matrix that stands (in, out) here and (out, in) there)"""
+    top = {"wte.weight": "token_embd.weight", "wpe.weight": "position_embd.weight"}
+    if not name.startswith("h."):
+        return top.get(name, name.replace("ln_f", "output_norm")), False
+    _, layer, rest = name.split(".", 2)
+    module, _, end = rest.rpartition(".")
+    short = {
+        "ln_1": "attn_norm",
+        "ln_2": "ffn_norm",
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+    }[module]
+    return f"blk.{layer}.{short}.{end}", end == "weight" and "c_" in module

@@ -1,0 +1,63 @@
+"""One peer's turn, in a process of its own so that no two libraries' threads meet. The last line it prints is JSON.
+
+python -m benchmarks.serve.child PEER FOLDER WORKLOADS SECONDS THREADS STRIDE PAUSE [TEXT]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serve import peers
+from benchmarks.serve.workloads import CHANNELS, REPLY, WINDOWS, WORKLOADS, Script, Talk
+from core.evaluation.load import resident_bytes
+
+
+async def measure(
+    name: str, folder: Path, workloads: str, seconds: float, threads: int, stride: int, pause: float, text: list[int]
+) -> dict[str, Any]:
+    """{"absent": why} or what each workload measured, with the start and the memory."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    began = time.perf_counter()
+    try:
+        peer = peers.make(name, folder, threads)
+        how = await peer.open()
+    except peers.Absent as error:
+        return {"absent": str(error)}
+    loaded = time.perf_counter()
+
+    def script(letter: str) -> Script:
+        room = config["n_positions"] - REPLY
+        return Script(config["vocab_size"], config["eos_token_id"], min(WINDOWS[letter], room), stride, pause, text)
+
+    await peer.expect(1, 256)
+    first = await Talk(script("A"), 0).say(peer)
+    found: dict[str, Any] = {"how": how, "load_s": loaded - began, "first_reply_s": first.seconds}
+    for letter in workloads:
+        what = script(letter)
+        await peer.expect(CHANNELS[letter], what.window + REPLY)
+        found[letter] = await WORKLOADS[letter](peer, what, seconds)
+    found["peak_mb"] = resident_bytes() / 1e6
+    await peer.aclose()
+    return found
+
+
+def main() -> None:
+    name, folder, workloads, seconds, threads, stride, pause, *text = sys.argv[1:]
+    out = os.dup(1)
+    os.dup2(2, 1)  # libraries may say what they like
+    ids = json.loads(Path(text[0]).read_text("utf-8")) if text else []
+    found = asyncio.run(
+        measure(name, Path(folder), workloads, float(seconds), int(threads), int(stride), float(pause), ids)
+    )
+    os.write(out, json.dumps(found).encode() + b"\n")
+    os._exit(0)  # some libraries' threads never end
+
+
+if __name__ == "__main__":
+    main()

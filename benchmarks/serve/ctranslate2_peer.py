@@ -1,0 +1,35 @@
+"""CTranslate2: int8 or float32, in batches of 16; it keeps no cache between two calls."""
+
+from __future__ import annotations
+
+import json
+
+import ctranslate2
+
+from benchmarks.serve.peers import SAMPLING, Asked, Batcher
+
+
+class CTranslate2(Batcher):
+    def load(self) -> str:
+        path = self.folder / f"ctranslate2-{self.kind}"
+        if not (path / "model.bin").is_file():
+            converter = ctranslate2.converters.TransformersConverter(str(self.folder))
+            converter.convert(str(path), quantization=self.kind, force=True)
+        self._words: list[str] = json.loads((path / "vocabulary.json").read_text("utf-8"))
+        self._model = ctranslate2.Generator(
+            str(path), device="cpu", compute_type=self.kind, inter_threads=1, intra_threads=self.threads
+        )
+        return f"{self._model.compute_type}, batches of up to {self.limit}"
+
+    def run(self, batch: list[Asked]) -> list[list[list[int]]]:
+        results = self._model.generate_batch(
+            [[self._words[id] for id in asked.prompt] for asked in batch],
+            max_length=batch[0].tokens,
+            min_length=batch[0].tokens,
+            num_hypotheses=batch[0].candidates,
+            sampling_topk=SAMPLING.top_k,
+            sampling_topp=SAMPLING.top_p,
+            sampling_temperature=SAMPLING.temperature,
+            include_prompt_in_result=False,
+        )
+        return [[list(ids) for ids in result.sequences_ids] for result in results]

@@ -1,0 +1,191 @@
+"""Who answers. A peer is a class with open, reply, aclose; a new one is a line in PEERS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from core.engine.base import SamplingParams
+from core.evaluation.load import cores
+
+SAMPLING = SamplingParams(temperature=0.8, top_k=50, top_p=0.9)
+"""The same for all."""
+PEERS = {
+    "palaver-float32": "palaver:Palaver",
+    "palaver-bfloat16": "palaver:Palaver",
+    "palaver-int8": "palaver:Palaver",
+    "palaver-int8-torch": "palaver:Palaver",
+    "transformers-float32": "transformers_peer:Serial",
+    "transformers-bfloat16": "transformers_peer:Serial",
+    "transformers-static": "transformers_peer:Static",
+    "transformers-continuous": "transformers_peer:Continuous",
+    "ctranslate2-float32": "ctranslate2_peer:CTranslate2",
+    "ctranslate2-int8": "ctranslate2_peer:CTranslate2",
+    "llama.cpp-f32": "llama_peer:Llama",
+    "llama.cpp-bf16": "llama_peer:Llama",
+    "llama.cpp-q8_0": "llama_peer:Llama",
+}
+"""name -> module:class. What follows the first hyphen is the peer's `kind`: its precision or way of batching."""
+
+
+class Absent(Exception):
+    """This peer cannot run here; str() says why."""
+
+
+class Peer(Protocol):
+    caches: bool
+    """Keeps what it computed for a session's next turn."""
+
+    def __init__(self, kind: str, folder: Path, threads: int) -> None:
+        """`folder`: the checkpoint; `threads`: 0 is as many as are best."""
+        ...
+
+    async def open(self) -> str:
+        """Load; one line on how it runs. Raises Absent."""
+        ...
+
+    async def expect(self, channels: int, tokens: int) -> None:
+        """So many channels come next, each with at most so many ids: for peers that allot their cache beforehand."""
+        ...
+
+    async def reply(self, prompt: Sequence[int], session: str, candidates: int, tokens: int) -> list[list[int]]:
+        """`candidates` continuations of exactly `tokens` ids each."""
+        ...
+
+    def prepare(self, session: str, ids: Sequence[int]) -> None:
+        """The next prompt will begin with `ids`, as far as one can tell: for peers that compute while nobody waits."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+def make(name: str, folder: Path, threads: int) -> Peer:
+    """Raises Absent when its library is not installed."""
+    module, _, cls = PEERS[name].partition(":")
+    try:
+        found = getattr(importlib.import_module(f"benchmarks.serve.{module}"), cls)
+    except ImportError as error:
+        raise Absent(f"not installed ({error})") from error
+    peer: Peer = found(name.partition("-")[2], folder, threads)
+    return peer
+
+
+@dataclass(slots=True)
+class Asked:
+    prompt: list[int]
+    session: str
+    candidates: int
+    tokens: int
+    future: asyncio.Future[list[list[int]]]
+
+
+class Worker:
+    """A peer whose library is synchronous: one thread loads it and runs it, as libraries like best."""
+
+    caches = False
+
+    def __init__(self, kind: str, folder: Path, threads: int) -> None:
+        self.kind, self.folder, self.threads = kind, folder, threads or cores()
+        self._inbox: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
+
+    def load(self) -> str:
+        """In the thread: load, and say how it runs. Raises Absent."""
+        raise NotImplementedError
+
+    def step(self, new: list[Asked]) -> bool:
+        """In the thread: take `new` in and go on; False when nothing is left to do."""
+        raise NotImplementedError
+
+    async def open(self) -> str:
+        self._loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[str] = self._loop.create_future()
+        self._closed: asyncio.Future[None] = self._loop.create_future()
+        threading.Thread(target=self._work, daemon=True).start()
+        return await self._opened
+
+    async def expect(self, channels: int, tokens: int) -> None: ...
+
+    async def reply(self, prompt: Sequence[int], session: str, candidates: int, tokens: int) -> list[list[int]]:
+        asked = Asked(list(prompt), session, candidates, tokens, self._loop.create_future())
+        self._inbox.put(asked)
+        return await asked.future
+
+    def prepare(self, session: str, ids: Sequence[int]) -> None: ...
+
+    async def aclose(self) -> None:
+        self._inbox.put(None)
+        await self._closed
+
+    def deliver(self, asked: Asked, replies: list[list[int]]) -> None:
+        self._call(_settle, asked.future, replies)
+
+    def _work(self) -> None:
+        try:
+            self._call(_settle, self._opened, self.load())
+            busy = False
+            while True:
+                new: list[Asked] = []
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        asked = self._inbox.get(block=not busy and not new)
+                        if asked is None:
+                            return
+                        new.append(asked)
+                busy = self.step(new)
+        except BaseException as error:
+            if not self._opened.done():
+                self._call(_settle, self._opened, error)
+            else:
+                os._exit(_say(error))  # whoever waits would wait for ever
+        finally:
+            self._call(_settle, self._closed, None)
+
+    def _call(self, function: Any, *args: object) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+class Batcher(Worker):
+    """Whoever waits is answered together, `limit` replies at most; who comes later waits for the next batch."""
+
+    limit = 16
+
+    def __init__(self, kind: str, folder: Path, threads: int) -> None:
+        super().__init__(kind, folder, threads)
+        self._waiting: list[Asked] = []
+
+    def run(self, batch: list[Asked]) -> list[list[list[int]]]:
+        """All with the same number of candidates and tokens."""
+        raise NotImplementedError
+
+    def step(self, new: list[Asked]) -> bool:
+        self._waiting += new
+        count = max(1, self.limit // self._waiting[0].candidates)
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        for asked, replies in zip(batch, self.run(batch), strict=True):
+            self.deliver(asked, replies)
+        return bool(self._waiting)
+
+
+def _settle(future: asyncio.Future[Any], end: object) -> None:
+    if future.done():
+        return
+    if isinstance(end, BaseException):
+        future.set_exception(end)
+    else:
+        future.set_result(end)
+
+
+def _say(error: BaseException) -> int:
+    import traceback
+
+    traceback.print_exception(error)
+    return 1

@@ -1,0 +1,255 @@
+"""What this machine can serve: delays of real replies at growing load. `palaver bench` prints it.
+
+People are played by the list of openers; everything else is as in a running bot: settings, window, engine, draws.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from core.engine.base import EngineError
+from core.evaluation.selfchat import read_openers
+from core.messages import Turn
+from core.voice import Voice
+
+GOAL = 2.0
+"""Seconds that 95 of 100 replies may take."""
+PER_MINUTE = 2.0
+"""Messages a minute that an active channel writes to the bot."""
+CHANNELS = 64
+"""Conversations that the test keeps going."""
+REMEMBERED = 40
+"""Turns a conversation keeps; the window shows the model fewer."""
+FLIGHTS = (1, 4, 16)
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Delays:
+    """Of the replies that came in `seconds`."""
+
+    replies: int
+    per_second: float
+    p50: float
+    p95: float
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """All times in seconds."""
+
+    first_reply: float
+    """To an empty conversation, right after the start."""
+    single: Delays
+    words: float
+    """Mean length of a reply."""
+    in_flight: dict[int, Delays]
+    levels: list[tuple[float, Delays]]
+    """(messages per second that arrived by chance, how they fared)"""
+    most_per_second: float
+    """The highest such load at which 95 % of the replies took at most GOAL; 0: not even the lowest tried."""
+
+    @property
+    def channels(self) -> int:
+        return int(self.most_per_second * 60 / PER_MINUTE)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` of all are at or below (nearest rank). Of nothing: nan."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, int(share * len(ranked)))] if ranked else float("nan")
+
+
+@dataclass(slots=True)
+class Talk:
+    """One conversation, and the lengths of its replies."""
+
+    voice: Voice
+    number: int
+    age: int = 0
+    """Exchanges that lie behind it already."""
+    turns: list[Turn] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        rng = random.Random(self.number)
+        for _ in range(2 * self.age):
+            self._add(rng.choice(read_openers()))
+
+    async def say(self, rng: random.Random) -> float:
+        """Seconds until the reply was there. Raises an EngineError."""
+        self._add(rng.choice(read_openers()))
+        began = time.perf_counter()
+        spoken = await self.voice.speak(self.turns, session=f"bench-{self.number}", seed=rng.getrandbits(60))
+        seconds = time.perf_counter() - began
+        text = spoken[0] if spoken else ""
+        self._add(text)
+        self.words.append(len(text.split()))
+        return seconds
+
+    def _add(self, text: str) -> None:
+        index = self.turns[-1].index + 1 if self.turns else 0
+        self.turns = [*self.turns[1 - REMEMBERED :], Turn("assistant" if index % 2 else "user", "", text, index)]
+
+
+async def measure(voice: Voice, seconds: float, running: int, tell: Tell, seed: int = 1) -> Load:
+    """Takes about `seconds`. `running`: requests under way at once, as QUEUE__RUNNING has it. `tell` hears of progress.
+
+    Raises an EngineError when not one reply comes.
+    """
+    rng = random.Random(seed)
+    tell("the first reply")
+    first = await Talk(voice, 0).say(rng)
+    talks = [Talk(voice, 1 + number, age=number % 10) for number in range(CHANNELS)]
+    in_flight = {}
+    for count in FLIGHTS:
+        tell(f"{count} in flight")
+        in_flight[count] = await closed_loop(talks, count, seconds / 8, rng)
+    rate, step, most, levels = 0.8 * in_flight[FLIGHTS[-1]].per_second, 1.3, 0.0, []
+    for _ in range(5):
+        tell(f"messages by chance, {rate:.2g} a second")
+        level = await open_loop(talks, rate, seconds / 8, running, rng)
+        levels.append((rate, level))
+        if level.p95 <= GOAL:
+            most = max(most, rate)
+            rate *= step
+        else:
+            rate, step = (rate / step, 1 + (step - 1) / 2) if most else (rate / 2, step)
+    words = [count for talk in talks for count in talk.words]
+    return Load(first, in_flight[1], statistics.fmean(words), in_flight, levels, most)
+
+
+async def closed_loop(talks: Sequence[Talk], count: int, seconds: float, rng: random.Random) -> Delays:
+    """`count` requests in flight at any time; the talks take turns, one at least is finished by each."""
+    queue, delays = list(talks), list[float]()
+    began = time.perf_counter()
+
+    async def worker() -> None:
+        while True:
+            talk = queue.pop(0)
+            delays.append(await talk.say(rng))
+            queue.append(talk)
+            if time.perf_counter() >= began + seconds:
+                return
+
+    await asyncio.gather(*(worker() for _ in range(count)))
+    return _delays(delays, time.perf_counter() - began)
+
+
+async def open_loop(talks: Sequence[Talk], rate: float, seconds: float, running: int, rng: random.Random) -> Delays:
+    """`rate` messages a second arrive by chance, in any channel that waits for nothing; at most `running` under way."""
+    idle, gate = list(talks), asyncio.Semaphore(running)
+
+    async def say() -> None:
+        talk = idle.pop(rng.randrange(len(idle)))  # IndexError when all wait: far too much load
+        try:
+            async with gate:
+                await talk.say(rng)
+        finally:
+            idle.append(talk)
+
+    began = time.perf_counter()
+    delays = await poisson(say, rate, seconds, rng)
+    return _delays(delays, time.perf_counter() - began)
+
+
+async def poisson(
+    say: Callable[[], Awaitable[object]], rate: float, seconds: float, rng: random.Random, patience: float = 5 * GOAL
+) -> list[float]:
+    """Seconds each took when `rate` a second arrive by chance for `seconds`; nobody waits for who came before.
+
+    One that raises an EngineError or finds nobody idle counts as infinitely late, and so does what is not there
+    `patience` seconds after the last arrival.
+    """
+    delays: list[float] = []
+
+    async def one() -> None:
+        began = time.perf_counter()
+        try:
+            await say()
+        except (EngineError, LookupError):
+            delays.append(float("inf"))
+        else:
+            delays.append(time.perf_counter() - began)
+
+    tasks, now, end = [], time.perf_counter(), time.perf_counter() + seconds
+    while (now := now + rng.expovariate(rate)) < end:
+        await asyncio.sleep(max(0.0, now - time.perf_counter()))
+        tasks.append(asyncio.create_task(one()))
+    if tasks:
+        _, late = await asyncio.wait(tasks, timeout=patience)
+        for task in late:
+            task.cancel()
+            delays.append(float("inf"))
+        await asyncio.wait(tasks)
+    for task in tasks:
+        if not task.cancelled() and (mistake := task.exception()):
+            raise mistake
+    return delays
+
+
+def _delays(seconds: Sequence[float], wall: float) -> Delays:
+    there = sum(s < float("inf") for s in seconds)
+    return Delays(there, there / wall, percentile(seconds, 0.5), percentile(seconds, 0.95))
+
+
+def as_dict(load: Load, name: str, how: str, loading: float, memory: int) -> dict[str, object]:
+    """For programs; seconds, bytes."""
+    measured = {**asdict(load), "active_channels": load.channels}
+    terms = {"p95_goal": GOAL, "messages_per_minute_and_channel": PER_MINUTE}
+    return {"model": name, "how": how, "cores": cores(), "load": loading, "memory": memory, **terms, **measured}
+
+
+def as_text(load: Load, name: str, how: str, loading: float, memory: int) -> str:
+    """For people."""
+    rows = [(f"{count} in flight", delays) for count, delays in load.in_flight.items()]
+    rows += [(f"{rate:.2g} arriving a second", delays) for rate, delays in load.levels]
+    lines = [
+        f"{name}: {how}; {cores()} cores",
+        f"loaded in {loading:.1f} s, first reply {load.first_reply:.2f} s later, "
+        + (f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory unknown"),
+        f"a reply to a single user: {load.single.p50:.2f} s (95 % within {load.single.p95:.2f} s), "
+        f"{load.words:.1f} words on average",
+        "",
+        f"{'':26}{'replies/s':>10}{'p50 s':>9}{'p95 s':>9}",
+        *(f"{what:26}{d.per_second:10.2f}{d.p50:9.2f}{d.p95:9.2f}" for what, d in rows),
+        "",
+    ]
+    each = f"each writes {PER_MINUTE:g} messages a minute to the bot, 95 % are answered within {GOAL:g} s"
+    if load.channels:
+        lines.append(f"This machine serves about {load.channels} active channels ({each}).")
+    else:
+        lines.append(f"This machine is too slow for this model: no load tried was served in time ({each}).")
+    return "\n".join(lines)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resident_bytes(kind: str = "VmHWM") -> int:
+    """Memory of this process and its children, their peaks added up ("VmRSS": now); 0 where there is no /proc."""
+    family, total = {os.getpid()}, 0
+    for status in sorted(_statuses(), key=lambda s: int(s["Pid"])):
+        if int(status["Pid"]) in family or int(status["PPid"]) in family:
+            family.add(int(status["Pid"]))
+            total += int(status.get(kind, "0 kB").split()[0]) << 10
+    return total
+
+
+def _statuses() -> Iterable[dict[str, str]]:
+    for file in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = file.read_text("utf-8", "replace").splitlines()
+        except OSError:  # it has just ended
+            continue
+        yield {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
