@@ -83,6 +83,32 @@ def test_what_piles_up_while_a_chat_must_wait_is_left_in_the_journal_and_comes_i
     play(scene)
 
 
+@pytest.mark.parametrize("piled_up", [3, 4, 5])
+def test_what_is_answered_while_the_journal_is_read_is_neither_lost_nor_doubled(piled_up: int) -> None:
+    async def scene(house: House) -> None:
+        house.courier.in_memory = 2
+        house.platform.script[A] = [RetryAfter(30)]
+        due = house.journal.due
+
+        async def slow(*which: object) -> object:
+            found = await due(*which)
+            await asyncio.sleep(5)
+            return found
+
+        house.journal.due = slow
+        texts = [f"number {number}" for number in range(piled_up + 3)]
+        await house.say(*texts[:piled_up])
+        await asyncio.sleep(32)
+        for text in texts[piled_up:]:
+            await house.say(text)
+            await asyncio.sleep(1)
+        await asyncio.sleep(60)
+        assert house.platform.texts() == [f"re {text}" for text in texts]
+        assert replies(house) == ["sent"] * len(texts) and not house.courier._ends
+
+    play(scene)
+
+
 def test_what_piled_up_is_delivered_in_order_after_a_restart() -> None:
     async def scene(house: House) -> None:
         house.platform.script[A] = [RetryAfter(500)]

@@ -8,6 +8,7 @@ twice within two minutes for one message, and finds our message again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections import Counter
@@ -134,6 +135,7 @@ class Server:
     def __init__(self, name: str, remembers: bool) -> None:
         self.name, self.remembers = name, remembers
         self.events: list[Message] = []
+        self.news = asyncio.Event()
         self.confirmed = 0
         self.ledger: list[tuple[float, Reply]] = []
         self.doubtful: set[int] = set()
@@ -157,6 +159,10 @@ class Client:
         server, dice = self._server, self._world.dice
         while True:
             await chat.paused()
+            if server.confirmed >= len(server.events):
+                server.news.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(server.news.wait(), 20.0)
             start = server.confirmed
             if dice.random() < self._world.faults.duplicates:
                 start = max(0, start - dice.randint(1, 3))
@@ -268,7 +274,7 @@ class World:
 
     async def _audit(self, queue: RequestQueue) -> None:
         while True:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(1.0)
             queue.check_integrity()
 
     async def _kill(self, life: Life) -> None:
@@ -308,6 +314,8 @@ class World:
                     server.events.append(replace(message, kind="edit", text=message.text + " again"))
                 else:
                     server.events.append(replace(message, kind="delete", text=""))
+            for one in self.servers:
+                one.news.set()
             if dice.random() < self.faults.refused:
                 server.closed.add(channel)
 
