@@ -30,8 +30,8 @@ class Voice:
         """`budget` ids of history at most, less where the model's positions leave less beside `params.max_tokens`;
         `spaced`: speak DialoGPT's spelling (core.text)."""
         room = engine.info.max_positions - min(params.max_tokens, engine.info.max_positions // 2)
-        self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room), stride)
         self.engine, self.tokenizer, self.params, self.spaced = engine, tokenizer, params, spaced
+        self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room), stride, self._spelled)
 
     def hears(self, text: str) -> str:
         """What of `text` reaches the model; "" is nothing to answer."""
@@ -43,8 +43,10 @@ class Voice:
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids for the engine; `turns` ends with the one to be answered. [] when there is nothing to answer."""
-        heard = [turn if turn.role == "assistant" else replace(turn, text=self.hears(turn.text)) for turn in turns]
-        return self.window.prompt(heard)
+        return self.window.prompt(turns)
+
+    def _spelled(self, turn: Turn) -> str:
+        return turn.text if turn.role == "assistant" else self.hears(turn.text)
 
     async def speak(
         self, turns: Sequence[Turn], *, seed: int | None = None, session: str = "", deadline: float | None = None
@@ -66,8 +68,15 @@ class Voice:
             said = [self.tokenizer.decode(completion.token_ids).strip() for completion in completions]
             best, fresh = choose(completions, said, recent)
             if fresh or draw == draws - 1:
+                self._look_ahead(session, prompt, [*turns, Turn("assistant", "", said[best], turns[-1].index + 1)])
                 return said[best], completions[best]
         raise AssertionError("unreachable")
+
+    def _look_ahead(self, session: str, prompt: Sequence[int], turns: Sequence[Turn]) -> None:
+        """When the window is about to move, its new place is prepared while nobody waits."""
+        ahead = self.window.ahead(turns) if session else []
+        if ahead and ahead[: len(prompt)] != prompt:
+            self.engine.prepare(session, ahead)
 
     async def ask(self, text: str, turns: Sequence[Turn] = ()) -> str:
         """One reply to `text` after `turns`, in people's spelling; "" when there is nothing to answer."""

@@ -124,6 +124,14 @@ class Engine(Protocol):
         """
         ...
 
+    def prepare(self, session: str, ids: Sequence[int]) -> None:
+        """A hint, taken at once: the next prompt of `session` will probably begin with `ids`, 1 to max_positions - 1.
+
+        Computed while nobody waits and there is free room, for a session of which something is cached. Never raises
+        for want of anything.
+        """
+        ...
+
     async def ready(self) -> str:
         """ "" when requests are answered now; else why not, one line."""
         ...

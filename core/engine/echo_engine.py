@@ -67,6 +67,9 @@ class EchoEngine:
                 break
         return turn[::-1]
 
+    def prepare(self, session: str, ids: Sequence[int]) -> None:
+        """Nothing is computed."""
+
     async def ready(self) -> str:
         return "the engine is closed" if self._closed else ""
 

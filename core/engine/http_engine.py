@@ -35,6 +35,8 @@ PATIENCE = 60.0
 """Seconds without an engine that a request without a deadline bears, and that a start waits for a remote one."""
 PROBE_EVERY, PROBE_WAITS, PROBES = 3.0, 10.0, 2
 """A child that is silent to so many probes in a row, each so long, hangs."""
+HINT = 5.0
+"""Seconds for a hint to be taken, after which it is void."""
 MERCY = 10.0
 """A hung engine is killed at twice a request's deadline, but never sooner than so many seconds after it."""
 SUSPECT, MOST_DEATHS = 2, 5
@@ -108,6 +110,11 @@ class HttpEngine:
             return wire.load_completions(answer)
         except (LookupError, TypeError) as error:
             raise Failed(f"the answer makes no sense ({wire.one_line(error)})") from error
+
+    def prepare(self, session: str, ids: Sequence[int]) -> None:
+        """Said once: nobody waits for it, and an engine that does not hear it is only slower."""
+        if not self._closed and not (self.process and self.process.why):
+            self._spawn(self._hint(wire.dump_hint(session, ids)))
 
     async def ready(self) -> str:
         if self._closed:
@@ -197,6 +204,10 @@ class HttpEngine:
         assert left is not None
         self._spawn(self._overdue(exchange, max(left, self.mercy)))
         raise Cancelled("no answer within the deadline")
+
+    async def _hint(self, body: dict[str, object]) -> None:
+        async with asyncio.timeout(HINT):
+            await self._exchange("POST", "/prepare", body)
 
     async def _overdue(self, exchange: asyncio.Task[dict[str, Any]], bound: float) -> None:
         """A child that says nothing for `bound` seconds more, not even that it gave the request up, hangs."""

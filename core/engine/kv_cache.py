@@ -74,6 +74,25 @@ class KVCache:
         self.running.add(slot)
         return slot
 
+    def prepare(self, session: str, ids: Sequence[int]) -> Slot | None:
+        """A slot to write `ids` in ahead of their prompt: one of the session's that begins with them, or a new one.
+
+        Takes nothing from anybody, the session's other slots stay. None: all of it is there, or there is no free room,
+        or nothing is kept of the session, so that one that was forgotten stays forgotten.
+        """
+        kept = [s for s in self.idle if s.session == session]
+        if not kept or any(common_prefix(s.tokens, ids) == len(ids) for s in kept):
+            return None
+        slot = next((s for s in kept if len(ids) <= s.capacity and s.tokens == ids[: len(s.tokens)]), None)
+        if slot:
+            self.idle.remove(slot)
+        else:
+            slot = Slot(session, round_up(len(ids), ROUND) + ROUND)  # with room for the turn to come and its reply
+            if self.used + slot.capacity > self.total:
+                return None
+        self.running.add(slot)
+        return slot
+
     def _victim(self) -> Slot:
         """The oldest idle slot whose session has another (of n candidates one is said), else the oldest."""
         slots = Counter(s.session for s in self.idle)

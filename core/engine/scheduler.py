@@ -1,7 +1,8 @@
 """Who runs in the next step. Pure Python, no torch.
 
 Rows join and leave at every step. Each step takes every sequence that needs one token (decode), then pieces of prompts
-(prefill) within the token budget. First come, first served: nobody overtakes because of room.
+(prefill) within the token budget. First come, first served: nobody overtakes because of room. When there is nothing
+to do, the step takes a small piece of a prompt that is still to come (prepare), which holds nothing between steps.
 
     waiting ──admit──▶ running ──finish──▶ delivered
        ▲                  │
@@ -15,9 +16,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from time import monotonic
 
-from core.engine.base import Cancelled, EngineError, Failed, PromptTooLong, QueueFull
+from core.engine.base import Cancelled, EngineError, Failed, PromptTooLong, QueueFull, SamplingParams
 from core.engine.kv_cache import KVCache
 from core.engine.sequence import Request, Sequence, Span
+
+PIECE = 16
+"""Rows of a step that prepares: who comes meanwhile waits about as long as for one token beside others."""
 
 Drawn = tuple[int, float]
 """A token and its log-probability under the unfiltered model."""
@@ -47,6 +51,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.requests: set[Request] = set()
+        self.preparing: dict[str, Sequence] = {}
+        """By session, oldest first: what its next prompt will begin with."""
 
     def add(self, request: Request) -> None:
         """Take it in; what is wrong with it is delivered like any other end."""
@@ -64,7 +70,25 @@ class Scheduler:
         request.sequences = [Sequence(request, seed + k, most) for k in range(params.n)]
         self.requests.add(request)
         self.waiting.extend(request.sequences)
+        self.preparing.pop(request.session, None)
         return None
+
+    def prepare(self, session: str, ids: list[int]) -> None:
+        """Compute `ids` when there is nothing else to do, so that the session's next prompt finds them in the cache."""
+        self.preparing.pop(session, None)
+        if 0 < len(ids) < self.max_positions and len(self.preparing) < self.max_waiting:
+            request = Request(ids, SamplingParams(), session, None, lambda _: self._stop_preparing(session))
+            self.preparing[session] = Sequence(request, 0, max_new=0)
+
+    def _stop_preparing(self, session: str) -> None:
+        self.preparing.pop(session, None)
+
+    def forget(self, session: str) -> None:
+        """Nothing of the session stays, nor of what it waits for now."""
+        self.preparing.pop(session, None)
+        for request in self.requests:
+            request.session = "" if request.session == session else request.session
+        self.cache.forget(session)
 
     def schedule(self) -> list[Span]:
         """The next step: decode rows first, then prefill, within the token budget. Empty: nothing to do."""
@@ -77,7 +101,7 @@ class Scheduler:
             budget -= self._take(sequence, budget, spans)
         while budget and len(self.running) < self.max_running and (admitted := self._admit()):
             budget -= self._take(admitted, budget, spans)
-        return spans
+        return spans or self._piece()
 
     def update(self, spans: Iterable[Span], drawn: Iterable[Drawn | None]) -> None:
         """Book what a step computed; `drawn` has one entry for each span that is_last, None where numbers went bad."""
@@ -95,6 +119,9 @@ class Scheduler:
                 sequence.append(*result, self.eos_id)
             if sequence.finish_reason:
                 self._finish(sequence)
+            elif sequence.max_new == 0:
+                self.requests.remove(sequence.request)
+                self._leave(sequence, keep=True)
 
     def give_up(self, request: Request, error: EngineError) -> None:
         """Take the request out, wherever it stands, and deliver the error. A request that is through is left alone."""
@@ -123,6 +150,19 @@ class Scheduler:
         alive = {s.request for s in (*self.running, *self.waiting)}
         assert alive == self.requests, "a request is lost"
         assert all(s.slot is None and not s.finish_reason for s in self.waiting)
+        assert all(s.slot is None for s in self.preparing.values()), "a preparation holds a slot between steps"
+
+    def _piece(self) -> list[Span]:
+        """The next piece of the oldest preparation, under way for this step alone; what cannot go on is dropped."""
+        while self.preparing and not self.waiting:
+            session, sequence = next(iter(self.preparing.items()))
+            sequence.slot = self.cache.prepare(session, sequence.tokens)
+            if sequence.slot:
+                self.requests.add(sequence.request)
+                self.running.append(sequence)
+                return [Span(sequence, sequence.computed, min(PIECE, len(sequence.tokens) - sequence.computed))]
+            del self.preparing[session]
+        return []
 
     def _take(self, sequence: Sequence, budget: int, spans: list[Span]) -> int:
         count = min(len(sequence.tokens) - sequence.computed, budget)

@@ -12,7 +12,10 @@ from core.engine.kv_cache import Slot
 
 
 class Sequence:
-    """One completion under way. `tokens` is the prompt and what was drawn; the first `computed` are in the KV cache."""
+    """One completion under way. `tokens` is the prompt and what was drawn; the first `computed` are in the KV cache.
+
+    With `max_new` 0 nothing is drawn: the prompt is computed ahead of its time, piece by piece.
+    """
 
     def __init__(self, request: Request, seed: int, max_new: int) -> None:
         self.request = request
@@ -75,7 +78,7 @@ class Span:
     @property
     def is_last(self) -> bool:
         """Its last row's logits draw the next token."""
-        return self.start + self.count == len(self.sequence.tokens)
+        return self.start + self.count == len(self.sequence.tokens) and self.sequence.max_new > 0
 
     @property
     def ids(self) -> list[int]:

@@ -1,6 +1,6 @@
 """One engine behind HTTP, on a Unix socket or TCP: `palaver engine`, and the child of core.engine.process.
 
-POST /generate, POST /forget {"session": …}   see core.engine.wire; 400 with one line for anything malformed
+POST /generate, POST /prepare, POST /forget   see core.engine.wire; 400 with one line for anything malformed
 GET /info, GET /tokenizer                     what a client must know of the model; its tokenizer's files
 GET /livez, GET /readyz, GET /metrics         200 while the process runs; 503 and why while it cannot answer
 
@@ -52,6 +52,7 @@ class Server:
         app.add_routes(
             [
                 web.post("/generate", self.generate),
+                web.post("/prepare", self.prepare),
                 web.post("/forget", self.forget),
                 web.get("/info", self.info),
                 web.get("/tokenizer", self.tokenizer),
@@ -87,6 +88,12 @@ class Server:
         self.counts["prompt_tokens"] += len(prompt)
         self.counts["reply_tokens"] += sum(len(completion.token_ids) for completion in completions)
         return web.json_response(wire.dump_completions(completions))
+
+    async def prepare(self, request: web.Request) -> web.Response:
+        engine = self._open(request)
+        ids, _, session, _ = wire.load_request(await request.read(), engine.info.vocab_size)
+        engine.prepare(session, ids)
+        return web.json_response({})
 
     async def forget(self, request: web.Request) -> web.Response:
         engine = self._open(request)

@@ -105,8 +105,7 @@ class TorchEngine:
         """`params.n` completions of `prompt`. Raises an EngineError; ValueError for ids that are no tokens."""
         if self._end:
             raise self._end
-        if not prompt or min(prompt) < 0 or max(prompt) >= self.info.vocab_size:
-            raise ValueError(f"a prompt is 1 or more ids from 0 below {self.info.vocab_size}")
+        self._check(prompt)
         future: asyncio.Future[list[Completion]] = self._loop.create_future()
         until = None if deadline is None else time.monotonic() + deadline
         request = Request(tuple(prompt), params, session, until, lambda end: self._call(_settle, future, end))
@@ -120,6 +119,16 @@ class TorchEngine:
         finally:
             self._under_way.discard(future)
 
+    def prepare(self, session: str, ids: Sequence[int]) -> None:
+        """ValueError for ids that are no tokens."""
+        self._check(ids)
+        if session and not self._end:
+            self._inbox.put(lambda scheduler: scheduler.prepare(session, list(ids)))
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        if not prompt or min(prompt) < 0 or max(prompt) >= self.info.vocab_size:
+            raise ValueError(f"a prompt is 1 or more ids from 0 below {self.info.vocab_size}")
+
     async def ready(self) -> str:
         return str(self._end) if self._end else ""
 
@@ -127,7 +136,7 @@ class TorchEngine:
         done: asyncio.Future[None] = self._loop.create_future()
 
         def forget(scheduler: Scheduler) -> None:
-            scheduler.cache.forget(session)
+            scheduler.forget(session)
             self._call(_settle, done, None)
 
         if session and not self._end:

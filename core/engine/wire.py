@@ -1,7 +1,8 @@
 """The engine's nouns as JSON, for both ends of the wire. Torch-free; never pickle.
 
 A request is {"prompt": [ids], "params": {…}, "session": "", "deadline": seconds or null}, its answer
-{"completions": [{…}]}; a refusal is {"error": the exception's name, "message": one line}.
+{"completions": [{…}]}; a hint of what to prepare is {"prompt": [ids], "session": ""}, its answer {}; a refusal is
+{"error": the exception's name, "message": one line}.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ def dump_request(
     prompt: Sequence[int], params: SamplingParams, session: str, deadline: float | None
 ) -> dict[str, object]:
     return {"prompt": [int(i) for i in prompt], "params": asdict(params), "session": session, "deadline": deadline}
+
+
+def dump_hint(session: str, ids: Sequence[int]) -> dict[str, object]:
+    return {"prompt": [int(i) for i in ids], "session": session}
 
 
 def load_request(body: bytes, vocab_size: int) -> tuple[list[int], SamplingParams, str, float | None]:

@@ -51,6 +51,8 @@ class Says:
         await self.gate.wait()
         return [Completion(self.words.encode(f"you said {turns[-1]}"), -1.0, "stop", 0)]
 
+    def prepare(self, session: str, ids: Sequence[int]) -> None: ...
+
     async def ready(self) -> str:
         return ""
 

@@ -32,6 +32,10 @@ class Told(EchoEngine):
         self.tokenizer = Tokenizer.load(folder)
         self.lines = iter(lines)
         self.asked: list[tuple[list[int], SamplingParams, str, float | None]] = []
+        self.prepared: list[tuple[str, list[int]]] = []
+
+    def prepare(self, session: str, ids: Sequence[int]) -> None:
+        self.prepared.append((session, list(ids)))
 
     async def generate(
         self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
@@ -116,6 +120,38 @@ async def test_what_the_caller_gives_reaches_the_engine(voice: Callable[..., Voi
     ((prompt, params, session, deadline),) = asked(speaker)
     assert prompt == speaker.prompt([user("hi")])
     assert (params.seed, params.max_tokens, session, deadline) == (77, 9, "discord:1", 5.0)
+
+
+async def test_a_window_about_to_move_is_prepared_once_and_begins_the_next_prompt(voice: Callable[..., Voice]) -> None:
+    """Only where it moves: everywhere else the cache holds the beginning already."""
+    lines = [f"number {i} it is , my dear" for i in range(20)]
+    speaker = voice(*lines, budget=192)
+    engine = speaker.engine
+    assert isinstance(engine, Told)
+    turns: list[Turn] = []
+    moves, before = 0, list[int]()
+    for i, line in enumerate(lines):
+        turns.append(user("and what comes then?", 2 * i))
+        prompt = speaker.prompt(turns)
+        if prompt[: len(before)] == before:
+            assert not engine.prepared
+        else:
+            moves += 1
+            ((session, ids),) = engine.prepared
+            assert session == "discord:1"
+            assert prompt[: len(ids)] == ids
+            assert len(prompt) - len(ids) == len(speaker.prompt([turns[-1]]))  # the question alone is new
+        engine.prepared.clear()
+        await speaker.speak(turns, seed=1, session="discord:1")
+        turns.append(bot(line, 2 * i + 1))
+        before = prompt
+    assert moves > 3
+
+
+async def test_without_a_session_nothing_is_prepared(voice: Callable[..., Voice]) -> None:
+    speaker = voice("fine", budget=16)
+    await speaker.speak([user("a long story about the sea and the rain"), bot("fine", 1), user("hi", 2)])
+    assert isinstance(speaker.engine, Told) and not speaker.engine.prepared
 
 
 async def test_what_only_repeats_is_drawn_again_with_other_seeds(voice: Callable[..., Voice]) -> None:

@@ -68,6 +68,22 @@ def test_never_over_budget_never_half_a_turn_never_without_the_question(
         assert boundary == 0 or whole[boundary - 1] == EOS or len(last) > budget
 
 
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=40), st.integers(2, 40), st.integers(1, 8))
+def test_ahead_is_the_next_prompts_beginning_when_the_guess_is_right(
+    lengths: list[int], budget: int, stride: int
+) -> None:
+    """The next question is as long as the window's were on average, cut down: then not a token is missing."""
+    window, spoken = Window(encode, EOS, budget, stride), turns(lengths[: len(lengths) // 2 * 2])
+    ahead = window.ahead(spoken)
+    recent = [turn for turn, _ in window._fitting(spoken, budget)]
+    asked = [len(encode(t.text)) + bool(t.text) for t in recent if t.role == "user"]
+    if not asked:
+        assert ahead == []
+    elif (mean := sum(asked) // len(asked)) > 1:
+        question = Turn("user", "u", " ".join(["7"] * (mean - 1)), len(spoken))
+        assert window.prompt([*spoken, question]) == [*ahead, *[7] * (mean - 1), EOS]
+
+
 def test_older_turns_do_not_change_the_prompt() -> None:
     lengths = [random.Random(1).randint(1, 9) for _ in range(200)]
     window = Window(encode, EOS, 60, stride=4)

@@ -63,3 +63,11 @@ async def at_rest(engine: TorchEngine) -> None:
             await asyncio.sleep(0.005)
     scheduler.check_integrity()
     assert not scheduler.cache.running and not scheduler.waiting
+
+
+async def until_prepared(engine: TorchEngine) -> None:
+    """Until what it was told to prepare is computed or dropped."""
+    await engine.forget("nobody")  # the hints before it are taken
+    async with asyncio.timeout(60):
+        while engine.core.scheduler.preparing:
+            await asyncio.sleep(0.005)

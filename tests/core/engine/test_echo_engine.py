@@ -51,6 +51,7 @@ async def test_it_refuses_like_any_engine(folder: Path) -> None:
     with pytest.raises(Cancelled):
         await engine.generate([1], SamplingParams(), deadline=0)
     await engine.forget("anybody")
+    engine.prepare("anybody", [1, 2])
     await engine.aclose()
     assert await engine.ready()
     with pytest.raises(EngineClosed):

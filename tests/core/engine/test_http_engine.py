@@ -126,6 +126,31 @@ async def test_a_child_draws_what_the_engine_in_this_process_draws(engine: Open,
             assert [c.finish_reason for c in theirs] == [c.finish_reason for c in mine]
 
 
+async def test_a_hint_arrives_and_saves_the_prefill(engine: Open) -> None:
+    here = await engine("plain")
+    async with over_http(here) as there:
+        await there.generate([1, 2, 256], SamplingParams(temperature=0), session="s")
+        there.prepare("s", [9] * 30)
+        await until(lambda: any(slot.tokens == [9] * 30 for slot in here.core.scheduler.cache.idle))
+        [completion] = await there.generate([*[9] * 30, 5, 256], SamplingParams(temperature=0), session="s")
+        assert completion.cached_tokens == 30
+
+
+async def test_a_hint_that_nobody_hears_is_no_mistake(engine: Open, checkpoint: Make) -> None:
+    here = await engine("plain")
+    async with over_http(here) as there:
+        there.prepare("s", [9999])  # refused
+        there.prepare("s", [])
+        await there.forget("s")
+    there.prepare("s", [1])  # closed
+    async with spawned(checkpoint()) as there:
+        there.prepare("s", [1, 2])
+        assert there.process
+        there.process.kill("by the test")
+        there.prepare("s", [1, 2])
+        assert await there.generate([1, 2, 256], SamplingParams(temperature=0))
+
+
 async def test_a_hundred_requests_at_once(engine: Open) -> None:
     here = await engine("plain")
     async with over_http(here) as there:

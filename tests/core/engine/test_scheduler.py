@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from core.engine.base import Cancelled, Completion, EngineError, Failed, QueueFull, SamplingParams
 from core.engine.kv_cache import ROUND, KVCache, common_prefix
-from core.engine.scheduler import Scheduler
+from core.engine.scheduler import PIECE, Scheduler
 from core.engine.sequence import Request, Span
 
 EOS = 9
@@ -53,7 +53,12 @@ def next_token(tokens: list[int], seed: int = 0) -> int:
 
 def step(scheduler: Scheduler, bad: frozenset[int] = frozenset()) -> list[Span]:
     """Run what is scheduled; prompts that hold an id of `bad` have bad numbers."""
+    kept = list(scheduler.cache.idle)
     spans = scheduler.schedule()
+    if ahead := [s for s in spans if s.sequence.max_new == 0]:
+        assert ahead == spans and len(spans) == 1 and not scheduler.waiting, "somebody waits for a preparation"
+        assert {*scheduler.cache.idle, ahead[0].sequence.slot} >= {*kept}, "a preparation drove something out"
+        assert ahead[0].count <= PIECE
     for span in spans:
         assert span.sequence.slot
         assert len(span.sequence.slot.tokens) == span.start
@@ -207,6 +212,87 @@ def test_deadlines_and_full_queues() -> None:
     scheduler.check_integrity()
 
 
+def test_what_is_to_come_is_prepared_in_pieces_when_nobody_waits() -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    client.ask([1, 2, 3], "a")
+    finish(scheduler)
+    ahead = [4] * 40
+    scheduler.prepare("a", ahead)
+    client.ask([7], "b", max_tokens=2)
+    assert [s.sequence.request.session for s in step(scheduler)] == ["b"]
+    while scheduler.running:
+        step(scheduler)
+    assert [(s.start, s.count) for s in step(scheduler)] == [(0, 16)]
+    client.ask([8], "c", max_tokens=1)  # who comes goes first, and what was computed is not lost
+    assert [s.sequence.request.session for s in step(scheduler)] == ["c"]
+    assert [(s.start, s.count) for _ in range(2) for s in step(scheduler)] == [(16, 16), (32, 8)]
+    assert step(scheduler) == []
+    client.ask([*ahead, 5], "a")
+    finish(scheduler)
+    assert client.end()[0].cached_tokens == 40
+    assert client.end()[0].token_ids == expected([*ahead, 5], 5)
+
+
+def test_a_half_prepared_turn_is_used_as_far_as_it_goes() -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    client.ask([1, 2, 3], "a")
+    finish(scheduler)
+    scheduler.prepare("a", [4] * 40)
+    step(scheduler)
+    client.ask([*[4] * 40, 5], "a")
+    finish(scheduler)
+    assert client.end()[0].cached_tokens == 16
+    assert not scheduler.preparing
+
+
+def test_a_wrong_guess_leaves_the_old_cache_in_place() -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    client.ask([1] * 20, "a")
+    finish(scheduler)
+    said = client.end()[0].token_ids
+    scheduler.prepare("a", [4] * 40)
+    finish(scheduler)
+    client.ask([*[1] * 20, *said, 5], "a")
+    finish(scheduler)
+    assert client.end()[0].cached_tokens == 20 + len(said) - 1
+
+
+def test_nothing_is_prepared_without_free_room_or_for_whom_nothing_is_kept() -> None:
+    scheduler = make_scheduler(total=2 * ROUND)
+    client = Client(scheduler)
+    for session in ("a", "b"):
+        client.ask([1, 2, 3], session)
+        finish(scheduler)
+    for session in ("a", "c"):
+        scheduler.prepare(session, [4] * 40)
+        assert step(scheduler) == []
+    assert [slot.session for slot in scheduler.cache.idle] == ["a", "b"]
+    client.ask([1, 2, 3], "a")
+    scheduler.prepare("a", [4] * 40)
+    scheduler.forget("a")
+    scheduler.forget("b")
+    finish(scheduler)
+    scheduler.prepare("a", [4] * 40)  # a hint that comes too late
+    finish(scheduler)
+    assert scheduler.cache.used == 0
+
+
+def test_a_preparation_that_raises_is_dropped() -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    client.ask([1, 2, 3], "a")
+    finish(scheduler)
+    scheduler.prepare("a", [4] * 40)
+    [span] = scheduler.schedule()
+    scheduler.give_up(span.sequence.request, Failed("the model raised"))
+    scheduler.check_integrity()
+    assert step(scheduler) == []
+    assert [slot.tokens[:3] for slot in scheduler.cache.idle] == [[1, 2, 3]]
+
+
 def test_common_prefix() -> None:
     assert [common_prefix(a, [1, 2, 3]) for a in ([], [1], [1, 2, 3, 4], [1, 9, 3], [2])] == [0, 1, 3, 1, 0]
 
@@ -246,8 +332,13 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(session=st.sampled_from(["a", "b", "c"]))
     def forget(self, session: str) -> None:
-        self.scheduler.cache.forget(session)
+        self.scheduler.forget(session)
+        assert session not in self.scheduler.preparing
         assert all(s.session != session for s in (*self.scheduler.cache.idle, *self.scheduler.cache.running))
+
+    @rule(ids=st.lists(st.integers(0, 8), max_size=60), session=st.sampled_from(["a", "b", "c"]))
+    def prepare(self, ids: list[int], session: str) -> None:
+        self.scheduler.prepare(session, ids)
 
     @rule()
     def drop_idle(self) -> None:
@@ -264,6 +355,7 @@ class Traffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.bad = frozenset()
         finish(self.scheduler)
+        assert not self.scheduler.preparing
         assert not self.scheduler.running and not self.scheduler.waiting and not self.scheduler.cache.running
         for (_, prompt, max_tokens, _), end in zip(self.asked, self.client.ends.values(), strict=True):
             assert end != []

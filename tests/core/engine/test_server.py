@@ -63,6 +63,8 @@ async def test_generate_and_what_it_counts(checkpoint: Callable[..., Path], fold
             assert answer.status == 200
             (completion,) = wire.load_completions(await answer.json())
             assert completion.token_ids == [1, 2]
+        async with http.post("/prepare", json={"prompt": [1, 2], "session": "s"}) as answer:
+            assert (answer.status, await answer.json()) == (200, {})
         async with http.post("/forget", json={"session": "s"}) as answer:
             assert (answer.status, await answer.json()) == (200, {})
         async with http.get("/metrics") as answer:

@@ -18,7 +18,7 @@ from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, Pro
 from core.engine.model import Batch
 from core.engine.torch_engine import TorchEngine, open_torch_engine
 from tests.checkpoints import SHAPES
-from tests.core.engine.oracle import GREEDY, ask, at_rest, greedy, prompts, reference
+from tests.core.engine.oracle import GREEDY, ask, at_rest, greedy, prompts, reference, until_prepared
 
 Open = Callable[..., Coroutine[Any, Any, TorchEngine]]
 Make = Callable[..., Path]
@@ -99,6 +99,36 @@ async def test_only_new_tokens_are_prefilled(engine: Open) -> None:
     assert (await ask(e, longer, session="s")).cached_tokens == len(longer) - 1  # the last token always runs
     await e.forget("s")
     assert (await ask(e, longer, session="s")).cached_tokens == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+async def test_a_turn_prepared_for_is_mostly_cached_and_says_the_same(engine: Open, dtype: str) -> None:
+    """Windows slide; one engine is told before, while it also answers another session, the other has no cache."""
+    e, bare = await engine("plain", dtype=dtype), await engine("plain", dtype=dtype)
+    rng = random.Random(4)
+    for turn in range(12):
+        window = [rng.randrange(256) for _ in range(rng.randrange(40, 120))]
+        params = dataclasses.replace(SAMPLED, seed=turn) if turn % 2 else GREEDY
+        e.prepare("s", window)
+        await ask(e, [turn, 2, 3], session="other")
+        if turn % 3:
+            await until_prepared(e)
+        prompt = [*window, 1, 2, 256]
+        got, want = await ask(e, prompt, params, session="s"), await ask(bare, prompt, params)
+        assert (got.token_ids, got.logprob) == (want.token_ids, want.logprob)
+        if turn % 3:
+            assert got.cached_tokens == len(window)
+    assert got.cached_tokens and not want.cached_tokens
+
+
+async def test_ids_that_are_no_tokens_cannot_be_prepared(engine: Open) -> None:
+    e = await engine("plain")
+    for bad in ([], [-1], [384]):
+        with pytest.raises(ValueError, match="from 0 below 384"):
+            e.prepare("s", bad)
+    e.prepare("s", [1] * 256)  # longer than any prompt, and nothing is cached of the session anyway
+    await until_prepared(e)
+    assert e.core.scheduler.cache.used == 0
 
 
 async def test_eviction_under_pressure_changes_nothing(engine: Open, checkpoint: Make) -> None:

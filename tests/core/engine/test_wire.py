@@ -31,6 +31,11 @@ def test_a_request_survives_the_way(
     assert wire.load_request(body, 300) == (prompt, params, session, deadline)
 
 
+def test_a_hint_is_a_request_without_params() -> None:
+    body = json.dumps(wire.dump_hint("s", [1, 2])).encode()
+    assert wire.load_request(body, 300) == ([1, 2], SamplingParams(), "s", None)
+
+
 @given(logprob=st.floats(allow_nan=False), ids=st.lists(st.integers(0, 2**31)))
 def test_a_completion_survives_the_way(logprob: float, ids: list[int]) -> None:
     there = [Completion(ids, logprob, "length", 3)]

@@ -29,6 +29,8 @@ class Scripted:
         text = self.say("".join(spaced), params.seed or 0)
         return [Completion(self.tokenizer.encode(text), 0.0, "stop", 0)]
 
+    def prepare(self, session: str, ids: Sequence[int]) -> None: ...
+
     async def ready(self) -> str:
         return ""
 
