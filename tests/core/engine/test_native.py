@@ -10,6 +10,7 @@ import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,16 +209,26 @@ def test_without_the_library_torch_computes(checkpoint: Make, native: Any, monke
     assert torch.equal(run(slow, ids, [3, 1, 36], lambda: 5), b)
 
 
-def test_auto_is_int8_only_where_it_is_fast_and_the_model_large(
-    checkpoint: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for fast in (True, False):
-        monkeypatch.setattr(library, "is_fast", lambda fast=fast: fast)
-        assert model_runner.choose_dtype("auto", CPU, EMBEDDED) is (torch.int8 if fast else torch.float32)
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_auto_is_the_fastest_by_rule(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bfloat16})
+    without = torch.bfloat16 if has_bfloat16 else torch.float32
+    paths = {None: without, "portable": without, "AVX2": torch.int8, "AVX512-VNNI": torch.int8}
+    for path, dtype in paths.items():
+        found = path and SimpleNamespace(palaver_best_path=lambda path=path: library.PATHS.index(path))
+        monkeypatch.setattr(library, "open_library", lambda found=found: found)
+        assert model_runner.choose_dtype("auto", CPU, EMBEDDED) is dtype
         assert model_runner.choose_dtype("auto", CPU, checkpoint("plain")) is torch.float32
     assert model_runner.choose_dtype("int8", CPU, EMBEDDED) is torch.int8
+
+
+def test_auto_on_cuda_is_bfloat16_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert model_runner.choose_dtype("auto", cuda, EMBEDDED) is dtype
     with pytest.raises(BadCheckpoint, match="int8 is for CPUs"):
-        model_runner.choose_dtype("int8", torch.device("cuda"), EMBEDDED)
+        model_runner.choose_dtype("int8", cuda, EMBEDDED)
 
 
 def test_what_cannot_be_loaded_is_told_and_left_out(
