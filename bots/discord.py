@@ -124,7 +124,7 @@ class DiscordBot:
     # -- hearing -------------------------------------------------------------------------------------------------
 
     async def serve(self, chat: Chat) -> None:
-        """Raises Unservable for a token or an intent that Discord refuses."""
+        """Raises Unservable for a token or an intent that Discord refuses, ConnectionError when it is out of reach."""
         client = self._build(chat)
         hearing = Hearing(client, chat)
         await hearing.open()
@@ -152,6 +152,9 @@ class DiscordBot:
                     what.get(error.code, f"Discord closed the gateway for good, code {error.code}")
                 ) from None
             raise
+        except (discord.HTTPException, discord.RateLimited, aiohttp.ClientError, OSError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise ConnectionError(f"Discord is out of reach: {said or type(error).__name__}") from None
         finally:
             self._logged_in.clear()
             for task in work:
@@ -196,6 +199,10 @@ class DiscordBot:
         offering = asyncio.create_task(self._offer_commands())
         try:
             await client.connect()
+        except AttributeError:  # discord.py's, which asks for the last session where there was none yet
+            if client.ws:
+                raise
+            raise ConnectionError("the gateway takes no connection") from None
         finally:
             offering.cancel()
 

@@ -70,7 +70,7 @@ async def read_answer(response: aiohttp.ClientResponse) -> Any:
             raise GlobalLimit(wait)
         data["retry_after"] = wait
     if response.status < 300 and data and isinstance(data, str):
-        raise ValueError("an answer that is no JSON, so not Discord's")
+        raise aiohttp.ClientPayloadError("an answer that is no JSON, so not Discord's")
     return data
 
 
@@ -97,10 +97,10 @@ async def call(client: Client, route: Route, **arguments: Any) -> Any:
         raise Refused(f"Discord answered {error.status}: {' '.join(error.text.split())[:200]}") from None
     except (aiohttp.ClientConnectorError, aiohttp.ClientConnectorDNSError) as error:
         raise NotSent(f"no connection to Discord ({type(error).__name__})") from None
+    except (ValueError, aiohttp.ClientPayloadError):
+        raise MaybeSent("Discord's answer cannot be read") from None
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise MaybeSent(f"the connection broke ({type(error).__name__})") from None
-    except ValueError:
-        raise MaybeSent("Discord's answer cannot be read") from None
 
 
 def _seconds(header: str | None) -> float:

@@ -109,6 +109,7 @@ class App:
         systemd.notify("READY=1")
         ends = [asyncio.create_task(self.stopping.wait()), asyncio.create_task(_all(serving)), *house]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        asked = self.stopping.is_set()
         self.stopping.set()
         systemd.notify("STOPPING=1")
         await self.chat.drain(self.settings.grace)
@@ -118,7 +119,8 @@ class App:
         failures = [e for e in outcomes if isinstance(e, Exception)]
         for failure in failures:
             log.critical("the house fell down", exc_info=failure)
-        return 1 if failures or (bots and all(self.serving.get(bot.name) for bot in bots)) else 0
+        left = asked or not bots or any(not self.serving.get(bot.name) for bot in bots)
+        return 1 if failures or not left else 0
 
     def stop(self) -> None:
         """Drain and end; called a second time, the process ends at once."""
@@ -160,7 +162,10 @@ class App:
                 failures = 0 if time.monotonic() - began > STEADY else failures + 1
                 wait = random.uniform(0.5, 1.0) * min(60.0, 2.0**failures)
                 self.serving[bot.name] = f"{type(error).__name__}, starting again"
-                log.exception("%s died; starting it again in %.1f s", bot.name, wait)
+                if isinstance(error, ConnectionError):
+                    log.warning("%s: %s; starting it again in %.1f s", bot.name, error, wait)
+                else:
+                    log.exception("%s died; starting it again in %.1f s", bot.name, wait)
                 metrics.bot_restarts.labels(bot.name).inc()
             finally:
                 metrics.bot_up.labels(bot.name).set(0)

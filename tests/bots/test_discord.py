@@ -500,6 +500,20 @@ async def test_a_bad_token_says_the_mend(server: DiscordServer) -> None:
         await asyncio.wait_for(bot_for(server, "MTAwMDAw.a-token.of-nobody").serve(Ears().chat), 30)
 
 
+@pytest.mark.parametrize("what", ["REST", "gateway", "a page instead"])
+async def test_discord_out_of_reach_at_the_start_is_a_connection_error(server: DiscordServer, what: str) -> None:
+    bot = bot_for(server)
+    if what == "REST":
+        Route.BASE = "http://127.0.0.1:9/api/v10"
+    elif what == "gateway":
+        DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL("ws://127.0.0.1:9/")
+    else:
+        server.faults = [Fault("page", "GET", "/users/@me", times=-1)]
+    with pytest.raises(ConnectionError) as caught:
+        await asyncio.wait_for(bot.serve(Ears().chat), 30)
+    assert server.token not in str(caught.value)
+
+
 async def test_an_intent_that_is_off_says_the_mend(server: DiscordServer) -> None:
     with pytest.raises(Unservable, match="Message Content Intent"):
         await asyncio.wait_for(bot_for(server, content=True).serve(Ears().chat), 30)

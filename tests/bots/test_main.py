@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from tests.bots.process import PATIENCE, palaver, running
+from tests.bots.process import PATIENCE, palaver, running, start
 
 SECRET = "hunter2-and-more"
 
@@ -112,6 +112,18 @@ async def test_a_taken_port_ends_with_the_mend(tmp_path: Path) -> None:
         code, output, errors = await palaver(tmp_path, "run", WEB_PORT=str(port))
     assert code == 1 and output == ""
     assert f"WEB_PORT: port {port} is taken" in errors and "Traceback" not in errors
+
+
+async def test_a_platform_out_of_reach_is_a_line_and_no_failure_when_stopped(tmp_path: Path) -> None:
+    nowhere = {"DISCORD_TOKEN": "MTAwMDAw.a-token.of-nobody", "DISCORD_API_BASE": "http://127.0.0.1:9/api/v10"}
+    process = await start(tmp_path, "run", WEB_ENABLED="false", **nowhere)
+    assert process.stderr
+    async with asyncio.timeout(PATIENCE):
+        while b"starting it again" not in (line := await process.stderr.readline()):
+            assert line and b"Traceback" not in line
+        process.terminate()
+        assert b"Traceback" not in await process.stderr.read() and await process.wait() == 0
+    assert b"Discord is out of reach: Cannot connect to host 127.0.0.1:9" in line
 
 
 async def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
