@@ -3,6 +3,7 @@
 python -m tests.faults.bench --kills 1000 --seed 1          # random SIGKILLs under load, faults on both wires
 python -m tests.faults.bench --kills 50 --engine process    # the same with the embedded model
 python -m tests.faults.bench --points 5 --seed 1            # every named crash point, for both platforms
+python -m tests.faults.bench --soak 60 --seed 1             # an hour of everything, and the memory of a long life
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import time
 from pathlib import Path
 
 from tests.core.journal.disk import writer
-from tests.faults.burst import burst, fairness
+from tests.faults.burst import burst, fairness, growth
 from tests.faults.hostile import storm
 from tests.faults.kills import POINTS, Tally, kill_at_points, kill_at_random, stop_when_full
+from tests.faults.soak import soak
 from tests.faults.torn import Torn
 
 ROUND = 20
@@ -106,6 +108,39 @@ def stops(waiting: int, seed: int) -> Tally:
     return tally
 
 
+def soaked(minutes: float, seed: int, engine: str) -> Tally:
+    said = 0.0
+
+    def tell(line: str) -> None:
+        nonlocal said
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            print(line, flush=True)
+
+    with Folder() as folder:
+        outcome = asyncio.run(soak(folder.path, seed, minutes, engine, tell))
+        folder.keep = bool(outcome.tally.broken)
+    for line in outcome.tally.broken[:20]:
+        print(line, flush=True)
+    print(f"troubles: {dict(outcome.troubles)}")
+    if outcome.memory:
+        shown = outcome.memory[:: max(1, len(outcome.memory) // 10)]
+        print("MiB in the last life: " + ", ".join(f"{size:.1f} at {at:.0f} s" for at, size, _ in shown))
+        print(
+            f"  {outcome.growth():+.1f} MiB an hour after the first third; descriptors {shown[1][2]} to {shown[-1][2]}"
+        )
+    return outcome.tally
+
+
+def grown(count: int, seed: int) -> list[str]:
+    with Folder() as folder:
+        waves = asyncio.run(growth(folder.path, 10, max(1, count // 10), seed))
+    for number, (objects, size) in enumerate(waves, 1):
+        print(f"after {number * max(1, count // 10):,} messages: {objects:,} objects, {size:.1f} MiB")
+    more = waves[-1][0] - waves[1][0]
+    return [f"{more:,} objects more than after the second wave"] if more > count // 20 else []
+
+
 class Folder:
     """A folder of its own for a run, kept when something was wrong."""
 
@@ -149,6 +184,8 @@ def main() -> None:
     parser.add_argument("--torn", type=int, default=0, help="torn write-ahead logs")
     parser.add_argument("--hostile", type=int, default=0, help="hostile inputs")
     parser.add_argument("--burst", type=int, default=0, help="messages at once, and one loud channel")
+    parser.add_argument("--growth", type=int, default=0, help="messages through one process, its objects counted")
+    parser.add_argument("--soak", type=float, default=0.0, help="minutes of load with every kind of trouble")
     parser.add_argument("--engine", default="echo", help="echo, process (the embedded model) or inprocess")
     parser.add_argument("--seed", type=int, default=1)
     asked, began = parser.parse_args(), time.monotonic()
@@ -161,10 +198,12 @@ def main() -> None:
         total += stops(asked.stops, asked.seed)
     if asked.points:
         total += points(asked.points, asked.seed)
+    if asked.soak:
+        total += soaked(asked.soak, asked.seed, asked.engine)
     broken = list(total.broken)
     if total.asked:
         print(table(total, time.monotonic() - began))
-    for count, run in ((asked.torn, torn), (asked.hostile, hostile), (asked.burst, crowd)):
+    for count, run in ((asked.torn, torn), (asked.hostile, hostile), (asked.burst, crowd), (asked.growth, grown)):
         if count:
             began = time.monotonic()
             found = run(count, asked.seed)

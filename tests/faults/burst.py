@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import resource
@@ -97,6 +98,37 @@ async def burst(folder: Path, count: int, channels: int, seed: int) -> Burst:
         {name: (before[name], after[name]) for name in before},
         _wrong(board, said, states),
     )
+
+
+async def growth(folder: Path, waves: int, count: int, seed: int) -> list[tuple[int, float]]:
+    """`waves` times `count` questions, each wave by other people in other channels: after each, when all is quiet, the
+    live objects of the process and its size in MiB."""
+    dice, board, sizes = random.Random(seed), Board(), list[tuple[int, float]]()
+    limits = QueueLimits(total=10 * count, per_channel=count, deadline=3600)
+    settings = Settings(database_url=SecretStr(f"sqlite:///{folder / 'palaver.db'}"), engine="echo", queue=limits)
+    async with open_app(settings) as app:
+        await app.courier.open([board])
+        await app.chat.open([board.name])
+        serving = asyncio.create_task(app.chat.serve())
+        for wave in range(waves):
+            for start in range(0, count, 100):
+                batch = []
+                for number in range(start, min(count, start + 100)):
+                    channel = Channel(board.name, f"c{wave}-{dice.randrange(1 + count // 5)}")
+                    author = Author(f"u{wave}-{dice.randrange(1 + count // 5)}", "Ann")
+                    text = f"in wave {wave} number {number}"
+                    batch.append(Message(channel, f"{wave}-{number}", author, text, datetime.now(UTC)))
+                await app.chat.receive(*batch)
+            while len(board.seen) < count:
+                await asyncio.sleep(0.05)
+            assert await app.courier.drain(60)
+            board.seen.clear()
+            await asyncio.sleep(1.2)  # a sweep
+            gc.collect()
+            sizes.append((len(gc.get_objects()), int(PAGE.read_text().split()[1]) * resource.getpagesize() / 2**20))
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+    return sizes
 
 
 def _wrong(board: Board, said: dict[tuple[str, str], str], states: Counter[str]) -> list[str]:

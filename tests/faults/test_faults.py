@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.burst import burst, fairness
+from tests.faults.burst import burst, fairness, growth
 from tests.faults.descriptors import run_out
 from tests.faults.hostile import storm
 from tests.faults.judge import unhandled
 from tests.faults.kills import POINTS, kill_at_points, kill_at_random, stop_when_full
+from tests.faults.soak import soak
 
 
 @pytest.fixture
@@ -57,6 +58,17 @@ async def test_a_burst_over_many_channels(tmp_path: Path) -> None:
     assert outcome.broken == [] and outcome.states == {"answered": 300}
     tasks, descriptors = outcome.left["tasks"], outcome.left["descriptors"]
     assert tasks[1] <= tasks[0] and descriptors[1] <= descriptors[0] + 8, "readers of the journal, opened when needed"
+
+
+async def test_memory_does_not_grow_with_messages(tmp_path: Path) -> None:
+    sizes = [objects for objects, _ in await growth(tmp_path, waves=5, count=300, seed=1)]
+    assert max(sizes[2:]) - sizes[1] < 300, f"{sizes}: less than one object for three messages"
+
+
+async def test_everything_at_once_for_a_while(tmp_path: Path, silence: None) -> None:
+    outcome = await soak(tmp_path, seed=1, minutes=0.4)
+    assert outcome.tally.broken == [] and outcome.tally.states == {"answered": outcome.tally.asked}
+    assert outcome.memory and outcome.troubles.total() > 2
 
 
 def test_one_loud_channel_harms_no_calm_one(silence: None) -> None:

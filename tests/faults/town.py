@@ -98,6 +98,9 @@ class Town:
         self.telegram, self.discord = Telegram(self.seed), DiscordServer(seed=self.seed)
         self.places: list[Place] = []
         self.asked: dict[Place, list[Asked]] = {}
+        self._seen: dict[tuple[str, str], list[Seen]] = {}
+        self._open: dict[tuple[str, str], dict[str, None]] = {}
+        self._read = {"telegram": 0, "discord": 0}
         self.killed: list[float] = []
         self.process: asyncio.subprocess.Process | None = None
         self.log = self.folder / "log"
@@ -133,6 +136,7 @@ class Town:
         place = Place(platform, id, f"canary{letters}")
         self.places.append(place)
         self.asked[place] = []
+        self._seen[platform, id], self._open[platform, id] = [], {}
 
     # -- people --------------------------------------------------------------------------------------------------
 
@@ -150,27 +154,31 @@ class Town:
             message = self.telegram.say(int(chat), user, said, topic=int(topic) if topic else None)
             id = str(message["message_id"])
         self.asked[place].append(Asked(id, text))
+        self._open[place.platform, place.id][id] = None
+
+    def _look(self) -> None:
+        """Read on in both ledgers."""
+        for sent in self.telegram.ledger[self._read["telegram"] :]:
+            where = str(sent.chat) if sent.thread is None else f"{sent.chat}:{sent.thread}"
+            self._note(("telegram", where), Seen(sent.at, str(sent.reply_to or ""), sent.text))
+        for said in self.discord.ledger[self._read["discord"] :]:
+            self._note(("discord", said.channel), Seen(said.at, said.reply_to or "", said.text))
+        self._read = {"telegram": len(self.telegram.ledger), "discord": len(self.discord.ledger)}
+
+    def _note(self, where: tuple[str, str], seen: Seen) -> None:
+        if where in self._seen:
+            self._seen[where].append(seen)
+            self._open[where].pop(seen.to, None)
 
     def seen(self, place: Place) -> list[Seen]:
         """What people see of the bot in a place, in order."""
-        if place.platform == "discord":
-            mine = (sent for sent in self.discord.ledger if sent.channel == place.id)
-            return [Seen(sent.at, sent.reply_to or "", sent.text) for sent in mine]
-        chat, _, topic = place.id.partition(":")
-        where = int(chat), int(topic) if topic else None
-        return [
-            Seen(sent.at, str(sent.reply_to or ""), sent.text)
-            for sent in self.telegram.ledger
-            if (sent.chat, sent.thread) == where
-        ]
+        self._look()
+        return self._seen[place.platform, place.id]
 
     def owed(self) -> list[tuple[Place, str]]:
         """Questions nobody sees a reply to."""
-        owed = []
-        for place, asked in self.asked.items():
-            seen = {seen.to for seen in self.seen(place)}
-            owed += [(place, question.id) for question in asked if question.id not in seen]
-        return owed
+        self._look()
+        return [(place, id) for place in self.places for id in self._open[place.platform, place.id]]
 
     def sends(self, platform: str) -> int:
         return len(self.telegram.ledger) if platform == "telegram" else len(self.discord.ledger)
@@ -210,7 +218,8 @@ class Town:
                     await self.discord.invalidate(resumable=True)
 
     async def cut_all(self) -> None:
-        """Every connection breaks off, on both platforms."""
+        """Every connection breaks off, on both platforms: what was just sent may have arrived."""
+        self.telegram.broken += [(time.monotonic(), chat) for chat in self.telegram.chats]
         await self.discord.drop(1006)
         for server in (self.telegram, self.discord):
             assert server._runner is not None and server._runner.server is not None
