@@ -25,11 +25,11 @@ def draw(
     if params.temperature == 0:
         token = int(scores.argmax())
     else:
-        ids, probabilities = distribution(scores, params)
-        point = rng.random() * float(probabilities.sum())
-        at = int(torch.searchsorted(probabilities.cumsum(0), point, right=True))
+        ids, weights = distribution(scores, params)
+        reached = weights.cumsum(0, dtype=torch.float64)
+        at = int(torch.searchsorted(reached, rng.random() * float(reached[-1]), right=True))
         token = int(ids[min(at, len(ids) - 1)])
-    return token, float(logits[token] - logits.logsumexp(0))
+    return token, float(logits.log_softmax(0)[token])
 
 
 def process(logits: Tensor, tokens: list[int], params: SamplingParams, banned: int | None = None) -> Tensor:
@@ -52,19 +52,29 @@ def process(logits: Tensor, tokens: list[int], params: SamplingParams, banned: i
 
 
 def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The ids that may be drawn, least likely first, and their probabilities (float64)."""
+    """The ids that may be drawn and how much each weighs."""
     ids, scores = None, scores / params.temperature
     if 0 < params.top_k < len(scores):
         ids = largest(scores, params.top_k)
         scores = scores[ids]
-    scores, order = scores.sort(stable=True)
-    ids = order if ids is None else ids[order]
-    probabilities = scores.softmax(0)
+    weights = scores.softmax(0)
     if params.top_p < 1:
-        keep = probabilities.cumsum(0) > 1 - params.top_p
-        keep[-1] = True
-        ids, probabilities = ids[keep], scores[keep].softmax(0)
-    return ids, probabilities.double()
+        inside = nucleus(weights, params.top_p)
+        ids, weights = inside if ids is None else ids[inside], weights[inside]
+    return torch.arange(len(weights)) if ids is None else ids, weights
+
+
+def nucleus(weights: Tensor, top_p: float) -> Tensor:
+    """Where the likeliest stand that make up a share of `top_p` of `weights` (n,), likeliest first.
+
+    Sorts only what can be among them: n weights below (1 - top_p) / n are together less than what is left out. Half
+    of that is the limit, so that rounding decides nothing.
+    """
+    total = float(weights.sum(dtype=torch.float64))
+    near = (weights >= (1 - top_p) * total / 2 / len(weights)).nonzero()[:, 0]
+    falling, order = weights[near].sort(descending=True, stable=True)
+    before = falling.cumsum(0, dtype=torch.float64) - falling
+    return near[order[before < top_p * total]]
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

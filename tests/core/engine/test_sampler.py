@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from core.engine.base import SamplingParams
-from core.engine.sampler import distribution, draw, process, repeated
+from core.engine.sampler import distribution, draw, nucleus, process, repeated
 
 EOS = 11
 
@@ -44,9 +44,9 @@ def processors(params: SamplingParams, prompt_len: int) -> Any:
 
 
 def dense(scores: Tensor, params: SamplingParams) -> Tensor:
-    ids, probabilities = distribution(scores, params)
+    ids, weights = distribution(scores, params)
     out = torch.zeros(len(scores), dtype=torch.float64)
-    out[ids] = probabilities
+    out[ids] = weights.double() / weights.sum()
     return out
 
 
@@ -87,6 +87,25 @@ def test_the_same_distribution_as_transformers(
     want = processors(params, prompt_len)(torch.tensor([tokens]), logits[None].clone())[0].softmax(0)
     got = dense(process(logits, tokens, params, banned), params)
     torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-6)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.sampled_from([1, 2, 50, 5_000]),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 4.0, 40.0]),
+    top_p=st.floats(1e-6, 1 - 1e-9),
+    coarse=st.booleans(),
+)
+@settings(max_examples=300, deadline=None)
+@example(0, 5_000, 0.0, 1 - 1e-9, False)  # all alike, and nearly all of them are inside
+def test_the_nucleus_is_what_sorting_everything_finds(
+    seed: int, size: int, spread: float, top_p: float, coarse: bool
+) -> None:
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * spread
+    weights = (scores.round() if coarse else scores).softmax(0)
+    falling, order = weights.sort(descending=True, stable=True)
+    inside = falling.double().cumsum(0) - falling < top_p * weights.sum(dtype=torch.float64)
+    assert nucleus(weights, top_p).tolist() == order[inside].tolist()
 
 
 def test_greedy_is_argmax_and_the_logprob_is_unfiltered() -> None:
