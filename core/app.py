@@ -135,9 +135,8 @@ class App:
         """ "" when every message would be answered; else what is missing, one line."""
         if self.stopping.is_set():
             return "stopping"
-        for name, why in self.serving.items():
-            if why:
-                return f"{name}: {why}"
+        if silent := [f"{name}: {why}" for name, why in self.serving.items() if why]:
+            return "; ".join(silent)
         try:
             await self.journal.ping()
         except NotAccepted as error:

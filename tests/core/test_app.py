@@ -1,0 +1,105 @@
+"""The life of the house: what dies is named and started again, or ends the process; nothing dies in silence."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from bots.base import Bot
+from core import app as module
+from core.app import App, open_app
+from core.chat import Chat
+from core.delivery import Unservable
+from core.settings import Settings
+from tests.faults.burst import Board
+
+
+class Player(Board):
+    """A platform that lives as `lives` says, one exception for each, and then for ever."""
+
+    def __init__(self, name: str, *lives: Exception) -> None:
+        super().__init__()
+        self.name, self.lives, self.starts = name, list(lives), 0
+
+    async def serve(self, chat: Chat) -> None:
+        self.starts += 1
+        if self.lives:
+            raise self.lives.pop(0)
+        await asyncio.Event().wait()
+
+
+async def until(true: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not true():
+            await asyncio.sleep(0.01)
+
+
+def settings(folder: Path) -> Settings:
+    return Settings(database_url=SecretStr(f"sqlite:///{folder / 'palaver.db'}"), engine="echo", grace=1.0)
+
+
+async def running(app: App, *bots: Bot) -> asyncio.Task[int]:
+    task = asyncio.create_task(app.run(bots))
+    await until(lambda: len(app.serving) == len(bots))
+    return task
+
+
+async def test_a_bot_that_dies_is_named_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dying, well = Player("dying", KeyError("a bug")), Player("well")
+    async with open_app(settings(tmp_path)) as app:
+        task = await running(app, dying, well)
+        await until(lambda: app.serving["dying"])
+        assert await app.ready() == "dying: KeyError, starting again"
+        await until(lambda: dying.starts == 2)
+        assert await app.ready() == ""
+        app.stop()
+        assert await app.ready() == "stopping"
+        assert await task == 0 and well.starts == 1
+
+
+async def test_every_bot_that_cannot_serve_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    bots = [Player("one", Unservable("a bad token")), Player("two", Unservable("no intent")), Player("three")]
+    async with open_app(settings(tmp_path)) as app:
+        task = await running(app, *bots)
+        await until(lambda: app.serving["one"] and app.serving["two"])
+        assert await app.ready() == "one: a bad token; two: no intent"
+        assert not task.done()
+        app.stop()
+        assert await task == 0 and [bot.starts for bot in bots] == [1, 1, 1]
+
+
+async def test_with_no_bot_left_the_process_ends_as_failed(tmp_path: Path) -> None:
+    async with open_app(settings(tmp_path)) as app:
+        assert await asyncio.wait_for(app.run([Player("one", Unservable("a bad token"))]), 30) == 1
+
+
+@pytest.mark.parametrize("part", ["chat", "beat"])
+async def test_a_part_of_the_house_that_dies_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    async with open_app(settings(tmp_path)) as app:
+
+        async def dies() -> None:
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(app.chat, "serve", dies) if part == "chat" else monkeypatch.setattr(app, "_beat", dies)
+        assert await asyncio.wait_for(app.run([Player("one")]), 30) == 1
+    assert "the house fell down" in caplog.text
+
+
+async def test_of_descriptors_that_are_lacking_it_is_told_once_and_of_the_rest_always(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = asyncio.get_running_loop()
+    complain = module._Complaints(loop)
+    for _ in range(100):
+        complain(loop, {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")})
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    complain(loop, {"message": "something else", "exception": KeyError("a bug")})
+    assert caplog.records[-1].levelno == logging.ERROR and len(caplog.records) == 2
