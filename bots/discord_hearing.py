@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 CALL_SECONDS = 60.0
 CATCH_UP_MESSAGES = 2000
+CATCH_UP_PAGES = 500
+"""Of 100 messages each: what is behind them in a channel is never read."""
 CATCH_UP_DIRECT = 100
 CATCH_UP_HOURS = 24
 """What was said so long before the newest message of its channel expires; our own clock has no say."""
@@ -215,9 +217,6 @@ class Hearing:
     async def _unread(self, event: Any, why: str) -> None:
         await self._chat.refail(events.unread(event, why), note=f"unreadable: {why}")
 
-    async def _expire(self, late: list[Message]) -> None:
-        await self._chat.refail(*late, note=f"said {CATCH_UP_HOURS} hours before the newest", state="expired")
-
     def _on_ready(self, event: Mapping[str, Any]) -> None:
         """A new session: nothing is replayed, so every channel we know is behind until its history was read."""
         self._me = str(event["user"]["id"])
@@ -320,46 +319,51 @@ class Hearing:
             self._release(channel)
 
     async def _read_missed(self, channel: str, guild: str) -> None:
-        """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered."""
+        """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered. Of very
+        many, or when it is long ago, all but the newest expire."""
         mark, found = self._marks[channel], dict[int, dict[str, Any]]()
-        while True:
+        for _ in range(CATCH_UP_PAGES):
             page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100}) or []
             fresh = {int(event["id"]): event for event in page if int(event["id"]) > int(mark)}
-            found |= fresh
+            if fresh and not found and not guild:  # nothing in a message from the history says whether it was direct
+                with contextlib.suppress(ConnectionError):
+                    guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
+            found |= dict(sorted(fresh.items()))
+            await self._expire([found.pop(id) for id in list(found)[:-CATCH_UP_MESSAGES]], guild)
             if len(page) < 100 or not fresh:
                 break
-            if len(found) >= CATCH_UP_MESSAGES:
-                log.warning(
-                    "more than %d messages were missed in channel %s; the rest is not read", len(found), channel
-                )
-                break
             mark = str(max(fresh))
+        else:
+            log.warning("too much was missed in channel %s; the rest is not read", channel)
         if not found:
             return
-        if not guild:  # nothing in a message from the history says whether it was direct
-            with contextlib.suppress(ConnectionError):
-                guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
         newest = events.sent_at(max(found))
+        old = [id for id in found if (newest - events.sent_at(id)).total_seconds() > 3600 * CATCH_UP_HOURS]
+        await self._expire([found.pop(id) for id in old], guild)
         answered = {events.answers(event, self._me) for event in found.values()}
-        late: list[Message] = []
-        for id in sorted(found):
-            event = {**found[id], **({"guild_id": guild} if guild else {})}
-            try:
-                message = events.read(event, self._me)
-            except Exception as error:
-                await self._insist(self._unread, event, type(error).__name__)
-                continue
-            if message is None:
-                continue
-            if (newest - message.sent_at).total_seconds() > 3600 * CATCH_UP_HOURS:
-                late.append(message)
-                continue
-            if message.id in answered and not await self._chat.replied(message.channel, message.id):
+        for event in found.values():
+            message = await self._missed(event, guild)
+            if message and message.id in answered and not await self._chat.replied(message.channel, message.id):
                 message = replace(message, kind="heard")
-            self._inbox.put_nowait(message)
-        if late:
-            await self._insist(self._expire, late)
+            if message:
+                self._inbox.put_nowait(message)
         self._inbox.put_nowait(Mark(channel, str(max(found))))
+
+    async def _missed(self, event: dict[str, Any], guild: str) -> Message | None:
+        """An event from the history, if it is said to us."""
+        try:
+            return events.read({**event, **({"guild_id": guild} if guild else {})}, self._me)
+        except Exception as error:
+            await self._insist(self._unread, event, type(error).__name__)
+            return None
+
+    async def _expire(self, missed: list[dict[str, Any]], guild: str) -> None:
+        late = [message for event in missed if (message := await self._missed(event, guild))]
+        if late:
+            await self._insist(self._store_expired, late)
+
+    async def _store_expired(self, late: list[Message]) -> None:
+        await self._chat.refail(*late, note="missed, and too old by now", state="expired")
 
     async def _fetch(self, channel: str, path: str = "", params: dict[str, Any] | None = None) -> Any:
         """None where we may not read any more."""

@@ -418,6 +418,22 @@ async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
     assert [message.text for message in ears.heard if message.channel.id == general] == ["one", "two", "three"]
 
 
+async def test_when_very_much_was_missed_the_newest_is_heard_and_the_rest_expires(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hearing, "CATCH_UP_MESSAGES", 200)
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: general in ears.marks)
+    for number in range(330):
+        server.say(general, "ann", str(number), mention=True)
+    async with serving(server, ears):
+        server.say(general, "ann", "now", mention=True)
+        await until(lambda: ears.texts[-1:] == ["now"])
+    assert ears.texts == [*map(str, range(131, 330)), "now"] or ears.texts == [*map(str, range(130, 330)), "now"]
+    assert [message.text for message, _ in ears.expired] == list(map(str, range(330 - len(ears.texts) + 1)))
+
+
 async def test_an_answer_that_is_not_discords_closes_no_gap(server: DiscordServer) -> None:
     ears, general = Ears(), server.channel("general")
     async with serving(server, ears):
@@ -517,6 +533,15 @@ async def test_discord_out_of_reach_at_the_start_is_a_connection_error(server: D
 async def test_an_intent_that_is_off_says_the_mend(server: DiscordServer) -> None:
     with pytest.raises(Unservable, match="Message Content Intent"):
         await asyncio.wait_for(bot_for(server, content=True).serve(Ears().chat), 30)
+
+
+@pytest.mark.parametrize("code", [4010, 4013])
+async def test_a_gateway_closed_for_good_is_named(server: DiscordServer, code: int) -> None:
+    task = asyncio.create_task(bot_for(server).serve(Ears().chat))
+    await server.until(connected=True)
+    await server.drop(code)
+    with pytest.raises(Unservable, match=str(code)):
+        await asyncio.wait_for(task, 30)
 
 
 async def test_with_the_intent_a_reply_without_a_ping_is_heard() -> None:
