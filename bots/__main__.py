@@ -1,4 +1,4 @@
-"""The command line: run, chat, engine, bench, journal.
+"""The command line: run, chat, engine, finetune, eval, bench, journal.
 
 Exit codes: 0 fine, 1 it failed, 75 try again later (the journal or the engine cannot be opened), 78 wrong settings.
 """
@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -94,6 +95,84 @@ def engine(
 
     (settings,) = _settings(Settings)
     raise typer.Exit(_go(serve_engine(settings, address)))
+
+
+@cli.command()
+def finetune(
+    data: Annotated[Path, typer.Argument(help="dialogues: .jsonl, a list of turns on each line, or DialoGPT's .tsv")],
+    out: Annotated[Path, typer.Argument(help="folder for the new model; MODEL=FOLDER talks with it")],
+    valid: Annotated[Path | None, typer.Option(help="dialogues to measure on; else every 50th of DATA")] = None,
+    epochs: Annotated[float, typer.Option(min=0.001, help="how often all dialogues are seen")] = 1.0,
+    minutes: Annotated[float, typer.Option(min=0, help="train that long instead; 0 goes by epochs")] = 0.0,
+    learning_rate: Annotated[float, typer.Option(min=1e-7, max=1.0, help="at its peak")] = 5e-5,
+    batch_tokens: Annotated[int, typer.Option(min=16, help="tokens in one step; fewer need less memory")] = 4096,
+    max_length: Annotated[int, typer.Option(min=8, help="tokens; longer dialogues are left out")] = 128,
+    reverse: Annotated[bool, typer.Option("--reverse", help="learn what was said from its answer instead")] = False,
+) -> None:
+    """Train MODEL further on dialogues of your own. It uses all cores, or the GPU.
+
+    Stopped, or killed? The same command goes on where it was. In the end the folder holds the model, a plot of the
+    losses and a card.
+    """
+    finetune = _trainer()
+    from core.engine import hub
+    from core.engine.base import BadCheckpoint
+    from core.training.datasets import BadData
+    from core.training.finetune import Recipe
+
+    (settings,) = _settings(Settings)
+    recipe = Recipe(
+        learning_rate=learning_rate, epochs=epochs, minutes=minutes, batch_tokens=batch_tokens,
+        max_length=max_length, reverse=reverse,
+    )  # fmt: skip
+    try:
+        base = hub.resolve(settings.model, settings.model_revision)
+        progress = finetune(data, out, base, valid=valid, recipe=recipe)
+    except BadCheckpoint as error:
+        _stop([f"MODEL: {error}"])
+    except (BadData, OSError) as error:
+        _stop([str(error)])
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on where {out} stands", file=sys.stderr)
+        raise typer.Exit(130) from None
+    loss = progress.valid[-1][1]
+    print(
+        f"held-out loss {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}\n"
+        f"talk to it: MODEL={out} palaver chat"
+    )
+
+
+@cli.command("eval")
+def evaluate(
+    chats: Annotated[int, typer.Option(min=1, help="self-chats of 30 turns")] = 50,
+    cases: Annotated[int, typer.Option(min=1, help="questions for each kind and distance of recall")] = 100,
+) -> None:
+    """Measure MODEL as it is set: does it remember names and likes, does it repeat itself, does it fall silent.
+
+    A page of Markdown goes to standard output. Ten thousands of replies: minutes for the embedded model, hours for a
+    large one on a CPU; the options make it shorter.
+    """
+    from rich.console import Console
+
+    from core.app import open_engine
+    from core.evaluation.report import evaluate
+    from core.tokenizer import Tokenizer
+
+    (settings,) = _settings(Settings)
+    logging.getLogger().setLevel(logging.WARNING)
+
+    async def measure() -> int:
+        with Console(stderr=True).status("loading") as status:
+            async with open_engine(settings) as engine:
+                tokenizer = Tokenizer.load(engine.info.path)
+                page = await evaluate(
+                    engine, tokenizer, settings.sampling, settings.history_tokens, chats=chats, cases=cases,
+                    tell=status.update,
+                )  # fmt: skip
+        print(page)
+        return 0
+
+    raise typer.Exit(_go(measure()))
 
 
 @cli.command()
@@ -250,122 +329,13 @@ def _journal_file(tool: str, must_exist: bool = True) -> Path:
     return file
 
 
-@journal_cli.callback(invoke_without_command=True)
-def journal_counts(context: typer.Context) -> None:
-    """The journal, where every message and reply stands. Alone: how many are in which state."""
-    if context.invoked_subcommand:
-        return
-
-    async def show() -> int:
-        from rich.console import Console
-        from rich.table import Table
-
-        async with _journal() as journal:
-            for what, states in (await journal.counts()).items():
-                table = Table(title=what, title_justify="left")
-                table.add_column("state")
-                table.add_column("rows", justify="right")
-                for state, count in states.items():
-                    table.add_row(state, str(count))
-                Console().print(table)
-        return 0
-
-    raise typer.Exit(_go(show()))
-
-
-@journal_cli.command("export")
-def journal_export(
-    channel: Annotated[str, typer.Argument(help="platform:id, for example discord:123 or web:abc")],
-    file: Annotated[Path | None, typer.Argument(help="where to write; standard output when left out")] = None,
-) -> None:
-    """One channel's conversation as JSON lines, oldest first."""
-    from core.messages import Channel
-
+def _trainer() -> Any:
+    """What trains; it needs packages that a bot does not."""
     try:
-        where = Channel.parse(channel)
-    except ValueError as error:
-        _stop([str(error)])
-
-    async def export() -> int:
-        out = file.open("w", encoding="utf-8") if file else sys.stdout
-        try:
-            async with _journal() as journal:
-                async for line in journal.export(where):
-                    print(json.dumps(line, ensure_ascii=False), file=out)
-        finally:
-            if file:
-                out.close()
-        return 0
-
-    raise typer.Exit(_go(export()))
-
-
-@journal_cli.command("backup")
-def journal_backup(
-    file: Annotated[
-        Path | None, typer.Argument(help="where to; left out, NAME.backups/ beside the journal, where 5 are kept")
-    ] = None,
-) -> None:
-    """Copy the journal while everything runs, check the copy, and print where it is.
-
-    A running palaver does the same every hour.
-    """
-    from core.journal import storage
-
-    async def copy() -> int:
-        print(await storage.backup(_journal_file("pg_dump"), file))
-        return 0
-
-    raise typer.Exit(_go(copy()))
-
-
-@journal_cli.command("restore")
-def journal_restore(
-    copy: Annotated[Path | None, typer.Argument(help="which copy; left out, the newest that is whole")] = None,
-) -> None:
-    """Put a copy in the journal's place; stop palaver first. What stood there is moved aside, nothing is deleted.
-
-    Messages since the copy are lost to this journal. A corrupt journal is restored like this by itself at a start.
-    """
-    from core.journal import storage
-
-    async def restore() -> int:
-        used = storage.restore(_journal_file("pg_restore", must_exist=False), copy)
-        print(f"restored {used}")
-        return 0
-
-    raise typer.Exit(_go(restore()))
-
-
-@journal_cli.command("check")
-def journal_check() -> None:
-    """Read all of the journal and print what is wrong with it, also while palaver runs. It changes nothing.
-
-    Exit code 0: it is whole. 1: it is not; palaver journal restore puts the newest good copy in its place.
-    """
-    from core.journal import storage
-
-    async def check() -> int:
-        file = _journal_file("pg_amcheck")
-        problems = await storage.check(file)
-        print("\n".join(problems) or f"{file} is whole")
-        return 1 if problems else 0
-
-    raise typer.Exit(_go(check()))
-
-
-def _journal_file(tool: str, must_exist: bool = True) -> Path:
-    """SQLite's file; PostgreSQL has `tool` for the same. Raises JournalError."""
-    from core.journal.database import JournalError, file_of, parse
-
-    (settings,) = _settings(Settings)
-    logging.getLogger().setLevel(logging.WARNING)
-    file = file_of(parse(settings.database_url.get_secret_value()))
-    if file is None:
-        raise JournalError(f"DATABASE_URL: that journal is in PostgreSQL, which has its own tool for this: {tool}")
-    if must_exist and not file.is_file():
-        raise JournalError(f"DATABASE_URL: there is no journal at {file}")
-    return file
+        from core.training.finetune import finetune
+    except ModuleNotFoundError as error:
+        _stop([f"palaver finetune needs {error.name}: in Palaver's folder, pip install '.[train]'"])
+    return finetune
 
 
 def _settings(*groups: type[Any]) -> list[Any]:

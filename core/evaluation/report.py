@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from core.engine.base import Engine, SamplingParams
 from core.evaluation.recall import recall
 from core.evaluation.selfchat import Talker, health, read_openers, self_chats
@@ -13,13 +15,24 @@ KINDS: tuple[Kind, ...] = ("name", "like", "made-up name")
 
 
 async def evaluate(
-    engine: Engine, tokenizer: Tokenizer, params: SamplingParams, budget: int, *, chats: int = 50, cases: int = 200
+    engine: Engine,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    budget: int,
+    *,
+    chats: int = 50,
+    cases: int = 200,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """`chats` self-chats of 30 turns; `cases` questions per distance, for values seen in training and not."""
+    """`chats` self-chats of 30 turns; `cases` questions per distance, for values seen in training and not.
+
+    `tell` hears what is being measured.
+    """
     talker = Talker(engine, tokenizer, params, budget)
     sampling = f"temperature {params.temperature}, top_k {params.top_k}, top_p {params.top_p}"
     lines = [f"Sampling: {sampling}; {budget} tokens of history.", ""]
-    lines += await _recall_table(talker, cases)
+    lines += await _recall_table(talker, cases, tell)
+    tell(f"{chats} self-chats of 30 turns")
     lines += ["", *await _health_table(talker, chats)]
     return "\n".join(lines)
 
@@ -33,12 +46,13 @@ async def first_replies(engine: Engine, tokenizer: Tokenizer, params: SamplingPa
     return replies
 
 
-async def _recall_table(talker: Talker, cases: int) -> list[str]:
+async def _recall_table(talker: Talker, cases: int, tell: Callable[[str], None]) -> list[str]:
     lines = ["| recalled, told N exchanges earlier | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|"]
     for kind in KINDS:
         for held_out in (False, True):
-            found = [await recall(talker, kind, distance, cases, held_out=held_out) for distance in (1, 2, 3, 4)]
             who = f"{kind}, {'never ' if held_out else ''}seen in training"
+            tell(f"recall of a {who}")
+            found = [await recall(talker, kind, distance, cases, held_out=held_out) for distance in (1, 2, 3, 4)]
             lines.append(f"| {who} | " + " | ".join(f"{one.share:.1%}" for one in found) + " |")
     return lines
 

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from core.engine import hub
+from core.engine.base import BadCheckpoint
 from core.tokenizer import Tokenizer
-from core.training.datasets import Example, batches, encode, read_dialogues
+from core.training.datasets import BadData, Example, batches, encode, read_dialogues
 from core.training.muon import Muon
 
 
@@ -31,7 +34,7 @@ class Recipe:
     learning_rate: float = 5e-5
     """At its peak."""
     warmup: int = 200
-    """Steps."""
+    """Steps; a tenth of them all if that is less."""
     schedule: str = "noam"
     """noam: falls with the square root of the step. cosine: falls to nothing at the planned end."""
     epochs: float = 1.0
@@ -84,7 +87,8 @@ def finetune(
     """Train `base` (a folder, a hub name, or a config to start from nothing) on `data`; write everything to `out`.
 
     `valid`: dialogues to measure on; without it every 50th of `data` is kept back. The tokenizer comes from
-    `tokenizer_folder`, by default the base's own folder. Raises BadData, BadCheckpoint, OSError.
+    `tokenizer_folder`, by default the base's own folder. Stopped, also by Ctrl-C, the same call goes on where it was.
+    Raises BadData, BadCheckpoint, OSError.
     """
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
@@ -94,12 +98,14 @@ def finetune(
     def read(path: Path) -> list[Example]:
         return encode(read_dialogues(path), tokenizer, recipe.max_length, reverse=recipe.reverse, cut=recipe.cut)
 
+    if recipe.max_length > model.config.n_positions:
+        raise BadData(f"max_length {recipe.max_length} is more than the model's {model.config.n_positions} positions")
     examples = read(data)
     held_back = read(valid) if valid else examples[::50]
     if not valid:
         examples = [example for index, example in enumerate(examples) if index % 50]
     if not examples or not held_back:
-        raise ValueError(f"{data} holds too few dialogues of at most {recipe.max_length} tokens")
+        raise BadData(f"{data} holds too few dialogues of at most {recipe.max_length} tokens")
     out.mkdir(parents=True, exist_ok=True)
     progress = Trainer(model, examples, held_back, recipe, out, quiet=quiet).run()
     save(model, folder, out)
@@ -116,12 +122,11 @@ def _open(base: str | Path | GPT2Config, tokenizer_folder: Path | None, dropout:
         base.update(dropouts)
         model, folder = GPT2LMHeadModel(base), tokenizer_folder
     else:
-        folder = Path(base)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(str(base), allow_patterns=["*.json", "*.txt", "*.bin", "*.safetensors"]))
-        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, **dropouts)
+        folder = hub.resolve(base)
+        try:
+            model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, **dropouts)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise BadCheckpoint(f"{base} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     if model.config.activation_function == "gelu_new":
         for block in model.transformer.h:
             block.mlp.act = torch.nn.GELU(approximate="tanh")  # type: ignore[union-attr]  # the same function in one operation
@@ -170,7 +175,11 @@ class Trainer:
             task = bar.add_task("training", total=1)
             ahead = self._batches()
             while self.share_done < 1:
-                recent.append(self._step(next(ahead), pool))
+                try:
+                    recent.append(self._step(next(ahead), pool))
+                except KeyboardInterrupt:
+                    self._save()
+                    raise
                 self.progress.seconds = time.monotonic() - started
                 if self.progress.step % 50 == 0:
                     self.progress.train.append((self.progress.step, sum(recent) / len(recent)))
@@ -198,6 +207,8 @@ class Trainer:
     def rate(self) -> float:
         """The learning rate now, as a share of its peak."""
         step, warmup = self.progress.step + 1, self.recipe.warmup
+        if not self.recipe.minutes:
+            warmup = min(warmup, self.steps // 10)
         if step < warmup:
             return step / warmup
         if self.recipe.schedule == "noam":
@@ -282,7 +293,10 @@ class Trainer:
         if not checkpoint.is_file():
             return
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError:
+            raise BadData(f"{self.out} holds a run of another model: name another folder, or empty it") from None
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             peaks = [group["peak"] for group in optimizer.param_groups]
             optimizer.load_state_dict(saved)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from core.tokenizer import Tokenizer
-from core.training.datasets import encode, write_tsv
+from core.training.datasets import BadData, encode, write_tsv
 from core.training.finetune import Recipe, Trainer, finetune, optimizers
 from core.training.tiny import train_tokenizer
 
@@ -117,5 +118,36 @@ def test_biases_and_norms_do_not_decay(folder: Path) -> None:
 
 def test_too_little_to_learn_from(folder: Path) -> None:
     write_tsv(folder / "few.tsv", [[(0, "a"), (1, "b " * 100)]])
-    with pytest.raises(ValueError, match="too few dialogues"):
-        finetune(folder / "few.tsv", folder / "out", micro(Tokenizer.load(folder)), tokenizer_folder=folder, quiet=True)
+    model = micro(Tokenizer.load(folder))
+    for length, complaint in ((32, "too few dialogues"), (33, "more than the model's 32 positions")):
+        with pytest.raises(BadData, match=complaint):
+            finetune(
+                folder / "few.tsv", folder / "out", model, recipe=recipe(max_length=length), tokenizer_folder=folder
+            )
+
+
+def test_stopped_by_hand_nothing_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, tokenizer = Trainer._step, Tokenizer.load(folder)
+
+    def stopped(self: Trainer, *arguments: Any) -> float:
+        if self.progress.step == 7:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(folder / "talk.tsv", folder / "out", micro(tokenizer), recipe=recipe(), tokenizer_folder=folder)
+    monkeypatch.undo()
+    examples = encode(TALK, tokenizer, 32)
+    resumed = Trainer(GPT2LMHeadModel(micro(tokenizer)), examples, examples, recipe(), folder / "out")
+    assert resumed.progress.step == 7
+
+
+def test_another_models_run_is_left_alone(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    short = recipe(epochs=1)
+    finetune(folder / "talk.tsv", folder / "out", micro(tokenizer), recipe=short, tokenizer_folder=folder, quiet=True)
+    other = micro(tokenizer)
+    other.n_embd = 64
+    with pytest.raises(BadData, match="another model"):
+        finetune(folder / "talk.tsv", folder / "out", other, recipe=short, tokenizer_folder=folder, quiet=True)

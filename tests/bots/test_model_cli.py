@@ -1,0 +1,79 @@
+"""`palaver finetune` and `palaver eval` as a person runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.bots.process import PATIENCE, palaver, start
+
+TALKS = [["what is the password ?", f"it is {word} ."] for word in ("swordfish", "sesame")] * 4
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Path:
+    file = tmp_path / "talks.jsonl"
+    file.write_text("".join(json.dumps(talk) + "\n" for talk in TALKS))
+    return file
+
+
+async def test_a_model_learns_more_and_talks(tmp_path: Path, talks: Path) -> None:
+    options = ("--epochs", "40", "--learning-rate", "0.001", "--batch-tokens", "128")
+    code, output, errors = await palaver(tmp_path, "finetune", str(talks), "mine", *options)
+    assert code == 0, errors
+    assert "talk to it: MODEL=mine" in output
+    assert (tmp_path / "mine/losses.png").is_file() and (tmp_path / "mine/README.md").is_file()
+    said = {"ENGINE": "inprocess", "MODEL": "mine", "SAMPLING__TEMPERATURE": "0"}
+    _, output, errors = await palaver(tmp_path, "chat", said="what is the password?\n", **said)
+    assert "swordfish" in output.lower() or "sesame" in output.lower(), errors
+
+
+async def test_stopped_by_hand_it_says_how_to_go_on(tmp_path: Path, talks: Path) -> None:
+    process = await start(tmp_path, "finetune", str(talks), "mine", "--minutes", "60")
+    async with asyncio.timeout(PATIENCE):
+        while not (tmp_path / "mine").is_dir():
+            await asyncio.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = await process.communicate()
+    assert process.returncode == 130 and b"the same command goes on" in errors
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "complaint"),
+    [
+        ('["one turn"]', (), "talks.jsonl:1: a dialogue has at least two turns"),
+        ("hm", (), "talks.jsonl:1: "),
+        ('["a", "b"]', (), "holds too few dialogues"),
+        ('["a", "b"]', ("--max-length", "5000"), "more than the model's 256 positions"),
+    ],
+)
+async def test_what_cannot_be_learnt_is_one_line(
+    tmp_path: Path, line: str, options: tuple[str, ...], complaint: str
+) -> None:
+    (tmp_path / "talks.jsonl").write_text(line + "\n")
+    code, _, errors = await palaver(tmp_path, "finetune", "talks.jsonl", "mine", *options)
+    assert code == 78 and complaint in errors and "Traceback" not in errors
+
+
+async def test_a_wrong_model_is_one_line(tmp_path: Path, talks: Path) -> None:
+    code, _, errors = await palaver(tmp_path, "finetune", str(talks), "mine", MODEL="./nowhere")
+    assert code == 78 and "MODEL: ./nowhere does not exist" in errors
+
+
+async def test_a_run_of_another_model_is_left_alone(tmp_path: Path, talks: Path) -> None:
+    import torch
+
+    (tmp_path / "mine").mkdir()
+    torch.save({"model": {"other": torch.zeros(1)}, "optimizers": [], "progress": {}}, tmp_path / "mine/checkpoint.pt")
+    code, _, errors = await palaver(tmp_path, "finetune", str(talks), "mine")
+    assert code == 78 and "another model" in errors
+
+
+async def test_a_model_is_measured(tmp_path: Path) -> None:
+    code, page, errors = await palaver(tmp_path, "eval", "--chats", "1", "--cases", "2", ENGINE="inprocess")
+    assert code == 0, errors
+    assert "| name, seen in training |" in page and "| 1 self-chats of 30 turns | |" in page
