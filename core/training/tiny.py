@@ -27,7 +27,7 @@ HEAD = 64
 
 
 def dialogues(count: int, seed: int, *, held_out: bool = False, drills: float = 0.0) -> Iterator[Dialogue]:
-    """`count` chains of dialogues: a third of them a few turns, a third longer, a third fill the model's positions. A
+    """`count` chains of dialogues: half of them a few turns, others longer, or as long as the positions. A
     share is `drills`."""
     expander = Expander(read_corpus(), held_out=held_out)
     for index in range(count):
@@ -37,7 +37,7 @@ def dialogues(count: int, seed: int, *, held_out: bool = False, drills: float = 
                 (turn.weight, turn.text) for turn in expander.drill(rng, rng.randrange(8, rng.choice((30, 60, 180))))
             ]
             continue
-        words = rng.choice((rng.randrange(8, 40), rng.randrange(10, 200), 205))
+        words = rng.choice((rng.randrange(8, 30), rng.randrange(8, 30), rng.randrange(10, 200), 205))
         yield [(turn.weight, turn.text) for turn in expander.chain(rng, words)]
 
 
