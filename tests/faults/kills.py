@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.faults.judge import Ledger, doubled, judge
-from tests.faults.town import Town
+from tests.faults.town import PATIENCE, Town
 
 POINTS = ("before T1", "after T1", "before T2", "after T2", "after T3", "before T4")
 
@@ -107,8 +107,7 @@ async def stop_when_full(folder: Path, seed: int, waiting: int) -> Tally:
 async def open_town(town: Town) -> None:
     """Everyone has talked with the bot before; a Discord channel nobody was answered in is not looked through."""
     await town.start()
-    async with asyncio.timeout(90):
-        await town.discord.until(connected=True)
+    await town.discord.until(connected=True, timeout=PATIENCE)
     for place in town.places:
         town.say(place)
     await town.settled()

@@ -19,7 +19,7 @@ from tests.fakes.discord_server import Fault as DiscordFault
 from tests.fakes.telegram_server import Fault as TelegramFault
 from tests.faults.descriptors import limit
 from tests.faults.kills import Tally, close, open_town
-from tests.faults.town import Town
+from tests.faults.town import PATIENCE, Town
 
 DEADLY = ("kill", "kill while starting", "stop")
 OTHER = ("cut", "descriptors", "down", "frozen", "calm")
@@ -56,7 +56,7 @@ async def soak(
             await asyncio.sleep(min(half - now, town.dice.uniform(0.5, 1.0) * EVERY))
             await _trouble(town, town.dice.choice(DEADLY + OTHER), outcome)
             tell(_line(town, outcome, time.monotonic() - began))
-        await town.discord.until(connected=True)
+        await _running(town)
         await town.stop()
         town.killed.append(time.monotonic())
         await town.start()
@@ -74,6 +74,11 @@ async def soak(
     return outcome
 
 
+async def _running(town: Town) -> None:
+    """While it starts, a signal ends it at once, and so does a lack of descriptors."""
+    await town.discord.until(connected=True, timeout=PATIENCE)
+
+
 async def _trouble(town: Town, what: str, outcome: Soak) -> None:
     outcome.troubles[what] += 1
     assert town.process is not None
@@ -88,7 +93,7 @@ async def _trouble(town: Town, what: str, outcome: Soak) -> None:
             await town.kill()
             await town.start()
         case "stop":
-            await town.discord.until(connected=True)  # while it starts, a signal ends it at once
+            await _running(town)
             outcome.tally.stops.append(await town.stop())
             town.killed.append(time.monotonic())  # what was on its way when its time was over is in doubt
             await asyncio.sleep(town.dice.uniform(0.0, 5.0))
@@ -96,7 +101,7 @@ async def _trouble(town: Town, what: str, outcome: Soak) -> None:
         case "cut":
             await town.cut_all()
         case "descriptors":
-            await town.discord.until(connected=True)  # a start without descriptors ends, and is repeated from outside
+            await _running(town)
             limit(town, 1)
             await town.cut_all()
             await asyncio.sleep(3.0)
