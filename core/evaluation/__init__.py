@@ -1,1 +1,1 @@
-"""How good the replies are: `metrics` over texts, `selfchat` over long talks, `recall` over what was told."""
+"""How good the replies are: `metrics`, `selfchat` over long talks, `recall` of what was told; `fidelity` of a precision."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from core.engine import model_runner, weights
@@ -23,8 +21,6 @@ from core.engine.base import BadCheckpoint
 from core.engine.model import GPT2, Batch, Model, Rows
 from core.engine.native import library
 from core.engine.native.gpt2 import NativeGPT2, dequantised, rounded
-from core.tokenizer import Tokenizer
-from core.training.tiny import dialogues
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
 
@@ -161,30 +157,6 @@ def test_what_is_not_finite_spoils_its_own_row_only(checkpoint: Make, native: An
             assert not logits[11].isfinite().any()
             again = model.forward(Batch([5] * 2, [Rows(short, 4, 1), Rows(kv, 8, 1)], [0, 1]))
             assert again[0].isfinite().all() and not again[1].isfinite().any()  # its keys stay bad; nobody else's do
-
-
-def test_perplexity_is_within_one_percent_of_float32(native: Any) -> None:
-    tokenizer = Tokenizer.load(EMBEDDED)
-    eos = weights.read_config(EMBEDDED / "config.json").eos_id
-    texts = [
-        [i for _, text in dialogue for i in (*tokenizer.encode(text), eos)][:256]
-        for dialogue in dialogues(25, seed=99, held_out=True)
-    ]
-    models: list[Model] = [
-        GPT2(weights.load(EMBEDDED), CPU, torch.float32),
-        NativeGPT2(weights.load(EMBEDDED), native),
-        GPT2(rounded(weights.load(EMBEDDED)), CPU, torch.float32),
-    ]
-    exact, int8, fallback = (perplexity(model, texts) for model in models)
-    assert exact < 30
-    assert int8 == pytest.approx(exact, rel=0.01) and fallback == pytest.approx(exact, rel=0.01)
-
-
-def perplexity(model: Model, texts: list[list[int]]) -> float:
-    losses = [
-        F.cross_entropy(run(model, ids[:-1], [len(ids) - 1]), torch.tensor(ids[1:]), reduction="none") for ids in texts
-    ]
-    return math.exp(float(torch.cat(losses).mean()))
 
 
 def test_weights_are_packed_once_and_the_originals_freed(checkpoint: Make, native: Any) -> None:
