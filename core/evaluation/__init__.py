@@ -1,1 +1,1 @@
-"""How good the replies are: `metrics`, `selfchat` over long talks, `recall` of what was told; `fidelity` of a precision."""
+"""How good the replies are: `metrics`, `selfchat` over long talks, `recall` of what was told; `fidelity` of precisions."""
