@@ -6,12 +6,11 @@ Speed depends on shapes, not on what the numbers mean, so the true shapes get ra
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from core.engine.hub import EMBEDDED
@@ -99,55 +98,3 @@ def names(path: Path, vocab: int) -> None:
     end = f"<{vocab - 1}>"
     said = {"tokenizer_class": "GPT2Tokenizer", "bos_token": end, "eos_token": end, "unk_token": end}
     (path / "tokenizer_config.json").write_text(json.dumps(said), "utf-8")
-
-
-def gguf(folder: Path, kind: str) -> Path:
-    """The checkpoint as llama.cpp reads it; matrices as f32, bf16 or q8_0, all else f32. Needs the package gguf."""
-    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
-
-    path = folder / f"{kind}.gguf"
-    if path.is_file():
-        return path
-    c = json.loads((folder / "config.json").read_text("utf-8"))
-    part = path.with_suffix(".part")
-    writer = GGUFWriter(part, "gpt2")
-    writer.add_context_length(c["n_positions"])
-    writer.add_embedding_length(c["n_embd"])
-    writer.add_feed_forward_length(4 * c["n_embd"])
-    writer.add_block_count(c["n_layer"])
-    writer.add_head_count(c["n_head"])
-    writer.add_layer_norm_eps(c["layer_norm_epsilon"])
-    writer.add_file_type({"f32": LlamaFileType.ALL_F32, "bf16": LlamaFileType.MOSTLY_BF16}.get(kind, 7))
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(c["vocab_size"])
-    matrix = {"f32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}[kind]
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        new, is_linear = _gguf_name(name.removeprefix("transformer."))
-        values = (tensor.T if is_linear else tensor).contiguous().numpy()
-        big = values.ndim == 2 and new != "position_embd.weight"
-        to = GGMLQuantizationType[matrix if big else "F32"]
-        writer.add_tensor(new, quants.quantize(values, to), raw_dtype=to)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    shutil.move(part, path)
-    return path
-
-
-def _gguf_name(name: str) -> tuple[str, bool]:
-    """(llama.cpp's name, whether it is a matrix that stands (in, out) here and (out, in) there)"""
-    top = {"wte.weight": "token_embd.weight", "wpe.weight": "position_embd.weight"}
-    if not name.startswith("h."):
-        return top.get(name, name.replace("ln_f", "output_norm")), False
-    _, layer, rest = name.split(".", 2)
-    module, _, end = rest.rpartition(".")
-    short = {
-        "ln_1": "attn_norm",
-        "ln_2": "ffn_norm",
-        "attn.c_attn": "attn_qkv",
-        "attn.c_proj": "attn_output",
-        "mlp.c_fc": "ffn_up",
-        "mlp.c_proj": "ffn_down",
-    }[module]
-    return f"blk.{layer}.{short}.{end}", end == "weight" and "c_" in module

@@ -13,7 +13,7 @@ from typing import Any
 
 import llama_cpp
 
-from benchmarks.serve.checkpoints import gguf
+from benchmarks.serve.gguf_file import gguf
 from benchmarks.serve.peers import SAMPLING, Asked, Worker
 from core.engine.kv_cache import common_prefix
 

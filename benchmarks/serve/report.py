@@ -22,6 +22,10 @@ MEASURES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "C mean ms": ("C", ("mean_ms",), False),
     "D mean ms": ("D", ("mean_ms",), False),
     "D replies/s": ("D", ("busy", "replies_per_s"), True),
+    "A processor ms": ("A", ("processor_ms",), False),
+    "B processor ms": ("B", ("processor_ms",), False),
+    "C processor ms": ("C", ("processor_ms",), False),
+    "D processor ms": ("D", ("processor_ms",), False),
     "E replies/s": ("E", ("replies_per_s",), True),
 }
 """title -> (workload, where it stands in the child's result, whether more is better)"""

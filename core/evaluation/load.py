@@ -10,7 +10,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -238,12 +238,16 @@ def cores() -> int:
 
 def resident_bytes(kind: str = "VmHWM") -> int:
     """Memory of this process and its children, their peaks added up ("VmRSS": now); 0 where there is no /proc."""
-    family, total = {os.getpid()}, 0
+    return sum(int(status.get(kind, "0 kB").split()[0]) << 10 for status in family())
+
+
+def family() -> Iterator[dict[str, str]]:
+    """/proc/PID/status of this process, its children and theirs."""
+    pids = {os.getpid()}
     for status in sorted(_statuses(), key=lambda s: int(s["Pid"])):
-        if int(status["Pid"]) in family or int(status["PPid"]) in family:
-            family.add(int(status["Pid"]))
-            total += int(status.get(kind, "0 kB").split()[0]) << 10
-    return total
+        if int(status["Pid"]) in pids or int(status["PPid"]) in pids:
+            pids.add(int(status["Pid"]))
+            yield status
 
 
 def _statuses() -> Iterable[dict[str, str]]:
