@@ -224,7 +224,8 @@ def _problems(file: Path, pragma: str = "quick_check") -> list[str]:
             rows = connection.execute(f"PRAGMA {pragma}(20)").fetchall()
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
-            raise JournalError(f"{file} cannot be read: {error}") from error
+            hint = "is the disk full, or its folder not ours to write in?"
+            raise JournalError(f"{file} cannot be read: {error}; {hint}") from error
         return [str(error)]
     return [row[0] for row in rows if row[0] != "ok"]
 
