@@ -1,1 +1,1 @@
-"""How good the replies are: `metrics`, `selfchat` over long talks, `recall` of things told; `fidelity` of precisions."""
+"""How good the replies are: `metrics`, `selfchat` over long talks, `recall` of things told, `fidelity` of int8."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-PATHS = ["portable", "AVX2", "AVX512-VNNI"]
+ARM = platform.machine() in ("aarch64", "arm64")
+PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX512-VNNI"]
 """By number; a CPU that runs one runs those before it."""
 
 LAYOUT = 1

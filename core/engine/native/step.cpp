@@ -19,6 +19,9 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <arm_neon.h>
+#include <sys/auxv.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -66,6 +69,15 @@ constexpr int QUERIES = 4;
 #include "step.cpp"
 #undef PATH
 #pragma GCC pop_options
+#elif defined(__aarch64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define PATHS 2
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#define PATH dotprod
+#define PATH_DOTPROD
+#include "step.cpp"
+#undef PATH
+#pragma GCC pop_options
 #else
 #define PATHS 1
 #endif
@@ -74,22 +86,26 @@ extern "C" {
 /// Which version of the structures and layouts this is.
 int palaver_layout() { return 1; }
 
-/// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI. All lower ones run too.
+/// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI; on Arm 1 is dotprod. All lower ones run too.
 int palaver_best_path() {
-#if PATHS > 1
+#if PATHS == 3
     __builtin_cpu_init();
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
     if (wide && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) return 2;
     if (__builtin_cpu_supports("avx2")) return 1;
+#elif PATHS == 2
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return 1;
 #endif
     return 0;
 }
 
 /// Write the rows' keys and values, and the logits of `wanted` rows. `path` is at most palaver_best_path().
 void palaver_step(const Model *model, const Step *step, int path) {
-#if PATHS > 1
+#if PATHS == 3
     if (path == 2) return avx512vnni::forward(*model, *step);
     if (path == 1) return avx2::forward(*model, *step);
+#elif PATHS == 2
+    if (path == 1) return dotprod::forward(*model, *step);
 #endif
     (void)path;
     portable::forward(*model, *step);
@@ -181,6 +197,12 @@ INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
     // |v| times x with v's sign: the sum of two is below 2^15
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(_mm256_set1_epi32(four), v));
     sum += (I)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#elif defined(PATH_DOTPROD)
+constexpr int ROWS = 6;
+INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
+    int8x16_t v = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(w), vdupq_n_u8(128)));
+    sum = (I)vdotq_s32((int32x4_t)sum, v, vreinterpretq_s8_s32(vdupq_n_s32(four)));
 }
 #else
 constexpr int ROWS = 2;
