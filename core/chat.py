@@ -136,6 +136,7 @@ class Chat:
     async def rekey(self, old: Channel, new: Channel) -> None:
         """The platform gave the conversation another id."""
         await self.journal.rekey(old, new)
+        self._courier.moved(old, new)
 
     async def lease(self, name: str, seconds: float) -> bool:
         """Hold `name` for so long; False while another process holds it."""

@@ -67,6 +67,7 @@ class Courier:
         self._lines: dict[Channel, deque[Reply]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._circuits: dict[str, Circuit] = defaultdict(Circuit)
+        self._moved: dict[Channel, Channel] = {}
         self._behind: set[Channel] = set()  # channels with more replies in the journal than in their line
         self._ends: dict[
             int, float
@@ -81,13 +82,25 @@ class Courier:
         """Take places in the channels' lines; returns at once."""
         for reply in replies:
             metrics.undelivered.inc()
-            if reply.channel not in self._lines:
-                self._lines[reply.channel] = deque()
-                self._start(self._work(reply.channel))
+            if reply.channel in self._moved:
+                reply = replace(reply, channel=self._moved[reply.channel])
+            self._open_line(reply.channel)
             if len(self._lines[reply.channel]) >= self.in_memory:
                 self._behind.add(reply.channel)
             if reply.channel not in self._behind and reply.id not in self._ends:  # else the journal gives it, or gave
                 self._hold(reply)
+
+    def moved(self, old: Channel, new: Channel) -> None:
+        """What the journal held for `old` it holds for `new` from now on."""
+        self._moved[old] = new
+        self._behind.discard(old)
+        self._behind.add(new)
+        self._open_line(new)
+
+    def _open_line(self, channel: Channel) -> None:
+        if channel not in self._lines:
+            self._lines[channel] = deque()
+            self._start(self._work(channel))
 
     def _hold(self, reply: Reply) -> None:
         age = max(0.0, (self._now() - reply.created_at).total_seconds())
@@ -101,11 +114,16 @@ class Courier:
         if len(rows) == self.in_memory:
             self._behind.add(channel)
         line = self._lines[channel]
-        held = {reply.id: reply for reply in (rows if channel in self._behind else (*rows, *line))}
+        found = {reply.id: reply for reply in (rows if channel in self._behind else (*rows, *line))}
         while line:
             del self._ends[line.pop().id]
-        for id in sorted(held):
-            self._hold(held[id])
+        for id in sorted(found):
+            if id in self._ends:  # it stands in the line of a chat that moved here, which goes first
+                self._behind.add(channel)
+                break
+            self._hold(found[id])
+        if not line and channel in self._behind:
+            await asyncio.sleep(1.0)
 
     def split(self, channel: Channel, text: str) -> list[str]:
         """`text` in pieces as the channel's platform takes them."""

@@ -109,6 +109,28 @@ def test_what_is_answered_while_the_journal_is_read_is_neither_lost_nor_doubled(
     play(scene)
 
 
+@pytest.mark.parametrize("in_memory", [1, 2, 20])
+@pytest.mark.parametrize("thawed", [False, True])
+def test_what_piled_up_moves_with_its_chat(in_memory: int, thawed: bool) -> None:
+    async def scene(house: House) -> None:
+        house.courier.in_memory = in_memory
+        house.platform.script[A] = [RetryAfter(30)]
+        await house.say(*(f"number {number}" for number in range(6)))
+        await asyncio.sleep(30.5 if thawed else 10)
+        await house.say("late")  # its answer is under way when its chat moves
+        await asyncio.sleep(0.05)
+        await house.chat.rekey(A, B)
+        await house.say("more", channel="b")
+        await asyncio.sleep(60)
+        numbered = [f"re number {number}" for number in range(6)]
+        assert [text for text in house.platform.texts() if text in numbered] == numbered
+        assert {*house.platform.texts()} == {*numbered, "re late", "re more"} and len(house.platform.texts()) == 8
+        assert replies(house) == ["sent"] * 8
+        assert not house.courier._lines and not house.courier._ends and not house.courier._behind
+
+    play(scene)
+
+
 def test_what_piled_up_is_delivered_in_order_after_a_restart() -> None:
     async def scene(house: House) -> None:
         house.platform.script[A] = [RetryAfter(500)]

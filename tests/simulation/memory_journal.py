@@ -196,6 +196,17 @@ class MemoryJournal:
         await self._before()
         self._disk.after[channel] = len(self._disk.rows)
 
+    async def rekey(self, old: Channel, new: Channel) -> None:
+        """As far as replies and waiting questions go; turns are not renumbered."""
+        await self._before()
+        for row in self._disk.rows:
+            if row.message.channel == old:
+                row.message = replace(row.message, channel=new)
+        for sent in self._disk.replies:
+            if sent.reply.channel == old:
+                sent.reply = replace(sent.reply, channel=new)
+        await self._after()
+
     async def due(self, channel: Channel | None = None, limit: int | None = None) -> list[Reply]:
         due = [
             sent.reply
