@@ -5,12 +5,15 @@ Which implementation computes, with which precision and threads, is decided here
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import logging
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -43,29 +46,32 @@ class ModelRunner:
         self.model = model
         self.folder = folder
 
-    def run(self, spans: Sequence[Span]) -> list[tuple[int, float] | None]:
-        """One (token, log-probability) for each span that is_last; None where the model's numbers are not finite.
+    def run(self, spans: Sequence[Span]) -> list[list[tuple[int, float]] | None]:
+        """For each span that is_last its next (token, log-probability), more than one where its guess was right; None
+        where the model's numbers are not finite.
 
         Changes nothing but KV rows that count as unwritten until the scheduler books them: it may be run again.
         """
         for span in spans:
             self._prepare(span.sequence.slot)
         logits = self.model.forward(self._batch(spans))
-        drawing = [span.sequence for span in spans if span.is_last]
         finite = torch.isfinite(logits.sum(-1)).tolist()  # one bad number spoils the sum
-        return [
-            draw(
-                row,
-                s.tokens,
-                s.params,
-                s.random,
-                eos_id=self.model.config.eos_id,
-                is_first=len(s.tokens) == s.prompt_len,
-            )
-            if good
-            else None
-            for row, s, good in zip(logits, drawing, finite, strict=True)
-        ]
+        rows = zip(logits, finite, strict=True)
+        return [self._draw(span, list(islice(rows, 1 + len(span.guess)))) for span in spans if span.is_last]
+
+    def _draw(self, span: Span, rows: list[tuple[Tensor, bool]]) -> list[tuple[int, float]] | None:
+        """One token from each row, to the first that was not guessed: as if each had been a step of its own."""
+        s, eos_id, drawn = span.sequence, self.model.config.eos_id, []
+        tokens = list(s.tokens)
+        for (logits, good), guessed in zip(rows, (*span.guess, None), strict=True):
+            if not good:
+                break
+            is_first = len(tokens) == s.prompt_len
+            drawn.append(draw(logits, tokens, s.params, s.random, eos_id=eos_id, is_first=is_first))
+            tokens.append(drawn[-1][0])
+            if tokens[-1] != guessed:
+                break
+        return drawn or None
 
     def warm_up(self) -> None:
         """Run the shapes that come first in life, so that nobody waits for them."""
@@ -76,13 +82,13 @@ class ModelRunner:
 
     @staticmethod
     def _batch(spans: Sequence[Span]) -> Batch:
-        ids, rows, wanted = [], [], []
+        ids, rows, wanted = list[int](), list[Rows](), list[int]()
         for span in spans:
             assert span.sequence.slot
             ids += span.ids
-            rows.append(Rows(span.sequence.slot.kv, span.start, span.count))
+            rows.append(Rows(span.sequence.slot.kv, span.start, span.count + len(span.guess)))
             if span.is_last:
-                wanted.append(len(ids) - 1)
+                wanted += range(len(ids) - 1 - len(span.guess), len(ids))
         return Batch(ids, rows, wanted)
 
     def _prepare(self, slot: Slot | None) -> None:
@@ -114,9 +120,12 @@ def cores() -> int:
 
 def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     """The fastest model whose rows do not depend on each other."""
-    if dtype is torch.int8:
-        return build_int8(folder)
-    return agreeing(lambda: weights.load(folder), device, dtype)
+    model = build_int8(folder) if dtype is torch.int8 else agreeing(lambda: weights.load(folder), device, dtype)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # where the C library is not glibc
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # it keeps what the originals took, a third of the model, and lends it to nobody
+    return model
 
 
 def agreeing(load: Callable[[], weights.Checkpoint], device: torch.device, dtype: torch.dtype) -> GPT2:

@@ -18,13 +18,17 @@ from time import monotonic
 
 from core.engine.base import Cancelled, EngineError, Failed, PromptTooLong, QueueFull, SamplingParams
 from core.engine.kv_cache import KVCache
+from core.engine.phrases import Phrases
 from core.engine.sequence import Request, Sequence, Span
 
 PIECE = 16
 """Rows of a step that prepares: who comes meanwhile waits about as long as for one token beside others."""
 
-Drawn = tuple[int, float]
-"""A token and its log-probability under the unfiltered model."""
+GUESS = 3
+"""Rows that a lone sequence's step may have beside the one it needs; they share its reading of the weights."""
+
+Drawn = list[tuple[int, float]]
+"""A span's next tokens, one and those guessed right, with their log-probabilities under the unfiltered model."""
 
 
 class Scheduler:
@@ -40,7 +44,9 @@ class Scheduler:
         token_budget: int,
         max_waiting: int,
         draw_seed: Callable[[], int] | None = None,
+        guess: int = GUESS,
     ) -> None:
+        """With `guess` 0 every token has a step of its own."""
         self.cache = cache
         self.max_positions = max_positions
         self.eos_id = eos_id
@@ -51,6 +57,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.requests: set[Request] = set()
+        self.guess = guess
+        self.phrases = Phrases()
         self.preparing: dict[str, Sequence] = {}
         """By session, oldest first: what its next prompt will begin with."""
 
@@ -84,8 +92,9 @@ class Scheduler:
         self.preparing.pop(session, None)
 
     def forget(self, session: str) -> None:
-        """Nothing of the session stays, nor of what it waits for now."""
+        """Nothing of the session stays, nor of what it waits for now. (Whose the phrases are, nobody knows.)"""
         self.preparing.pop(session, None)
+        self.phrases.clear()
         for request in self.requests:
             request.session = "" if request.session == session else request.session
         self.cache.forget(session)
@@ -96,7 +105,9 @@ class Scheduler:
         decoding = [s for s in self.running if len(s.tokens) - s.computed == 1]
         prefilling = [s for s in self.running if len(s.tokens) - s.computed > 1]
         spans = [Span(s, s.computed, 1) for s in decoding]
-        budget = self.token_budget - len(spans)
+        if len(decoding) == 1:
+            spans = [self._with_guess(decoding[0])]
+        budget = self.token_budget - sum(len(span.ids) for span in spans)
         for sequence in prefilling:
             budget -= self._take(sequence, budget, spans)
         while budget and len(self.running) < self.max_running and (admitted := self._admit()):
@@ -107,16 +118,18 @@ class Scheduler:
         """Book what a step computed; `drawn` has one entry for each span that is_last, None where numbers went bad."""
         results = iter(drawn)
         for span in spans:
-            sequence, result = span.sequence, next(results) if span.is_last else (-1, 0.0)
+            sequence, result = span.sequence, next(results) if span.is_last else []
             if sequence.slot is None:  # a candidate beside it failed a moment ago, and the request with it
                 continue
             if result is None:
                 self._restart(sequence)
                 continue
-            last, ids = span.is_last, span.ids
-            sequence.slot.tokens.extend(ids)
-            if last:
-                sequence.append(*result, self.eos_id)
+            right = max(0, len(result) - 1)
+            sequence.slot.tokens.extend(span.ids[: span.count + right])
+            for token, logprob in result:
+                sequence.append(token, logprob, self.eos_id)
+            if span.guess:
+                self.phrases.judge(right)
             if sequence.finish_reason:
                 self._finish(sequence)
             elif sequence.max_new == 0:
@@ -189,8 +202,16 @@ class Scheduler:
             return sequence
         return None
 
+    def _with_guess(self, sequence: Sequence) -> Span:
+        """A step for one token, and for those that may follow it as far as they can still be drawn."""
+        room = min(self.guess, self.token_budget - 1, sequence.prompt_len + sequence.max_new - len(sequence.tokens) - 1)
+        guess = self.phrases.after(sequence.tokens, room)
+        return Span(sequence, sequence.computed, 1, tuple(token for token in guess if token != self.eos_id))
+
     def _finish(self, sequence: Sequence) -> None:
         self._leave(sequence, keep=True)
+        closed = [self.eos_id] if sequence.finish_reason == "stop" else []
+        self.phrases.learn([*sequence.tokens[sequence.prompt_len - 1 :], *closed])
         request = sequence.request
         if all(s.finish_reason for s in request.sequences):
             self.requests.remove(request)

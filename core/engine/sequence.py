@@ -69,11 +69,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A sequence's part of one step: tokens start .. start + count - 1 run through the model."""
+    """A sequence's part of one step: tokens start .. start + count - 1 run through the model, then those of `guess`."""
 
     sequence: Sequence
     start: int
     count: int
+    guess: tuple[int, ...] = ()
+    """What may come next. Row by row a token is drawn while the guess before it was right."""
 
     @property
     def is_last(self) -> bool:
@@ -82,4 +84,4 @@ class Span:
 
     @property
     def ids(self) -> list[int]:
-        return self.sequence.tokens[self.start : self.start + self.count]
+        return [*self.sequence.tokens[self.start : self.start + self.count], *self.guess]

@@ -32,7 +32,7 @@ from core.engine.base import (
 )
 from core.engine.kv_cache import ROUND, KVCache, round_up
 from core.engine.model_runner import ModelRunner, cache_tokens, open_runner
-from core.engine.scheduler import Scheduler
+from core.engine.scheduler import GUESS, Scheduler
 from core.engine.sequence import Request, Span
 
 log = logging.getLogger(__name__)
@@ -213,10 +213,12 @@ async def open_torch_engine(
     token_budget: int = 256,
     max_waiting: int = 256,
     seed: int | None = None,
+    guess: int = GUESS,
 ) -> TorchEngine:
     """Load `model` (embedded, a folder or a hub name) and start the engine. 0 chooses; memory is in bytes.
 
-    `seed` makes the seeds that requests without one are given repeatable. Raises BadCheckpoint.
+    `seed` makes the seeds that requests without one are given repeatable; `guess` 0 leaves speculative decoding out.
+    Raises BadCheckpoint.
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
@@ -232,6 +234,7 @@ async def open_torch_engine(
             token_budget=token_budget,
             max_waiting=max_waiting,
             draw_seed=lambda: seeds.getrandbits(62),
+            guess=guess,
         )
         name = runner.folder.name if str(model) != "embedded" else "embedded"
         info = ModelInfo(

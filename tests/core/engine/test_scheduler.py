@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from core.engine.base import Cancelled, Completion, EngineError, Failed, QueueFull, SamplingParams
 from core.engine.kv_cache import ROUND, KVCache, common_prefix
-from core.engine.scheduler import PIECE, Scheduler
+from core.engine.phrases import MOST, PROBE, Phrases
+from core.engine.scheduler import PIECE, Drawn, Scheduler
 from core.engine.sequence import Request, Span
 
 EOS = 9
@@ -51,6 +52,19 @@ def next_token(tokens: list[int], seed: int = 0) -> int:
     return random.Random(f"{seed} {tokens}").randrange(EOS + 1)
 
 
+def draw(span: Span, bad: frozenset[int]) -> Drawn | None:
+    """As the runner: token after token while the guess is right and the numbers are good."""
+    tokens, drawn = list(span.sequence.tokens), Drawn()
+    for guessed in (*span.guess, None):
+        if bad & set(tokens):
+            break
+        drawn.append((next_token(tokens), -1.0))
+        tokens.append(drawn[-1][0])
+        if tokens[-1] != guessed:
+            break
+    return drawn or None
+
+
 def step(scheduler: Scheduler, bad: frozenset[int] = frozenset()) -> list[Span]:
     """Run what is scheduled; prompts that hold an id of `bad` have bad numbers."""
     kept = list(scheduler.cache.idle)
@@ -63,9 +77,7 @@ def step(scheduler: Scheduler, bad: frozenset[int] = frozenset()) -> list[Span]:
         assert span.sequence.slot
         assert len(span.sequence.slot.tokens) == span.start
         span.sequence.slot.copy_from = None  # the runner has copied it
-    last = [s.sequence for s in spans if s.is_last]
-    drawn = [None if bad & set(s.tokens) else (next_token(s.tokens), -1.0) for s in last]
-    scheduler.update(spans, drawn)
+    scheduler.update(spans, [draw(span, bad) for span in spans if span.is_last])
     scheduler.check_integrity()
     return spans
 
@@ -366,6 +378,55 @@ class Traffic(RuleBasedStateMachine):
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_what_was_said_before_is_guessed_and_saves_steps() -> None:
+    plain, guessing = make_scheduler(guess=0), make_scheduler()
+    steps = []
+    for scheduler in (plain, guessing):
+        client, count = Client(scheduler), 0
+        for _ in range(3):
+            client.ask([2, 8], max_tokens=24)
+            while step(scheduler):
+                count += 1
+        assert [end[0].token_ids for end in client.ends.values() if isinstance(end, list)] == [expected([2, 8], 24)] * 3
+        steps.append(count)
+    length = len(expected([2, 8], 24))
+    assert length > 8
+    assert steps[1] <= steps[0] - length  # two of three replies took a third of their steps or less
+
+
+def test_two_at_once_do_not_guess() -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    for _ in range(2):
+        for _ in range(2):
+            client.ask([2, 8], max_tokens=24)
+        while spans := step(scheduler):
+            assert not any(span.guess for span in spans)
+
+
+def test_bad_guesses_are_given_up_and_tried_again_now_and_then() -> None:
+    phrases = Phrases()
+    phrases.learn([1, 2, 3, 4, 5])
+    assert phrases.after([0, 1, 2, 3], 3) == [4, 5]
+    assert phrases.after([0, 1, 2, 3], 1) == [4]
+    assert phrases.after([2, 3], 3) == phrases.after([3, 2, 1], 3) == []
+    for _ in range(30):
+        phrases.judge(0)
+    assert sum(bool(phrases.after([1, 2, 3], 3)) for _ in range(10 * PROBE)) == 10
+    for _ in range(30):
+        phrases.judge(2)
+    assert phrases.after([1, 2, 3], 3) == [4, 5]
+
+
+def test_phrases_take_bounded_room_and_the_newest_stay() -> None:
+    phrases = Phrases()
+    phrases.learn(range(MOST + 100))
+    assert phrases.after([0, 1, 2], 1) == []
+    assert phrases.after([MOST, MOST + 1, MOST + 2], 1) == [MOST + 3]
+    phrases.clear()
+    assert phrases.after([MOST, MOST + 1, MOST + 2], 1) == []
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])

@@ -7,15 +7,19 @@ import dataclasses
 import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, PromptTooLong, QueueFull, SamplingParams
-from core.engine.model import Batch
+from core.engine.model import Batch, Model
+from core.engine.model_runner import ModelRunner
+from core.engine.sequence import Request, Sequence, Span
 from core.engine.torch_engine import TorchEngine, open_torch_engine
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import GREEDY, ask, at_rest, greedy, prompts, reference, until_prepared
@@ -204,6 +208,68 @@ async def test_candidates_are_the_same_as_each_alone(engine: Open) -> None:
     assert (await ask(many, chosen, session="s")).cached_tokens >= 70 + len(want[3].token_ids) - 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+async def test_guessing_changes_steps_and_nothing_else(engine: Open, dtype: str) -> None:
+    """The same replies to the last bit of the log-probability, greedy and sampled, under every rule for the draw.
+
+    Each is asked twice: what was said the first time is guessed the second.
+    """
+    plain, guessing = [await engine("odd", dtype=dtype, guess=guess) for guess in (0, 3)]
+    sampled = dataclasses.replace(SAMPLED, top_k=3, temperature=0.5, max_tokens=20)
+    ways = [
+        dataclasses.replace(GREEDY, max_tokens=30),
+        sampled,
+        dataclasses.replace(sampled, repetition_penalty=1.3, no_repeat_ngram=3),
+        dataclasses.replace(sampled, top_k=0, top_p=0.5),
+        dataclasses.replace(sampled, n=3),
+    ]
+    steps = []
+    for e in (plain, guessing):
+        counted, asked = Faulty(e, lambda _: None), itertools.product(ways, enumerate(prompts([5, 60], 301)), range(2))
+        got = [await e.generate(p, dataclasses.replace(way, seed=s), session=str(s)) for way, (s, p), _ in asked]
+        steps.append((counted.steps, [[(c.token_ids, c.logprob, c.finish_reason) for c in cs] for cs in got]))
+    assert steps[0][1] == steps[1][1]
+    assert steps[1][0] < 0.8 * steps[0][0]
+
+
+def test_guesses_leave_the_distribution_as_it_is() -> None:
+    """Chi-square over 8,000 pairs of draws, the second from the row of a guess that the first makes right or wrong."""
+    rows = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
+    runner = ModelRunner(cast("Model", SimpleNamespace(config=SimpleNamespace(eos_id=11))), Path())
+    request = Request([1, 2], SamplingParams(temperature=1.0, top_k=0, top_p=1.0), "", None, lambda _: None)
+    sequence = Sequence(request, 5, 10)
+    sequence.append(3, 0.0, 11)
+    guess = int(rows[0].argmax())
+    counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()
+    for _ in range(8_000):
+        drawn = runner._draw(Span(sequence, 2, 1, (guess,)), [(row, True) for row in rows])
+        assert drawn and (len(drawn) == 2) == (drawn[0][0] == guess)
+        for count, (token, _) in zip(counts, drawn, strict=False):
+            count[token] += 1
+    for count, row in zip(counts, rows, strict=True):
+        n = count.total()
+        chi = sum((count[i] - n * float(p)) ** 2 / (n * float(p)) for i, p in enumerate(row.double().softmax(0)))
+        assert n > 1_000 and chi < 11 + 5 * (2 * 11) ** 0.5
+
+
+async def test_bad_numbers_behind_a_guess_cost_a_retry_and_no_reply(engine: Open, checkpoint: Make) -> None:
+    e = await engine("odd")
+    prompt = prompts([20], 301)[0]
+    want = greedy(checkpoint("odd"), prompt)
+    assert (await ask(e, prompt)).token_ids == want
+
+    def spoil(batch: Batch) -> None:
+        """The cache behind the first guess, once."""
+        if batch.rows[0].count > 1 and batch.rows[0].start > 0 and not spoiled:
+            spoiled.append(batch.rows[0].start)
+            batch.rows[0].kv[:, :, :, : batch.rows[0].start] = float("nan")
+
+    spoiled: list[int] = []
+    Faulty(e, spoil)
+    assert (await ask(e, prompt)).token_ids == want
+    assert spoiled
+
+
 async def test_an_engines_seed_makes_unseeded_requests_repeatable(engine: Open) -> None:
     unseeded = dataclasses.replace(SAMPLED, seed=None)
     said = []
@@ -239,7 +305,7 @@ class Faulty:
     def __init__(self, engine: TorchEngine, spoil: Callable[[Batch], Exception | None]) -> None:
         self._model = engine.core.runner.model
         self._spoil = spoil
-        self.largest = 0
+        self.largest = self.steps = 0
         runner: Any = engine.core.runner
         runner.model = self
 
@@ -251,6 +317,7 @@ class Faulty:
         if error:
             raise error
         self.largest = max(self.largest, len(batch.ids))
+        self.steps += 1
         return self._model.forward(batch)
 
 
