@@ -35,6 +35,9 @@ LARGE = 1_000_000
 SHARED = 30_000_000
 """Parameters from which on threads share a step; below, they would wait for each other longer than they compute."""
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time a container has in so many of the clock's; more threads would be stopped in turns."""
+
 BLOCK = {"cpu": 16, "cuda": TILE}
 """Rows per product where products of different heights do not agree bit for bit."""
 
@@ -110,21 +113,26 @@ def open_runner(model: str | Path, revision: str | None, device: str, dtype: str
     with torch.inference_mode():
         runner = ModelRunner(build(folder, place, choose_dtype(dtype, place, folder)), folder)
         runner.warm_up()
+    if place.type == "cpu":
+        count = torch.get_num_threads()
+        runner.model.how += f", {count} thread{'s' if count > 1 else ''}"
     return runner
 
 
 def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many this process may use; a container's share of the machine counts, rounded down to whole ones."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit: then it says "max"
+        quota, period = map(int, QUOTA.read_text("ascii").split())
+        return max(1, min(seen, quota // period))
+    return seen
 
 
 def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     """The fastest model whose rows do not depend on each other."""
     model = build_int8(folder) if dtype is torch.int8 else agreeing(lambda: weights.load(folder), device, dtype)
     with contextlib.suppress(AttributeError, OSError, TypeError):  # where the C library is not glibc
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # it keeps what the originals took, a third of the model, and lends it to nobody
+        ctypes.CDLL(None).malloc_trim(0)  # else what the originals took stays with this process, for nothing
     return model
 
 
@@ -143,7 +151,7 @@ def build_int8(folder: Path) -> Model:
     if native:
         return gpt2.NativeGPT2(weights.load(folder), native)
     model = agreeing(lambda: gpt2.rounded(weights.load(folder)), torch.device("cpu"), torch.float32)
-    model.how = f"{model.how}, weights rounded to int8"
+    model.how = f"{model.how}, weights rounded to int8 (the compiled step is not here)"
     return model
 
 
