@@ -131,8 +131,9 @@ def cores() -> int:
 def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     """The fastest model whose rows do not depend on each other."""
     model = build_int8(folder) if dtype is torch.int8 else agreeing(lambda: weights.load(folder), device, dtype)
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # where the C library is not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # else what the originals took stays with this process, for nothing
+    # What the originals took is a third of the model: glibc would keep it, other C libraries have no such function.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
     return model
 
 
