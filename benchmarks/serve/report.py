@@ -130,7 +130,7 @@ def _bars(path: Path, result: dict[str, Any]) -> Path:
     from matplotlib import pyplot
 
     table, runs = result["summary"], result["runs"]
-    wanted = ("A mean ms", "B replies/s", "C mean ms", "D mean ms", "D replies/s")
+    wanted = ("A mean ms", "A processor ms", "B replies/s", "B processor ms", "C mean ms", "D mean ms", "D replies/s")
     titles = [title for title in wanted if any(title in row for row in table.values())]
     titles = titles or [title for title in MEASURES if any(title in row for row in table.values())]
     figure, axes = pyplot.subplots(

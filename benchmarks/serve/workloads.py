@@ -182,32 +182,30 @@ async def crowd(
     talks = [Talk(script, 100 + i, age=i % CYCLE, cycle=CYCLE) for i in range(channels)]
     queue: asyncio.Queue[Talk] = asyncio.Queue()
     said: list[Said] = []
-    warm = channels if peer.caches else 0
+    warm = channels if peer.caches else 0  # replies that come first
     for talk in talks:
         queue.put_nowait(talk)
-    began = end = spent = 0.0
+    began = end = before = after = 0.0
 
     async def worker() -> None:
-        nonlocal warm, began, end, spent
+        nonlocal began, end, before, after
         while not end or time.perf_counter() < end:
             talk = await queue.get()
-            if warm:
-                warm -= 1
-                await talk.say(peer, candidates)
-            else:
-                if not end:
-                    began, spent = time.perf_counter(), processor_seconds()
-                    end = began + seconds
-                said.append(await talk.say(peer, candidates))
+            if not end and len(said) >= warm:
+                began, before = time.perf_counter(), processor_seconds()
+                end = began + seconds
+            said.append(await talk.say(peer, candidates))
+            if end and not after and said[-1].at >= end:
+                after = processor_seconds()
             queue.put_nowait(talk)
 
     await asyncio.gather(*(worker() for _ in range(in_flight)))
-    spent = processor_seconds() - spent
-    counted = [s for s in said if s.at <= end] or said  # what was under way at the end is half in, half out
+    # What was under way at the start counts, what is at the end does not: each is half in, half out.
+    counted = [s for s in said if began < s.at <= end] or said[-1:]
     delays = [s.seconds for s in counted]
     return {
         "replies_per_s": len(counted) / (max(s.at for s in counted) - began),
-        "processor_ms": 1e3 * spent / len(said),
+        "processor_ms": 1e3 * (after - before) / len(counted),
         "p50_ms": 1e3 * percentile(delays, 0.5),
         "p95_ms": 1e3 * percentile(delays, 0.95),
         "replies": len(counted),
