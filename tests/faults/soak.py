@@ -44,10 +44,16 @@ class Soak:
 
 
 async def soak(
-    folder: Path, seed: int, minutes: float, engine: str = "echo", tell: Callable[[str], None] = lambda line: None
+    folder: Path,
+    seed: int,
+    minutes: float,
+    engine: str = "echo",
+    tell: Callable[[str], None] = lambda line: None,
+    private: int = 24,
+    rooms: int = 10,
 ) -> Soak:
     outcome = Soak()
-    async with Town(folder, seed, {"ENGINE": engine}) as town:
+    async with Town(folder, seed, {"ENGINE": engine}, private, rooms) as town:
         await open_town(town)
         town.chaos(True)
         people = [asyncio.create_task(town.talk(0.1)), asyncio.create_task(town.cut(10.0))]

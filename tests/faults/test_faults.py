@@ -66,9 +66,9 @@ async def test_memory_does_not_grow_with_messages(tmp_path: Path) -> None:
 
 
 async def test_everything_at_once_for_a_while(tmp_path: Path, silence: None) -> None:
-    outcome = await soak(tmp_path, seed=1, minutes=0.4)
+    outcome = await soak(tmp_path, seed=1, minutes=0.4, private=4, rooms=2)
     assert outcome.tally.broken == [] and outcome.tally.states == {"answered": outcome.tally.asked}
-    assert outcome.memory and outcome.troubles.total() > 2
+    assert outcome.troubles.total() > 1
 
 
 def test_one_loud_channel_harms_no_calm_one(silence: None) -> None:
