@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -82,6 +83,21 @@ class ModelRunner:
         kv = self.model.new_kv(room)
         for count in (1, 8, room):
             self.model.forward(Batch([0] * count, [Rows(kv, 0, count)], [count - 1]))
+
+    @torch.inference_mode()
+    def price(self, rows: int) -> float:
+        """How much longer a step of `rows` tokens of one sequence takes than a step of one, as a share of that one."""
+        kv = self.model.new_kv(2 * rows)
+
+        def seconds(count: int) -> float:
+            step, times = Batch([0] * count, [Rows(kv, rows, count)], list(range(count))), []
+            for _ in range(5):
+                begin = perf_counter()
+                self.model.forward(step).sum().item()  # a GPU has finished when the number is there
+                times.append(perf_counter() - begin)
+            return min(times)
+
+        return max(0.0, seconds(rows) / seconds(1) - 1)
 
     @staticmethod
     def _batch(spans: Sequence[Span]) -> Batch:

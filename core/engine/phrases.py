@@ -11,15 +11,15 @@ from collections.abc import Sequence
 CONTEXT = 3
 MOST = 1 << 16
 """Contexts that are remembered."""
-PAYS = 0.4
-"""Right tokens per guess below which guessing may cost more than it gains: what three more rows make a step longer is
-a tenth where reading the weights takes most of it, up to twice that and more where they fit in a CPU's caches."""
-PROBE = 16
+PROBE = 64
 """While guesses are bad, one of so many is made nevertheless, to see whether that is still so."""
 
 
 class Phrases:
-    def __init__(self) -> None:
+    def __init__(self, price: float = 0.0) -> None:
+        """`price`: what the rows of a guess make a step longer, as a share of a step without. Guesses that are right
+        less often than that do not pay."""
+        self.price = price
         self._next: dict[tuple[int, ...], int] = {}
         """What followed last, oldest first."""
         self.right = 1.0
@@ -41,7 +41,7 @@ class Phrases:
         while len(said) < CONTEXT + most and (token := self._next.get(tuple(said[-CONTEXT:]))) is not None:
             said.append(token)
         guess = said[CONTEXT:]
-        if guess and self.right < PAYS:
+        if guess and self.right < self.price:
             self._chances += 1
             return [] if self._chances % PROBE else guess
         return guess

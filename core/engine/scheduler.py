@@ -45,8 +45,9 @@ class Scheduler:
         max_waiting: int,
         draw_seed: Callable[[], int] | None = None,
         guess: int = GUESS,
+        price: float = 0.0,
     ) -> None:
-        """With `guess` 0 every token has a step of its own."""
+        """At most `guess` tokens are guessed at once, while they are worth their `price` (core.engine.phrases)."""
         self.cache = cache
         self.max_positions = max_positions
         self.eos_id = eos_id
@@ -58,7 +59,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.requests: set[Request] = set()
         self.guess = guess
-        self.phrases = Phrases()
+        self.phrases = Phrases(price)
         self.preparing: dict[str, Sequence] = {}
         """By session, oldest first: what its next prompt will begin with."""
 

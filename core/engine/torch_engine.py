@@ -214,11 +214,12 @@ async def open_torch_engine(
     max_waiting: int = 256,
     seed: int | None = None,
     guess: int = GUESS,
+    price: float | None = None,
 ) -> TorchEngine:
     """Load `model` (embedded, a folder or a hub name) and start the engine. 0 chooses; memory is in bytes.
 
-    `seed` makes the seeds that requests without one are given repeatable; `guess` 0 leaves speculative decoding out.
-    Raises BadCheckpoint.
+    `seed` makes the seeds that requests without one are given repeatable; `guess` 0 leaves speculative decoding out,
+    `price` is what it costs here, measured when None. Raises BadCheckpoint.
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
@@ -235,6 +236,7 @@ async def open_torch_engine(
             max_waiting=max_waiting,
             draw_seed=lambda: seeds.getrandbits(62),
             guess=guess,
+            price=runner.price(1 + guess) if price is None else price,
         )
         name = runner.folder.name if str(model) != "embedded" else "embedded"
         info = ModelInfo(

@@ -407,7 +407,7 @@ def test_two_at_once_do_not_guess() -> None:
 
 
 def test_bad_guesses_are_given_up_and_tried_again_now_and_then() -> None:
-    phrases = Phrases()
+    phrases = Phrases(price=0.4)
     phrases.learn([1, 2, 3, 4, 5])
     assert phrases.after([0, 1, 2, 3], 3) == [4, 5]
     assert phrases.after([0, 1, 2, 3], 1) == [4]

@@ -214,7 +214,7 @@ async def test_guessing_changes_steps_and_nothing_else(engine: Open, dtype: str)
 
     Each is asked twice: what was said the first time is guessed the second.
     """
-    plain, guessing = [await engine("odd", dtype=dtype, guess=guess) for guess in (0, 3)]
+    plain, guessing = [await engine("odd", dtype=dtype, guess=guess, price=0.0) for guess in (0, 3)]
     sampled = dataclasses.replace(SAMPLED, top_k=3, temperature=0.5, max_tokens=20)
     ways = [
         dataclasses.replace(GREEDY, max_tokens=30),
@@ -253,7 +253,7 @@ def test_guesses_leave_the_distribution_as_it_is() -> None:
 
 
 async def test_bad_numbers_behind_a_guess_cost_a_retry_and_no_reply(engine: Open, checkpoint: Make) -> None:
-    e = await engine("odd")
+    e = await engine("odd", price=0.0)
     prompt = prompts([20], 301)[0]
     want = greedy(checkpoint("odd"), prompt)
     assert (await ask(e, prompt)).token_ids == want
