@@ -193,8 +193,10 @@ class Chat:
                 self._pace += 0.1 * (self._clock() - began - self._pace)
                 task.cancel()
                 del self._answering[request.row]
-                self._edited.pop(request.row, None)
+                edited = self._edited.pop(request.row, None)
                 self._queue.done(request)
+                if edited and self._taking:  # the edit came as the answer to the old text had just ended, unstored
+                    self._queue.put(edited)
                 self._measure()
 
     async def _answer_fully(self, request: Request) -> None:

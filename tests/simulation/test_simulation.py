@@ -26,6 +26,11 @@ def test_every_schedule_keeps_the_promises(block: int) -> None:
         World(seed).run()
 
 
+@pytest.mark.parametrize("seed", [400947])
+def test_schedules_that_once_were_broken(seed: int) -> None:
+    World(seed).run()
+
+
 def test_a_schedule_replays_by_its_seed() -> None:
     first, second = World(7), World(7)
     assert first.run() == second.run()
