@@ -54,7 +54,7 @@ class SamplingParams:
     reply already; 0 is off. `seed` None draws one. `n` completions are drawn, the k-th from seed + k.
     """
 
-    temperature: float = _knob(0.7, "how freely tokens are drawn; 0 always takes the likeliest")
+    temperature: float = _knob(0.4, "how freely tokens are drawn; 0 always takes the likeliest")
     top_k: int = _knob(40, "draw among so many likeliest tokens, 0 is all")
     top_p: float = _knob(0.9, "draw among the likeliest that make up this probability, 1 is all")
     repetition_penalty: float = _knob(1.0, "above 1: what was said already is less likely")

@@ -12,7 +12,7 @@ from core.evaluation.metrics import distinct, entropy, mean_length, slope
 from core.messages import Turn
 from core.text import normalise
 from core.tokenizer import Tokenizer
-from core.window import Window
+from core.voice import Voice
 
 OPENERS = Path(__file__).parent / "openers.txt"
 """200 things a stranger may say first."""
@@ -41,20 +41,18 @@ def read_openers() -> list[str]:
 
 
 class Talker:
-    """Continues talks given as plain texts, in the model's spelling."""
+    """Continues talks given as plain texts, in the model's spelling, as the bots do: what repeats is drawn again."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams, budget: int) -> None:
-        self.engine, self.tokenizer, self.params = engine, tokenizer, params
-        room = engine.info.max_positions - min(params.max_tokens, engine.info.max_positions // 2)
-        self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room))
+        self.voice = Voice(engine, tokenizer, replace(params, n=1), budget)
 
     async def reply(self, texts: Sequence[str], seed: int) -> str:
         """What comes after `texts`, oldest first, the last of them to be answered."""
-        roles = ("user", "assistant")
-        turns = [Turn(roles[i % 2], "", text, i) for i, text in enumerate(texts)]  # type: ignore[arg-type]
-        prompt = self.window.prompt(turns)
-        done = await self.engine.generate(prompt, replace(self.params, seed=seed, n=1))
-        return self.tokenizer.decode(done[0].token_ids).strip()
+        turns = [
+            Turn("assistant" if (len(texts) - i) % 2 == 0 else "user", "", text, i) for i, text in enumerate(texts)
+        ]
+        spoken = await self.voice.speak(turns, seed=seed)
+        return spoken[0] if spoken else ""
 
 
 async def self_chat(talker: Talker, opener: str, seed: int, turns: int = 30) -> list[str]:

@@ -66,7 +66,7 @@ async def test_a_broken_record_is_noticed(tokenizer: Tokenizer) -> None:
 
 
 async def test_an_empty_reply_ends_the_talk(tokenizer: Tokenizer) -> None:
-    talks = await self_chats(talker(tokenizer, lambda _, seed: "" if seed % 1000 == 3 else "yes"), 2, turns=10)
+    talks = await self_chats(talker(tokenizer, lambda _, seed: "" if seed % 1000 >= 3 else f"yes {seed}"), 2, turns=10)
     assert [len(talk) for talk in talks] == [5, 5]
     assert health(talks).empty == pytest.approx(2 / 8)
 
