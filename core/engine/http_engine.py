@@ -154,14 +154,15 @@ class HttpEngine:
         tries = deaths = 0
         lost_at: float | None = None
         while not self._closed:
-            generation = self.process.generation if self.process else 0
-            try:
-                async with self._suspects if deaths >= SUSPECT else contextlib.nullcontext():
+            # A suspect's turn begins with a child that is up and ends with one: what others broke is not its fault.
+            async with self._suspects if deaths >= SUSPECT else contextlib.nullcontext():
+                generation = self.process.generation if self.process else 0
+                try:
                     return await self._once(method, path, body, end)
-            except Unreachable as error:
-                why = str(error)
-            lost_at = lost_at or time.monotonic()
-            await self._wait(tries, why, lost_at + self.patience if end is None else end)
+                except Unreachable as error:
+                    why = str(error)
+                lost_at = lost_at or time.monotonic()
+                await self._wait(tries, why, lost_at + self.patience if end is None else end)
             tries += 1
             if self.process and self.process.generation != generation:
                 deaths, tries, lost_at = deaths + 1, 0, None
