@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.serve import checkpoints, machine, report
 from benchmarks.serve.peers import PEERS
 from benchmarks.serve.workloads import WORKLOADS
-from core.evaluation.load import cores
+from core.engine.machine import cores
 from core.settings import Settings
 from core.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from core.engine.base import SamplingParams
-from core.evaluation.load import cores
+from core.engine.machine import cores
 
 SAMPLING = SamplingParams(temperature=0.8, top_k=50, top_p=0.9)
 """The same for all."""

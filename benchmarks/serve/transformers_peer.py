@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from benchmarks.serve.peers import SAMPLING, Absent, Asked, Batcher
-from core.evaluation.load import cores
+from core.engine.machine import cores
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 torch.set_grad_enabled(False)

@@ -23,6 +23,7 @@ from torch import Tensor
 from core.engine import hub, weights
 from core.engine.base import BadCheckpoint
 from core.engine.kv_cache import Slot
+from core.engine.machine import cores
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
 from core.engine.native import gpt2, library
 from core.engine.sampler import draw
@@ -35,9 +36,6 @@ LARGE = 1_000_000
 """Parameters from which on int8 is worth what it rounds off: the embedded model has 4 million, DialoGPT-small 124."""
 SHARED = 30_000_000
 """Parameters from which on threads share a step; below, they would wait for each other longer than they compute."""
-
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Microseconds of processor time a container has in so many of the clock's; more threads would be stopped in turns."""
 
 BLOCK = {"cpu": 16, "cuda": TILE}
 """Rows per product where products of different heights do not agree bit for bit."""
@@ -133,15 +131,6 @@ def open_runner(model: str | Path, revision: str | None, device: str, dtype: str
         count = torch.get_num_threads()
         runner.model.how += f", {count} thread{'s' if count > 1 else ''}"
     return runner
-
-
-def cores() -> int:
-    """How many this process may use; a container's share of the machine counts, rounded down to whole ones."""
-    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit: then it says "max"
-        quota, period = map(int, QUOTA.read_text("ascii").split())
-        return max(1, min(seen, quota // period))
-    return seen
 
 
 def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:

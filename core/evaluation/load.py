@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from core.engine.base import EngineError
+from core.engine.machine import cores
 from core.evaluation.selfchat import read_openers
 from core.messages import Turn
 from core.voice import Voice
@@ -229,11 +230,6 @@ def as_text(load: Load, name: str, how: str, loading: float, memory: int) -> str
     else:
         lines.append(f"This machine is too slow for this model: no load tried was served in time ({each}).")
     return "\n".join(lines)
-
-
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resident_bytes(kind: str = "VmHWM") -> int:

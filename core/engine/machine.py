@@ -1,0 +1,19 @@
+"""What this machine gives us. Torch-free: who only measures or plans uses it too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time a container has in so many of the clock's; more threads would be stopped in turns."""
+
+
+def cores() -> int:
+    """How many this process may use; a container's share of the machine counts, rounded down to whole ones."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit: then it says "max"
+        quota, period = map(int, QUOTA.read_text("ascii").split())
+        return max(1, min(seen, quota // period))
+    return seen
