@@ -208,10 +208,10 @@ def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
     """auto: the fastest that keeps perplexity within 1 % of float32; on a CPU, exact float32 for a small model."""
     if name == "auto":
         if device.type != "cpu":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            return torch.bfloat16 if computes_bfloat16(device) else torch.float16
         if parameters(folder) < LARGE:
             return torch.float32
-        return torch.int8 if library.is_fast() else torch.bfloat16 if computes_bfloat16() else torch.float32
+        return torch.int8 if library.is_fast() else torch.bfloat16 if computes_bfloat16(device) else torch.float32
     if name not in DTYPES:
         raise BadCheckpoint(f"DTYPE={name} is not known: auto, {', '.join(DTYPES)}")
     if name == "int8" and device.type != "cpu":
@@ -219,8 +219,10 @@ def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def computes_bfloat16() -> bool:
-    """Has this CPU products of bfloat16? Where it has not, torch emulates them, up to 100 times slower than float32."""
+def computes_bfloat16(device: torch.device) -> bool:
+    """Has it products of bfloat16? For a CPU without, torch emulates them, up to 100 times slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 

@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from core.engine import hub
 from core.engine.base import BadCheckpoint
+from core.engine.model_runner import computes_bfloat16
 from core.tokenizer import Tokenizer
 from core.training.datasets import BadData, Example, batches, encode, read_dialogues
 from core.training.muon import Muon
@@ -151,7 +152,7 @@ class Trainer:
         torch.nn.Module.to(model, self.device)
         self.recipe, self.out, self.quiet = recipe, out, quiet
         self.progress = Progress()
-        self.bfloat16 = recipe.bfloat16 and has_bfloat16(self.device)
+        self.bfloat16 = recipe.bfloat16 and computes_bfloat16(self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = optimizers(model, recipe)
         per_epoch = len(batches(examples, recipe.batch_tokens // self.parts, recipe.seed)) / self.parts
@@ -303,12 +304,6 @@ class Trainer:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["peak"] = peak
         self.progress = Progress(**state["progress"])
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
