@@ -33,7 +33,10 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 if matrix.grad is None:
                     continue
-                average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+                state = self.state[matrix]
+                if not state:
+                    state["average"] = torch.zeros_like(matrix)
+                average = state["average"]
                 average.lerp_(matrix.grad, 1 - momentum)
                 update = orthogonal(matrix.grad.lerp(average, momentum))
                 matrix.mul_(1 - rate * group["weight_decay"])
