@@ -236,7 +236,7 @@ async def open_torch_engine(
             max_waiting=max_waiting,
             draw_seed=lambda: seeds.getrandbits(62),
             guess=guess,
-            price=runner.price(1 + guess) if price is None else price,
+            price=runner.price(1 + guess) if guess and price is None else price or 0.0,
         )
         name = runner.folder.name if str(model) != "embedded" else "embedded"
         info = ModelInfo(

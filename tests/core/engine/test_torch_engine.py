@@ -232,6 +232,12 @@ async def test_guessing_changes_steps_and_nothing_else(engine: Open, dtype: str)
     assert steps[1][0] < 0.8 * steps[0][0]
 
 
+async def test_a_guess_is_priced_where_there_are_guesses(engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelRunner, "price", lambda _, rows: float(rows))
+    engines = [await engine("odd", guess=guess) for guess in (0, 3)]
+    assert [e.core.scheduler.phrases.price for e in engines] == [0.0, 4.0]
+
+
 def test_guesses_leave_the_distribution_as_it_is() -> None:
     """Chi-square over 8,000 pairs of draws, the second from the row of a guess that the first makes right or wrong."""
     rows = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
