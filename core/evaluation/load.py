@@ -6,6 +6,7 @@ People are played by the list of openers; everything else is as in a running bot
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import statistics
@@ -203,10 +204,12 @@ def _delays(seconds: Sequence[float], wall: float) -> Delays:
 
 
 def as_dict(load: Load, name: str, how: str, loading: float, memory: int) -> dict[str, object]:
-    """For programs; seconds, bytes."""
+    """For programs, as JSON has it; seconds, bytes. None: a delay without end, or of nothing."""
     measured = {**asdict(load), "active_channels": load.channels}
     terms = {"p95_goal": GOAL, "messages_per_minute_and_channel": PER_MINUTE}
-    return {"model": name, "how": how, "cores": cores(), "load": loading, "memory": memory, **terms, **measured}
+    found = {"model": name, "how": how, "cores": cores(), "load": loading, "memory": memory, **terms, **measured}
+    plain: dict[str, object] = json.loads(json.dumps(found), parse_constant=lambda _: None)
+    return plain
 
 
 def as_text(load: Load, name: str, how: str, loading: float, memory: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Sequence
 
@@ -130,6 +131,14 @@ async def test_a_hopeless_machine_is_told_so() -> None:
     found = await load.measure(voice, 1, 32, lambda _: None)
     hopeless = load.Load(found.first_reply, found.single, found.words, found.in_flight, found.levels, 0.0)
     assert "too slow" in load.as_text(hopeless, "slow", "slow", 1.0, 0)
+
+
+def test_what_never_came_is_null_for_programs() -> None:
+    never, nothing = load.Delays(0, 0.0, float("inf"), float("inf")), load.Delays(0, 0.0, float("nan"), float("nan"))
+    said = load.as_dict(load.Load(0.1, nothing, 0.0, {16: nothing}, [(2.0, never)], 0.0), "slow", "slow", 1.0, 0)
+    assert json.dumps(said, allow_nan=False)
+    assert said["in_flight"] == {"16": {"replies": 0, "per_second": 0.0, "p50": None, "p95": None}}
+    assert said["levels"] == [[2.0, {"replies": 0, "per_second": 0.0, "p50": None, "p95": None}]]
 
 
 def test_memory_is_that_of_the_family() -> None:
