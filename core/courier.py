@@ -69,9 +69,8 @@ class Courier:
         self._circuits: dict[str, Circuit] = defaultdict(Circuit)
         self._moved: dict[Channel, Channel] = {}
         self._behind: set[Channel] = set()  # channels with more replies in the journal than in their line
-        self._ends: dict[
-            int, float
-        ] = {}  # of those in a line, by the clock nobody sets: the wall's is read once per reply
+        # When those in a line expire, by the clock nobody sets: the wall's is read once per reply.
+        self._ends: dict[int, float] = {}
 
     async def open(self, platforms: Iterable[Platform]) -> None:
         """Take up these platforms and what the journal still owes them."""
