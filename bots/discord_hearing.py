@@ -67,7 +67,7 @@ async def read_answer(response: aiohttp.ClientResponse) -> Any:
     """
     data = await json_or_text(response)
     if response.status == 429 and isinstance(data, dict):
-        wait = RetryAfter(data.get("retry_after", 1.0)).seconds
+        wait = RetryAfter(data.get("retry_after")).seconds
         if data.get("global"):
             raise GlobalLimit(wait)
         data["retry_after"] = wait
@@ -91,7 +91,7 @@ async def call(client: Client, route: Route, **arguments: Any) -> Any:
         raise RetryAfter(error.retry_after) from None
     except discord.HTTPException as error:
         if error.status == 429:  # not Discord's API: what stands before it shuts us out
-            raise RetryAfter(_seconds(error.response.headers.get("Retry-After"))) from None
+            raise RetryAfter(error.response.headers.get("Retry-After")) from None
         if error.status >= 500:
             raise MaybeSent(f"Discord answered {error.status}") from None
         if error.status == 401:
@@ -103,13 +103,6 @@ async def call(client: Client, route: Route, **arguments: Any) -> Any:
         raise MaybeSent("Discord's answer cannot be read") from None
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise MaybeSent(f"the connection broke ({type(error).__name__})") from None
-
-
-def _seconds(header: str | None) -> float:
-    try:
-        return float(header or 1.0)
-    except ValueError:
-        return 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import random
 import re
 from collections import deque
@@ -50,10 +49,9 @@ class Rejected(TelegramError):
         self.code, self.description, self.parameters = code, description, parameters
 
     @property
-    def retry_after(self) -> float:
-        """Seconds; NaN where Telegram named none."""
-        seconds = self.parameters.get("retry_after")
-        return float(seconds) if isinstance(seconds, int | float) and abs(seconds) < 1e9 else math.nan
+    def retry_after(self) -> Any:
+        """As Telegram said it, for `RetryAfter`; None where it named none."""
+        return self.parameters.get("retry_after")
 
     @property
     def moved_to(self) -> int | None:

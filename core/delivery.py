@@ -12,7 +12,7 @@ SendError
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from core.messages import Channel, Reply
 
@@ -39,11 +39,14 @@ class Refused(SendError): ...
 
 
 class RetryAfter(SendError):
-    def __init__(self, seconds: float, message: str = "asked to wait") -> None:
-        """`seconds` as the platform said it, at most an hour; what is no number of seconds counts as 1."""
+    def __init__(self, seconds: Any, message: str = "asked to wait") -> None:
+        """`seconds` as the platform said it, in JSON or a header; at most an hour, and what is no wait counts as 1."""
         super().__init__(message)
-        good = isinstance(seconds, int | float) and 0 <= seconds < float("inf")
-        self.seconds = min(float(seconds), 3600.0) if good else 1.0
+        try:
+            wait = float(seconds)
+        except (TypeError, ValueError, OverflowError):
+            wait = -1.0
+        self.seconds = min(wait, 3600.0) if 0 <= wait < float("inf") else 1.0
 
 
 class Platform(Protocol):
