@@ -109,7 +109,7 @@ def finetune(
     max_length: Annotated[int, typer.Option(min=8, help="tokens; longer dialogues are left out")] = 128,
     reverse: Annotated[bool, typer.Option("--reverse", help="learn what was said from its answer instead")] = False,
 ) -> None:
-    """Train MODEL further on dialogues of your own. It uses all cores, or the GPU.
+    """Train MODEL further on dialogues of your own. It uses all cores (as many as THREADS, where set), or the GPU.
 
     Stopped, or killed? The same command goes on where it was. In the end the folder holds the model, a plot of the
     losses and a card.
@@ -117,13 +117,14 @@ def finetune(
     finetune = _trainer()
     from core.engine import hub
     from core.engine.base import BadCheckpoint
+    from core.engine.machine import cores
     from core.training.datasets import BadData
     from core.training.finetune import Recipe
 
     (settings,) = _settings(Settings)
     recipe = Recipe(
         learning_rate=learning_rate, epochs=epochs, minutes=minutes, batch_tokens=batch_tokens,
-        max_length=max_length, reverse=reverse,
+        max_length=max_length, reverse=reverse, threads=settings.threads or cores(),
     )  # fmt: skip
     try:
         base = hub.resolve(settings.model, settings.model_revision)

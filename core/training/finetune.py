@@ -44,7 +44,8 @@ class Recipe:
     batch_tokens: int = 4096
     """In one step, padding included."""
     threads: int = 2
-    """Parts of a batch that are worked on at once on a CPU; each has one core."""
+    """On a CPU. As many parts of a batch are worked on at once, each with gradients of its own in memory; fewer where
+    a part would be too small for a dialogue of `max_length`."""
     max_length: int = 128
     cut: bool = False
     """Shorten dialogues above `max_length` instead of dropping them."""
@@ -70,6 +71,7 @@ class Progress:
     seconds: float = 0.0
     epoch: int = 0
     batch: int = 0
+    """Steps of this epoch that lie behind; a machine with other cores cuts the rest into other batches."""
     train: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss per learnt token in nats), averaged over the steps between."""
     valid: list[tuple[int, float]] = field(default_factory=list)
@@ -161,15 +163,17 @@ class Trainer:
 
     @property
     def parts(self) -> int:
-        return self.recipe.threads if self.device.type == "cpu" else 1
+        if self.device.type != "cpu":
+            return 1
+        return max(1, min(self.recipe.threads, self.recipe.batch_tokens // self.recipe.max_length))
 
     def run(self) -> Progress:
         from rich.progress import Progress as Bar
 
         started, saved, recent = time.monotonic() - self.progress.seconds, time.monotonic(), []
         threads = torch.get_num_threads()
-        if self.parts > 1:
-            torch.set_num_threads(1)  # parts of a batch side by side need no barrier at every operation
+        if self.device.type == "cpu":  # parts of a batch side by side need no barrier at every operation
+            torch.set_num_threads(max(1, self.recipe.threads // self.parts))
         torch.set_flush_denormal(True)  # numbers next to nothing make a CPU ten times slower
         pool = ThreadPoolExecutor(self.parts, initializer=torch.set_flush_denormal, initargs=(True,))
         with Bar(disable=self.quiet) as bar, pool:
@@ -222,8 +226,8 @@ class Trainer:
             found = batches(
                 self.examples, self.recipe.batch_tokens // self.parts, self.recipe.seed + self.progress.epoch
             )
-            for at in range(self.progress.batch, len(found), self.parts):
-                self.progress.batch = at + self.parts
+            for at in range(self.progress.batch * self.parts, len(found), self.parts):
+                self.progress.batch += 1
                 yield found[at : at + self.parts]
             self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
 

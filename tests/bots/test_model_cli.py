@@ -22,11 +22,12 @@ def talks(tmp_path: Path) -> Path:
 
 
 async def test_a_model_learns_more_and_talks(tmp_path: Path, talks: Path) -> None:
-    options = ("--epochs", "40", "--learning-rate", "0.001", "--batch-tokens", "128")
-    code, output, errors = await palaver(tmp_path, "finetune", str(talks), "mine", *options)
+    options = ("--epochs", "40", "--learning-rate", "0.001", "--batch-tokens", "128", "--max-length", "32")
+    code, output, errors = await palaver(tmp_path, "finetune", str(talks), "mine", *options, THREADS="3")
     assert code == 0, errors
     assert "talk to it: MODEL=mine" in output
-    assert (tmp_path / "mine/losses.png").is_file() and (tmp_path / "mine/README.md").is_file()
+    assert (tmp_path / "mine/losses.png").is_file()
+    assert "| threads | 3 |" in (tmp_path / "mine/README.md").read_text()
     said = {"ENGINE": "inprocess", "MODEL": "mine", "SAMPLING__TEMPERATURE": "0"}
     _, output, errors = await palaver(tmp_path, "chat", said="what is the password?\n", **said)
     assert "swordfish" in output.lower() or "sesame" in output.lower(), errors

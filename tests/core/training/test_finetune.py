@@ -107,6 +107,21 @@ def test_parts_of_a_batch_add_up(folder: Path) -> None:
     torch.testing.assert_close(after[0], after[1], rtol=1e-4, atol=1e-5)
 
 
+def test_with_other_cores_as_much_of_an_epoch_is_left(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    examples, left = encode(TALK, tokenizer, 32), list[int]()
+    for threads in (1, 2, 4, 64):
+        half = recipe(threads=threads, batch_tokens=128)
+        trainer = Trainer(GPT2LMHeadModel(micro(tokenizer)), examples, examples, half, folder, quiet=True)
+        trainer.progress.batch = 4
+        left.append(0)
+        for _ in trainer._batches():
+            if trainer.progress.epoch:
+                break
+            left[-1] += 1
+    assert max(left) - min(left) <= 1 < min(left), left
+
+
 def test_biases_and_norms_do_not_decay(folder: Path) -> None:
     model = GPT2LMHeadModel(micro(Tokenizer.load(folder)))
     for muon in (False, True):
