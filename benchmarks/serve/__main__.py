@@ -24,10 +24,10 @@ from benchmarks.serve import checkpoints, machine, report
 from benchmarks.serve.peers import PEERS
 from benchmarks.serve.workloads import WORKLOADS
 from core.engine.machine import cores
+from core.evaluation.selfchat import OPENERS
 from core.settings import Settings
 from core.tokenizer import Tokenizer
 
-OPENERS = Path(__file__).parents[2] / "core" / "evaluation" / "openers.txt"
 BASELINE = "palaver-int8"
 
 

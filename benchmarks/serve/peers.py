@@ -8,12 +8,14 @@ import importlib
 import os
 import queue
 import threading
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from core.engine.base import SamplingParams
+from core.engine.futures import settle
 from core.engine.machine import cores
 
 SAMPLING = SamplingParams(temperature=0.8, top_k=50, top_p=0.9)
@@ -87,7 +89,7 @@ class Asked:
     future: asyncio.Future[list[list[int]]]
 
 
-class Worker:
+class Worker(Peer):
     """A peer whose library is synchronous: one thread loads it and runs it, as libraries like best."""
 
     caches = False
@@ -96,13 +98,13 @@ class Worker:
         self.kind, self.folder, self.threads = kind, folder, threads or cores()
         self._inbox: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
 
+    @abstractmethod
     def load(self) -> str:
         """In the thread: load, and say how it runs. Raises Absent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, new: list[Asked]) -> bool:
         """In the thread: take `new` in and go on; False when nothing is left to do."""
-        raise NotImplementedError
 
     async def open(self) -> str:
         self._loop = asyncio.get_running_loop()
@@ -125,11 +127,11 @@ class Worker:
         await self._closed
 
     def deliver(self, asked: Asked, replies: list[list[int]]) -> None:
-        self._call(_settle, asked.future, replies)
+        settle(asked.future, replies)
 
     def _work(self) -> None:
         try:
-            self._call(_settle, self._opened, self.load())
+            settle(self._opened, self.load())
             busy = False
             while True:
                 new: list[Asked] = []
@@ -142,15 +144,11 @@ class Worker:
                 busy = self.step(new)
         except BaseException as error:
             if not self._opened.done():
-                self._call(_settle, self._opened, error)
+                settle(self._opened, error)
             else:
                 os._exit(_say(error))  # whoever waits would wait for ever
         finally:
-            self._call(_settle, self._closed, None)
-
-    def _call(self, function: Any, *args: object) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, *args)
+            settle(self._closed, None)
 
 
 class Batcher(Worker):
@@ -162,9 +160,9 @@ class Batcher(Worker):
         super().__init__(kind, folder, threads)
         self._waiting: list[Asked] = []
 
+    @abstractmethod
     def run(self, batch: list[Asked]) -> list[list[list[int]]]:
         """All with the same number of candidates and tokens."""
-        raise NotImplementedError
 
     def step(self, new: list[Asked]) -> bool:
         self._waiting += new
@@ -173,15 +171,6 @@ class Batcher(Worker):
         for asked, replies in zip(batch, self.run(batch), strict=True):
             self.deliver(asked, replies)
         return bool(self._waiting)
-
-
-def _settle(future: asyncio.Future[Any], end: object) -> None:
-    if future.done():
-        return
-    if isinstance(end, BaseException):
-        future.set_exception(end)
-    else:
-        future.set_result(end)
 
 
 def _say(error: BaseException) -> int:

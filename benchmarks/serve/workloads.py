@@ -18,15 +18,13 @@ from typing import Any, Literal
 
 from benchmarks.serve.peers import Peer
 from core.engine.kv_cache import common_prefix
-from core.evaluation.load import family, percentile, poisson
+from core.evaluation.load import GOAL, family, percentile, poisson
 from core.messages import Turn
 from core.window import Window
 
 USER, REPLY = 12, 16
 CYCLE = 12
 """Exchanges until a channel of B and E starts anew: so the mix of short and long histories stays the same."""
-GOAL = 2.0
-"""Seconds that 95 of 100 replies may take in E."""
 SILENCE, LEAVES = 12.0, 8
 """E: mean seconds until somebody in a talk writes again, and how many messages a talk has before they fall silent."""
 

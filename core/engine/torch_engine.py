@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from core.engine.base import (
     ModelInfo,
     SamplingParams,
 )
+from core.engine.futures import settle
 from core.engine.kv_cache import ROUND, KVCache, round_up
 from core.engine.model_runner import ModelRunner, cache_tokens, open_runner
 from core.engine.scheduler import GUESS, Scheduler
@@ -108,7 +108,7 @@ class TorchEngine:
         self._check(prompt)
         future: asyncio.Future[list[Completion]] = self._loop.create_future()
         until = None if deadline is None else time.monotonic() + deadline
-        request = Request(tuple(prompt), params, session, until, lambda end: self._call(_settle, future, end))
+        request = Request(tuple(prompt), params, session, until, lambda end: settle(future, end))
         self._under_way.add(future)
         self._inbox.put(lambda scheduler: scheduler.add(request))
         try:
@@ -137,7 +137,7 @@ class TorchEngine:
 
         def forget(scheduler: Scheduler) -> None:
             scheduler.forget(session)
-            self._call(_settle, done, None)
+            settle(done, None)
 
         if session and not self._end:
             self._inbox.put(forget)
@@ -155,15 +155,16 @@ class TorchEngine:
         try:
             self.core, self.info = self._open_core()
         except BaseException as error:
-            self._call(_settle, self._opened, error)
+            settle(self._opened, error)
         else:
-            self._call(_settle, self._opened, None)
+            settle(self._opened, None)
             try:
                 self._serve(self.core)
             except Exception as error:
                 log.exception("the engine died")
                 self._end = EngineClosed(f"the engine died: {type(error).__name__}")
-        self._call(self._settle_all)
+        with contextlib.suppress(RuntimeError):  # nobody is left to hear it when the loop is gone
+            self._loop.call_soon_threadsafe(self._settle_all)
 
     def _serve(self, core: Core) -> None:
         """Step while there is something to do, sleep while there is not; until None comes."""
@@ -183,22 +184,8 @@ class TorchEngine:
         """In the event loop, at the very end."""
         self._end = self._end or EngineClosed("the engine is closed")
         for future in self._under_way:
-            _settle(future, self._end)
-        _settle(self._closed, None)
-
-    def _call(self, function: Callable[..., None], *args: object) -> None:
-        """From the worker thread into the event loop; nobody is left to hear it when the loop is gone."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(function, *args)
-
-
-def _settle(future: asyncio.Future[Any], end: object) -> None:
-    if future.done():
-        return
-    if isinstance(end, BaseException):
-        future.set_exception(end)
-    else:
-        future.set_result(end)
+            settle(future, self._end)
+        settle(self._closed, None)
 
 
 async def open_torch_engine(
