@@ -135,7 +135,14 @@ def open_runner(model: str | Path, revision: str | None, device: str, dtype: str
 
 def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     """The fastest model whose rows do not depend on each other."""
-    model = build_int8(folder) if dtype is torch.int8 else agreeing(lambda: weights.load(folder), device, dtype)
+    native = library.open_library() if device.type == "cpu" and dtype in gpt2.WEIGHTS else None
+    model: Model
+    if native and (dtype is torch.int8 or library.is_fast()):
+        model = gpt2.NativeGPT2(weights.load(folder), native, dtype)
+    elif dtype is torch.int8:
+        model = rounded_to_int8(folder)
+    else:
+        model = agreeing(lambda: weights.load(folder), device, dtype)
     # What the originals took is a third of the model: glibc would keep it, other C libraries have no such function.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -151,11 +158,8 @@ def agreeing(load: Callable[[], weights.Checkpoint], device: torch.device, dtype
     return model
 
 
-def build_int8(folder: Path) -> Model:
-    """Native where the library is; else float32 with the same weights, rounded to int8: as good, not as fast."""
-    native = library.open_library()
-    if native:
-        return gpt2.NativeGPT2(weights.load(folder), native)
+def rounded_to_int8(folder: Path) -> Model:
+    """Float32 in torch with the weights that int8 leaves: as good, not as fast."""
     model = agreeing(lambda: gpt2.rounded(weights.load(folder)), torch.device("cpu"), torch.float32)
     model.how = f"{model.how}, weights rounded to int8 (the compiled step is not here)"
     return model

@@ -1,4 +1,4 @@
-"""GPT-2 in int8: weights packed once for step.cpp, one call of it a step, made without the interpreter's lock."""
+"""GPT-2 with its weights packed once for step.cpp, one call of it a step, made without the interpreter's lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from core.engine.native import library as c
 from core.engine.weights import Checkpoint
 
 BLOCK = 32
-"""Numbers along a row that share a scale."""
+"""Columns of a group; in int8 also the numbers along a row that share a scale."""
+
+WEIGHTS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
+"""step.cpp's number of each precision."""
+
+SLICE = 32
+"""Groups that are packed at a time."""
 
 ACTIVATION = {"relu": 2, "tanh": 3, "none": 4}
 """step.cpp's number of each value of `weights.ACTIVATIONS`; "none" is the exact GELU."""
@@ -26,15 +32,20 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     The scale is rounded up, so that no value is cut off.
     """
-    n, k = weight.shape
-    whole = torch.zeros(round_up(n, BLOCK), round_up(k, BLOCK))
-    whole[:n, :k] = weight
-    blocks = whole.view(len(whole), -1, BLOCK)
+    blocks = whole(weight).view(round_up(len(weight), BLOCK), -1, BLOCK)
     exact = blocks.abs().amax(2, keepdim=True) / 127
     scale = exact.bfloat16()
     scale = torch.where(scale.float() < exact, (scale.view(torch.int16) + 1).view(torch.bfloat16), scale)
     quants = (blocks / scale.float().clamp(min=1e-30)).round().clamp(-127, 127).to(torch.int8)
     return quants, scale
+
+
+def whole(weight: Tensor) -> Tensor:
+    """In float32, with zeros up to the next multiples of 32."""
+    n, k = weight.shape
+    padded = torch.zeros(round_up(n, BLOCK), round_up(k, BLOCK))
+    padded[:n, :k] = weight
+    return padded
 
 
 def rounded(checkpoint: Checkpoint) -> Checkpoint:
@@ -56,16 +67,21 @@ def dequantised(weight: Tensor) -> Tensor:
 class NativeGPT2:
     """Satisfies `core.engine.model.Model`."""
 
-    def __init__(self, checkpoint: Checkpoint, native: Any, path: int | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, native: Any, dtype: torch.dtype = torch.int8, path: int | None = None
+    ) -> None:
         """Takes the tensors out of `checkpoint` one by one. `path` indexes `library.PATHS`; None, the best."""
         self.config = config = checkpoint.config
         self.native = native
+        self.dtype = dtype
+        self.kv_dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16
         self.path: int = native.palaver_best_path() if path is None else path
         self.head_width = round_up(config.n_embd // config.n_head, 16)
-        self.token_bytes = 2 * 2 * config.n_layer * config.n_head * self.head_width
+        self.token_bytes = self.kv_dtype.itemsize * 2 * config.n_layer * config.n_head * self.head_width
         self.width = round_up(config.n_embd, BLOCK)
         self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)
-        self.how = f"cpu, int8, native {c.PATHS[self.path]}"
+        name = str(dtype).removeprefix("torch.")
+        self.how = f"cpu, {name}, native {c.PATHS[self.path]}"
         self._kept: list[Tensor] = []
         self._rows = 0
         tensors = checkpoint.tensors
@@ -106,6 +122,7 @@ class NativeGPT2:
             config.n_embd,
             config.n_positions,
             ACTIVATION[config.activation],
+            WEIGHTS[dtype],
             config.layer_norm_epsilon,
         )
 
@@ -113,7 +130,7 @@ class NativeGPT2:
         """(layer, key/value, head, position, head_width); step.cpp says how keys stand in it."""
         config = self.config
         shape = config.n_layer, 2, config.n_head, round_up(capacity, TILE), self.head_width
-        return torch.zeros(shape, dtype=torch.bfloat16)
+        return torch.zeros(shape, dtype=self.kv_dtype)
 
     def copy_kv(self, source: Tensor, target: Tensor, count: int) -> None:
         count = round_up(count, 16)
@@ -161,12 +178,20 @@ class NativeGPT2:
 
     def _linear(self, weight: Tensor, bias: int | None = None) -> c.Linear:
         """`weight` is (out, in)."""
-        quants, scale = quantise(weight)
-        n, blocks = len(quants), quants.shape[1]
-        bytes_ = (quants.to(torch.int16) + 128).to(torch.uint8)
-        bytes_ = bytes_.view(n // 32, 32, blocks, 8, 4).permute(0, 2, 3, 1, 4).contiguous()
-        scale = scale.view(n // 32, 32, blocks).transpose(1, 2).contiguous()
-        return c.Linear(self._keep(bytes_), self._keep(scale), bias, blocks, n // 32)
+        groups, blocks = round_up(weight.shape[0], BLOCK) // BLOCK, round_up(weight.shape[1], BLOCK) // BLOCK
+        shape = (groups, blocks, 8, 32, 4) if self.dtype is torch.int8 else (groups, 32 * blocks, 32)
+        packed = torch.empty(shape, dtype=torch.uint8 if self.dtype is torch.int8 else self.dtype)
+        scales = torch.empty(groups if self.dtype is torch.int8 else 0, blocks, 32, dtype=torch.bfloat16)
+        for first in range(0, groups, SLICE):  # whole, an embedding's originals would stand here several times
+            rows, to = weight[first * BLOCK : (first + SLICE) * BLOCK], slice(first, first + SLICE)
+            if self.dtype is torch.int8:
+                quants, scale = quantise(rows)
+                quants = (quants.to(torch.int16) + 128).to(torch.uint8)
+                packed[to] = quants.view(-1, 32, blocks, 8, 4).permute(0, 2, 3, 1, 4)
+                scales[to] = scale.view(-1, 32, blocks).transpose(1, 2)
+            else:
+                packed[to] = whole(rows).view(-1, 32, 32 * blocks).transpose(1, 2)
+        return c.Linear(self._keep(packed), self._keep(scales), bias, blocks, groups)
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)

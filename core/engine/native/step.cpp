@@ -1,15 +1,19 @@
-// One step of GPT-2 on a CPU: rows of many sequences side by side, weights and activations int8 in blocks of 32.
+// One step of GPT-2 on a CPU: rows of many sequences side by side. Weights are float32, bfloat16, or int8 in blocks of
+// 32, as then are the activations they meet; all other numbers are float32.
 //
-// A row's numbers are the same bits alone, in any batch, with its prompt cut anyhow, on any number of threads and on
-// every path below: integers add up exactly, and floats are added lane by lane in an order that only the row's own
-// position decides (no fused multiply-add: build with -ffp-contract=off). What is not finite stays so: a block with
-// such a number gets the scale NaN, and so do all logits of its row, and of its row alone.
+// A row's numbers are the same bits alone, in any batch, with its prompt cut anyhow, on any number of threads: integers
+// add up exactly, and floats are added lane by lane in an order that only the row's own position decides. The paths
+// below agree too, but for the portable one with float weights: it has no fused multiply-add (and nothing is fused that
+// is not written so: build with -ffp-contract=off). What is not finite stays so: in int8 a block with such a number gets
+// the scale NaN, and so do all logits of its row, and of its row alone.
 //
-// Layouts, all padded with zeros:
-//   weight   [n / 32][k / 32][8][32 columns][4]  w + 128 as uint8: a group of 32 columns is read in one run
-//   scale    [n / 32][k / 32][32 columns]        bfloat16, w = (byte - 128) * scale
-//   kv       [layer][2][head][capacity][width]   bfloat16; width is head_dim rounded up to 16; keys stand transposed in
-//                                                tiles of 16 positions ([capacity / 16][width][16]), values plainly
+// Layouts, all padded with zeros; a group of 32 columns is read in one run:
+//   weight   [n / 32][k][32 columns]             float32 or bfloat16
+//            [n / 32][k / 32][8][32 columns][4]  int8: w + 128 as uint8
+//   scale    [n / 32][k / 32][32 columns]        bfloat16, int8 only: w = (byte - 128) * scale
+//   kv       [layer][2][head][capacity][width]   float32 beside float32 weights, else bfloat16; width is head_dim rounded
+//                                                up to 16; keys stand transposed in tiles of 16 positions
+//                                                ([capacity / 16][width][16]), values plainly
 //
 // The lower half of the file is compiled once for each path, by including itself; `PATH` names the path.
 #ifndef PATH
@@ -30,14 +34,14 @@ static int omp_get_thread_num() { return 0; }
 #endif
 
 extern "C" {
-struct Linear { const uint8_t *weight; const uint16_t *scale; const float *bias; int32_t blocks, groups; };
+struct Linear { const void *weight; const uint16_t *scale; const float *bias; int32_t blocks, groups; };  // of k, of n
 struct Norm { const float *weight, *bias; };
 struct Layer { Norm ln_1, ln_2; Linear c_attn, attn_c_proj, c_fc, mlp_c_proj; float attention_scale; };
 struct Model {
     const Layer *layers; Linear wte, lm_head; const float *wpe; Norm ln_f;
-    int32_t n_layer, n_head, n_embd, n_positions, activation; float epsilon;
+    int32_t n_layer, n_head, n_embd, n_positions, activation, weights; float epsilon;
 };
-struct Span { uint16_t *kv; int32_t capacity, start, count, row; };  // `count` rows of a sequence, from `row` of the batch
+struct Span { void *kv; int32_t capacity, start, count, row; };  // `count` rows of a sequence, from `row` of the batch
 struct Step {
     const Span *spans; const int32_t *ids, *positions, *wanted; int32_t n_spans, rows, n_wanted, threads;
     float *x, *wide, *mixed, *scores, *logits;              // rows x e, rows x wide, rows x e, threads x 4 x positions
@@ -46,6 +50,7 @@ struct Step {
 }
 
 namespace {
+enum Weights { INT8, BFLOAT16, FLOAT32 };
 enum After { STORE, ADD, RELU, TANH, ERF };
 constexpr int QUERIES = 4;
 }
@@ -57,7 +62,7 @@ constexpr int QUERIES = 4;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PATHS 3
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #define PATH avx2
 #define PATH_AVX2
 #include "step.cpp"
@@ -84,7 +89,7 @@ constexpr int QUERIES = 4;
 
 extern "C" {
 /// Which version of the structures and layouts this is.
-int palaver_layout() { return 1; }
+int palaver_layout() { return 2; }
 
 /// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI; on Arm 1 is dotprod. All lower ones run too.
 int palaver_best_path() {
@@ -92,7 +97,7 @@ int palaver_best_path() {
     __builtin_cpu_init();
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
     if (wide && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) return 2;
-    if (__builtin_cpu_supports("avx2")) return 1;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #elif PATHS == 2
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return 1;
 #endif
@@ -102,13 +107,13 @@ int palaver_best_path() {
 /// Write the rows' keys and values, and the logits of `wanted` rows. `path` is at most palaver_best_path().
 void palaver_step(const Model *model, const Step *step, int path) {
 #if PATHS == 3
-    if (path == 2) return avx512vnni::forward(*model, *step);
-    if (path == 1) return avx2::forward(*model, *step);
+    if (path == 2) return avx512vnni::run(*model, *step);
+    if (path == 1) return avx2::run(*model, *step);
 #elif PATHS == 2
-    if (path == 1) return dotprod::forward(*model, *step);
+    if (path == 1) return dotprod::run(*model, *step);
 #endif
     (void)path;
-    portable::forward(*model, *step);
+    portable::run(*model, *step);
 }
 }
 #else  // ------------------------------------------------------------------------------------------- once for each path
@@ -130,17 +135,39 @@ typedef int8_t B __attribute__((vector_size(LANES), aligned(1), may_alias));
 INLINE F load(const float *p) { return *(const F *)p; }
 INLINE void store(float *p, F v) { *(F *)p = v; }
 #if defined(PATH_AVX2)  // what GCC 12 makes of the line below takes four instructions more
-INLINE F bfloat(const uint16_t *p) { return (F)((I)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)) << 16); }
+INLINE F load(const uint16_t *p) { return (F)((I)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)) << 16); }
 #else
-INLINE F bfloat(const uint16_t *p) { return (F)(__builtin_convertvector(*(const H *)p, I) << 16); }
+INLINE F load(const uint16_t *p) { return (F)(__builtin_convertvector(*(const H *)p, I) << 16); }
 #endif
+INLINE float one(const float *p) { return *p; }
+INLINE float one(const uint16_t *p) {
+    uint32_t bits = (uint32_t)*p << 16;
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
+INLINE void keep(float *p, float v) { *p = v; }
 /// The nearest bfloat16; NaN stays NaN.
-INLINE uint16_t rounded(float v) {
+INLINE void keep(uint16_t *p, float v) {
     uint32_t bits;
     memcpy(&bits, &v, 4);
-    return v != v ? 0x7FC0 : (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    *p = v != v ? 0x7FC0 : (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
-INLINE F all(float v) { return F{} + v; }
+INLINE F all(float v) {  // by its bits: 0 + v would be an addition
+    int32_t bits;
+    memcpy(&bits, &v, 4);
+    return (F)(I{} + bits);
+}
+/// a * b + c, rounded once
+#if defined(PATH_AVX512)
+INLINE F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(PATH_AVX2)
+INLINE F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__aarch64__) && defined(__linux__)
+INLINE F fused(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+INLINE F fused(F a, F b, F c) { return a * b + c; }
+#endif
 /// from, from + 1, ...
 INLINE I count(int from) {
     I v;
@@ -215,34 +242,64 @@ INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
 #endif
 #endif
 
-/// `M` rows from `row` on times one group of 32 columns.
-template <int M> INLINE void tile(const Linear &l, int group, const Step &s, int row, int rows, float *out, int stride, int after) {
-    constexpr int AT_ONCE = M == 1 ? 32 / LANES : 2;  // registers of columns; a single row takes its weights in one run
-    const size_t ahead = row + M == rows ? (size_t)l.blocks * 1024 : 0;  // the next group, while this one computes
-    for (int first = 0; first < 32; first += AT_ONCE * LANES) {
-        const uint8_t *w = l.weight + (size_t)group * l.blocks * 1024 + 4 * first;
-        const uint16_t *scale = l.scale + (size_t)group * l.blocks * 32 + first;
-        F y[M][AT_ONCE] = {};
-        for (int b = 0; b < l.blocks; b++, w += 1024, scale += 32) {
-            const size_t at = (size_t)b * s.rows + row;
-            const int8_t *x = s.quants + 32 * at;
-            I dots[M][AT_ONCE];
-            for (int m = 0; m < M; m++)
-                for (int j = 0; j < AT_ONCE; j++) dots[m][j] = dots_from(s.offsets[at + m]);
-            for (int i = 0; i < 8; i++, x += 4) {
-                if (ahead)
-                    for (int j = 0; j < AT_ONCE * LANES; j += 16) __builtin_prefetch(w + ahead + 128 * i + 4 * j);
-                for (int m = 0; m < M; m++) {
-                    int32_t four;
-                    memcpy(&four, x + 32 * m, 4);
-                    for (int j = 0; j < AT_ONCE; j++) dot4(dots[m][j], w + 128 * i + 4 * LANES * j, four);
-                }
-            }
-            for (int j = 0; j < AT_ONCE; j++) {
-                F ws = bfloat(scale + LANES * j);
-                for (int m = 0; m < M; m++) y[m][j] += __builtin_convertvector(dots[m][j], F) * (ws * s.scales[at + m]);
+/// What a product reads: rows of floats, or the step's quants, which were made of them.
+struct Rows { const float *x; int stride; };
+
+/// y += rows x columns `first`, first + 1, ... of a group. `fetch`: bring the next group near while this one computes.
+template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows, int row, bool fetch, const uint8_t *w) {
+    const size_t ahead = fetch ? (size_t)l.blocks * 1024 : 0;
+    const uint16_t *scale = l.scale + (size_t)group * l.blocks * 32 + first;
+    w += (size_t)group * l.blocks * 1024 + 4 * first;
+    for (int b = 0; b < l.blocks; b++, w += 1024, scale += 32) {
+        const size_t at = (size_t)b * s.rows + row;
+        const int8_t *x = s.quants + 32 * at;
+        I dots[M][N];
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < N; j++) dots[m][j] = dots_from(s.offsets[at + m]);
+        for (int i = 0; i < 8; i++, x += 4) {
+            if (ahead)
+                for (int j = 0; j < N * LANES; j += 16) __builtin_prefetch(w + ahead + 128 * i + 4 * j);
+            for (int m = 0; m < M; m++) {
+                int32_t four;
+                memcpy(&four, x + 32 * m, 4);
+                for (int j = 0; j < N; j++) dot4(dots[m][j], w + 128 * i + 4 * LANES * j, four);
             }
         }
+        for (int j = 0; j < N; j++) {
+            F ws = load(scale + LANES * j);
+            for (int m = 0; m < M; m++) y[m][j] += __builtin_convertvector(dots[m][j], F) * (ws * s.scales[at + m]);
+        }
+    }
+}
+/// W is float, or uint16_t for bfloat16.
+template <int M, int N, class W> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &, Rows rows, int row, bool fetch, const W *w) {
+    constexpr int RUN = 256;  // one long sum would lose more
+    const int k = 32 * l.blocks;
+    const size_t ahead = fetch ? (size_t)k * 32 : 0;
+    const float *x = rows.x + (size_t)row * rows.stride;
+    w += (size_t)group * k * 32 + first;
+    for (int from = 0; from < k; from += RUN) {
+        F part[M][N] = {};
+        for (int i = from; i < k && i < from + RUN; i++, w += 32) {
+            if (ahead)
+                for (int j = 0; j < N * LANES; j += 64 / (int)sizeof(W)) __builtin_prefetch(w + ahead + j);
+            F columns[N];
+            for (int j = 0; j < N; j++) columns[j] = load(w + LANES * j);
+            for (int m = 0; m < M; m++) {
+                const F number = all(x[(size_t)m * rows.stride + i]);
+                for (int j = 0; j < N; j++) part[m][j] = fused(columns[j], number, part[m][j]);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int j = 0; j < N; j++) y[m][j] += part[m][j];
+    }
+}
+/// `M` rows from `row` on times one group of 32 columns.
+template <class W, int M> INLINE void tile(const Linear &l, int group, const Step &s, Rows in, int row, int rows, float *out, int stride, int after) {
+    constexpr int AT_ONCE = M == 1 ? 32 / LANES : 2;  // registers of columns; a single row takes its weights in one run
+    for (int first = 0; first < 32; first += AT_ONCE * LANES) {
+        F y[M][AT_ONCE] = {};
+        sums(y, l, group, first, s, in, row, row + M == rows, (const W *)l.weight);
         for (int j = 0; j < AT_ONCE; j++) {
             const int column = 32 * group + first + LANES * j;
             F bias = l.bias ? load(l.bias + column) : F{};
@@ -253,18 +310,18 @@ template <int M> INLINE void tile(const Linear &l, int group, const Step &s, int
         }
     }
 }
-template <int M> INLINE void rows_of(const Linear &l, int group, const Step &s, int row, int rows, float *out, int stride, int after) {
-    for (; row + M <= rows; row += M) tile<M>(l, group, s, row, rows, out, stride, after);
-    if constexpr (M > 1) rows_of<M - 1>(l, group, s, row, rows, out, stride, after);
+template <class W, int M> INLINE void rows_of(const Linear &l, int group, const Step &s, Rows in, int row, int rows, float *out, int stride, int after) {
+    for (; row + M <= rows; row += M) tile<W, M>(l, group, s, in, row, rows, out, stride, after);
+    if constexpr (M > 1) rows_of<W, M - 1>(l, group, s, in, row, rows, out, stride, after);
 }
-/// out (rows, stride) = after(quants x weight + bias). All threads of the team call it together, as all `omp for` below.
-static void linear(const Linear &l, const Step &s, int rows, float *out, int stride, int after) {
+/// out (rows, stride) = after(in x weight + bias). All threads of the team call it together, as all `omp for` below.
+template <class W> static void linear(const Linear &l, const Step &s, Rows in, int rows, float *out, int stride, int after) {
     constexpr int HIGH = 16 * ROWS;  // rows at a time: so many stay near while the groups pass by
     int chunk = l.groups / (8 * s.threads) + 1;
 #pragma omp for collapse(2) schedule(dynamic, chunk)
     for (int row = 0; row < rows; row += HIGH)
         for (int group = 0; group < l.groups; group++)
-            rows_of<ROWS>(l, group, s, row, row + HIGH < rows ? row + HIGH : rows, out, stride, after);
+            rows_of<W, ROWS>(l, group, s, in, row, row + HIGH < rows ? row + HIGH : rows, out, stride, after);
 }
 
 /// Row `row` of `quants` [k / 32][rows][32], `scales` and `offsets` [k / 32][rows] from k floats (a multiple of 32).
@@ -307,41 +364,45 @@ INLINE void norm(const float *x, const Norm &n, const Model &m, float *out) {
     for (int i = 0; i < width; i += LANES)
         store(out + i, (load(x + i) - mean) * scale * load(n.weight + i) + load(n.bias + i));
 }
-static void norm_and_quantise(const Norm &n, const Model &m, const Step &s) {
+template <class W> static void norm_rows(const Norm &n, const Model &m, const Step &s) {
     const int width = padded(m.n_embd, 32);
 #pragma omp for
     for (int row = 0; row < s.rows; row++) {
         float *out = s.mixed + (size_t)row * width;
         norm(s.x + (size_t)row * width, n, m, out);
-        quantise(out, width, s, row);
+        if (sizeof(W) == 1) quantise(out, width, s, row);
     }
 }
-static void quantise_rows(const float *x, int k, const Step &s) {
+/// Before a product reads `x` (rows, k).
+template <class W> static void ready(const float *x, int k, const Step &s) {
+    if (sizeof(W) > 1) return;
 #pragma omp for
     for (int row = 0; row < s.rows; row++) quantise(x + (size_t)row * k, k, s, row);
 }
 
+/// Number `i` of row `n` of a weight.
+INLINE float unpacked(const Linear &l, int n, int i, const uint8_t *w) {
+    const size_t block = (size_t)(n / 32) * l.blocks + i / 32;
+    return (float)(w[block * 1024 + i % 32 / 4 * 128 + n % 32 * 4 + i % 4] - 128) * one(l.scale + block * 32 + n % 32);
+}
+template <class W> INLINE float unpacked(const Linear &l, int n, int i, const W *w) {
+    return one(w + ((size_t)(n / 32) * l.blocks * 32 + i) * 32 + n % 32);
+}
 /// x = wte[id] + wpe[position]; the embedding is read back from its packed form.
-static void embed(const Model &m, const Step &s) {
-    const int e = m.n_embd, width = padded(e, 32), blocks = m.wte.blocks;
+template <class W> static void embed(const Model &m, const Step &s) {
+    const int e = m.n_embd, width = padded(e, 32);
 #pragma omp for
-    for (int row = 0; row < s.rows; row++) {
-        const int group = s.ids[row] / 32, lane = s.ids[row] % 32;
+    for (int row = 0; row < s.rows; row++)
         for (int i = 0; i < width; i++) {
-            const size_t block = (size_t)group * blocks + i / 32;
-            uint32_t bits = (uint32_t)m.wte.scale[block * 32 + lane] << 16;
-            float scale, position = i < e ? m.wpe[(size_t)s.positions[row] * e + i] : 0.0f;
-            memcpy(&scale, &bits, 4);
-            int byte = m.wte.weight[block * 1024 + i % 32 / 4 * 128 + lane * 4 + i % 4];
-            s.x[(size_t)row * width + i] = (float)(byte - 128) * scale + position;
+            float position = i < e ? m.wpe[(size_t)s.positions[row] * e + i] : 0.0f;
+            s.x[(size_t)row * width + i] = unpacked(m.wte, s.ids[row], i, (const W *)m.wte.weight) + position;
         }
-    }
 }
 
-struct Head { const float *qkv; const uint16_t *keys, *values; float *out, *scores; int stride, dim, width, out_stride; float scale; };
+template <class K> struct Head { const float *qkv; const K *keys, *values; float *out, *scores; int stride, dim, width, out_stride; float scale; };
 
 /// `Q` queries of one head, the first at `position` and row `row` of the span; each sees the keys up to its own.
-template <int Q> INLINE void attend(const Head &h, int position, int row, int room) {
+template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int row, int room) {
     const int end = padded(position + Q, 16);
     F best[Q][PARTS], total[Q][PARTS] = {};
     for (int q = 0; q < Q; q++)
@@ -350,7 +411,7 @@ template <int Q> INLINE void attend(const Head &h, int position, int row, int ro
         F dots[Q][PARTS] = {};
         for (int d = 0; d < h.dim; d++)
             for (int j = 0; j < PARTS; j++) {
-                F key = bfloat(h.keys + (size_t)t * h.width + 16 * d + LANES * j);
+                F key = load(h.keys + (size_t)t * h.width + 16 * d + LANES * j);
                 for (int q = 0; q < Q; q++) dots[q][j] += key * h.qkv[(size_t)(row + q) * h.stride + d];
             }
         for (int q = 0; q < Q; q++)
@@ -375,12 +436,12 @@ template <int Q> INLINE void attend(const Head &h, int position, int row, int ro
         F mixed[Q][PARTS] = {};
         for (int p = 0; p <= position; p++)
             for (int j = 0; j < PARTS; j++) {
-                F value = bfloat(h.values + (size_t)p * h.width + d + LANES * j);
+                F value = load(h.values + (size_t)p * h.width + d + LANES * j);
                 for (int q = 0; q < Q; q++) mixed[q][j] += value * h.scores[q * room + p];
             }
         for (int i = 1; i < Q; i++)  // not for the queries before: 0 times a value that is not finite is NaN
             for (int j = 0; j < PARTS; j++) {
-                F value = bfloat(h.values + (size_t)(position + i) * h.width + d + LANES * j);
+                F value = load(h.values + (size_t)(position + i) * h.width + d + LANES * j);
                 for (int q = i; q < Q; q++) mixed[q][j] += value * h.scores[q * room + position + i];
             }
         for (int q = 0; q < Q; q++) {
@@ -390,12 +451,12 @@ template <int Q> INLINE void attend(const Head &h, int position, int row, int ro
         }
     }
 }
-template <int Q> INLINE void queries_of(const Head &h, const Span &span, int i, int room) {
+template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &span, int i, int room) {
     for (; i + Q <= span.count; i += Q) attend<Q>(h, span.start + i, i, room);
     if constexpr (Q > 1) queries_of<Q - 1>(h, span, i, room);
 }
 /// Write keys and values of every sequence, then attend; a head of a sequence is one thread's.
-static void attention(const Model &m, const Step &s, int layer, float *scores) {
+template <class K> static void attention(const Model &m, const Step &s, int layer, float *scores) {
     const int e = m.n_embd, dim = e / m.n_head, width = padded(dim, 16), room = padded(m.n_positions, 16);
     const int stride = padded(3 * e, 32), out_stride = padded(e, 32);
 #pragma omp for collapse(2) schedule(dynamic)
@@ -403,45 +464,53 @@ static void attention(const Model &m, const Step &s, int layer, float *scores) {
         for (int head = 0; head < m.n_head; head++) {
             const Span &span = s.spans[i];
             const size_t plane = (size_t)span.capacity * width;
-            uint16_t *keys = span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
+            K *keys = (K *)span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
             const float *qkv = s.wide + (size_t)span.row * stride + head * dim;
             for (int r = 0; r < span.count; r++)
                 for (int d = 0; d < dim; d++) {
                     const int p = span.start + r;
-                    keys[(size_t)(p / 16 * 16) * width + 16 * d + p % 16] = rounded(qkv[(size_t)r * stride + e + d]);
-                    values[(size_t)p * width + d] = rounded(qkv[(size_t)r * stride + 2 * e + d]);
+                    keep(keys + (size_t)(p / 16 * 16) * width + 16 * d + p % 16, qkv[(size_t)r * stride + e + d]);
+                    keep(values + (size_t)p * width + d, qkv[(size_t)r * stride + 2 * e + d]);
                 }
             float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
-            Head h{qkv, keys, values, out, scores, stride, dim, width, out_stride, m.layers[layer].attention_scale};
+            Head<K> h{qkv, keys, values, out, scores, stride, dim, width, out_stride, m.layers[layer].attention_scale};
             queries_of<QUERIES>(h, span, 0, room);
         }
 }
 
-static void forward(const Model &m, const Step &s) {
+/// W: weights as they are kept, K: keys and values.
+template <class W, class K> static void forward(const Model &m, const Step &s) {
     const int width = padded(m.n_embd, 32), room = padded(m.n_positions, 16);
+    const Rows mixed{s.mixed, width};
 #pragma omp parallel num_threads(s.threads)
     {
         float *scores = s.scores + (size_t)omp_get_thread_num() * QUERIES * room;
-        embed(m, s);
+        embed<W>(m, s);
         for (int i = 0; i < m.n_layer; i++) {
             const Layer &h = m.layers[i];
-            norm_and_quantise(h.ln_1, m, s);
-            linear(h.c_attn, s, s.rows, s.wide, 32 * h.c_attn.groups, STORE);
-            attention(m, s, i, scores);
-            quantise_rows(s.mixed, width, s);
-            linear(h.attn_c_proj, s, s.rows, s.x, width, ADD);
-            norm_and_quantise(h.ln_2, m, s);
-            linear(h.c_fc, s, s.rows, s.wide, 32 * h.c_fc.groups, m.activation);
-            quantise_rows(s.wide, 32 * h.c_fc.groups, s);
-            linear(h.mlp_c_proj, s, s.rows, s.x, width, ADD);
+            const int wide = 32 * h.c_fc.groups;
+            norm_rows<W>(h.ln_1, m, s);
+            linear<W>(h.c_attn, s, mixed, s.rows, s.wide, 32 * h.c_attn.groups, STORE);
+            attention<K>(m, s, i, scores);
+            ready<W>(s.mixed, width, s);
+            linear<W>(h.attn_c_proj, s, mixed, s.rows, s.x, width, ADD);
+            norm_rows<W>(h.ln_2, m, s);
+            linear<W>(h.c_fc, s, mixed, s.rows, s.wide, wide, m.activation);
+            ready<W>(s.wide, wide, s);
+            linear<W>(h.mlp_c_proj, s, Rows{s.wide, wide}, s.rows, s.x, width, ADD);
         }
 #pragma omp for
         for (int i = 0; i < s.n_wanted; i++) {
             norm(s.x + (size_t)s.wanted[i] * width, m.ln_f, m, s.mixed + (size_t)i * width);
-            quantise(s.mixed + (size_t)i * width, width, s, i);
+            if (sizeof(W) == 1) quantise(s.mixed + (size_t)i * width, width, s, i);
         }
-        linear(m.lm_head, s, s.n_wanted, s.logits, 32 * m.lm_head.groups, STORE);
+        linear<W>(m.lm_head, s, mixed, s.n_wanted, s.logits, 32 * m.lm_head.groups, STORE);
     }
+}
+static void run(const Model &m, const Step &s) {
+    if (m.weights == FLOAT32) return forward<float, float>(m, s);
+    if (m.weights == BFLOAT16) return forward<uint16_t, uint16_t>(m, s);
+    forward<uint8_t, uint16_t>(m, s);
 }
 }}  // namespace
 #endif

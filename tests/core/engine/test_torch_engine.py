@@ -19,6 +19,7 @@ import torch
 from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, PromptTooLong, QueueFull, SamplingParams
 from core.engine.model import Batch, Model
 from core.engine.model_runner import ModelRunner
+from core.engine.native import library
 from core.engine.sequence import Request, Sequence, Span
 from core.engine.torch_engine import TorchEngine, open_torch_engine
 from tests.checkpoints import SHAPES
@@ -29,10 +30,21 @@ Make = Callable[..., Path]
 SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, max_tokens=24, seed=7)
 
 
+@pytest.fixture(params=["native", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute on a CPU."""
+    if request.param == "torch":
+        monkeypatch.setattr(library, "open_library", lambda: None)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_greedy_is_transformers_alone_and_in_a_batch(engine: Open, checkpoint: Make, shape: str) -> None:
+async def test_greedy_is_transformers_alone_and_in_a_batch(
+    engine: Open, checkpoint: Make, shape: str, path: str
+) -> None:
     folder = checkpoint(shape)
-    e = await engine(folder)
+    e = await engine(folder, dtype="float32")
+    assert path in e.info.how
     texts = prompts([1, 2, 7, 63, 64, 65, 100, e.info.max_positions - 3], e.info.vocab_size)
     want = [greedy(folder, p) for p in texts]
     assert len({tuple(w) for w in want}) > 4  # the model does not always say the same
@@ -58,7 +70,7 @@ async def test_small_chunks_change_nothing(engine: Open, checkpoint: Make) -> No
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
-async def test_every_bit_is_the_same_alone_and_beside_others(engine: Open, dtype: str) -> None:
+async def test_every_bit_is_the_same_alone_and_beside_others(engine: Open, dtype: str, path: str) -> None:
     e = await engine("deep", dtype=dtype, token_budget=40, max_running=12)
     texts = prompts([5, 30, 64, 111, 17, 80, 200, 9], e.info.vocab_size, seed=1)
     wanted = [dataclasses.replace(SAMPLED, seed=i) for i in range(len(texts))]
@@ -72,7 +84,9 @@ async def test_every_bit_is_the_same_alone_and_beside_others(engine: Open, dtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-async def test_a_conversation_reuses_its_cache_and_says_the_same(engine: Open, checkpoint: Make, dtype: str) -> None:
+async def test_a_conversation_reuses_its_cache_and_says_the_same(
+    engine: Open, checkpoint: Make, dtype: str, path: str
+) -> None:
     """Over many turns the window grows, slides, and grows again; a second engine has no cache at all."""
     e, bare = await engine("plain", dtype=dtype), await engine("plain", dtype=dtype)
     rng = random.Random(2)

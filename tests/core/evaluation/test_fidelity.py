@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from core.engine import model_runner, weights
+from core.engine import weights
 from core.engine.model import GPT2
 from core.engine.native.gpt2 import rounded
+from core.evaluation import fidelity
 from core.evaluation.fidelity import BAR, compare, main, perplexity, read_examples
 from core.training.datasets import write_tsv
 from core.training.tiny import dialogues
@@ -55,13 +56,18 @@ def test_int8_is_within_the_bar_of_float32(held_out: Path) -> None:
 def test_the_command_marks_what_misses_the_bar(
     held_out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def worse(checkpoint: weights.Checkpoint, scale: float) -> GPT2:
-        checkpoint.tensors["ln_f.weight"] = checkpoint.tensors["ln_f.weight"] * scale
-        return GPT2(checkpoint, CPU, torch.float32)
+    spoiled = [1.0]
 
+    def built(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT2:
+        checkpoint = weights.load(folder)
+        if dtype is torch.int8:
+            checkpoint.tensors["ln_f.weight"] = checkpoint.tensors["ln_f.weight"] * spoiled[-1]
+        return GPT2(checkpoint, device, torch.float32)
+
+    monkeypatch.setattr(fidelity, "build", built)
     monkeypatch.setattr("sys.argv", ["fidelity", str(EMBEDDED), str(held_out), "--most", "4"])
-    for scale, marked in ((1.0, False), (0.5, True)):
-        monkeypatch.setattr(model_runner, "build_int8", lambda folder, s=scale: worse(weights.load(folder), s))
+    for by, marked in ((1.0, False), (0.5, True)):
+        spoiled.append(by)
         main()
         last = capsys.readouterr().out.splitlines()[-1]
         assert last.endswith("!") is marked
