@@ -26,7 +26,7 @@ from core.engine.kv_cache import Slot
 from core.engine.machine import cores
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
 from core.engine.native import gpt2, library
-from core.engine.sampler import draw
+from core.engine.sampler import Row, draw, logsumexp
 from core.engine.sequence import Span
 
 log = logging.getLogger(__name__)
@@ -57,20 +57,19 @@ class ModelRunner:
         for span in spans:
             self._prepare(span.sequence.slot)
         logits = self.model.forward(self._batch(spans))
-        finite = torch.isfinite(logits.sum(-1)).tolist()  # one bad number spoils the sum
-        rows = zip(logits, finite, strict=True)
+        rows = zip(logits.numpy(), logsumexp(logits), strict=True)
         return [self._draw(span, list(islice(rows, 1 + len(span.guess)))) for span in spans if span.is_last]
 
-    def _draw(self, span: Span, rows: list[tuple[Tensor, bool]]) -> list[tuple[int, float]] | None:
+    def _draw(self, span: Span, rows: list[tuple[Row, float]]) -> list[tuple[int, float]] | None:
         """One token from each row, to the first that was not guessed: as if each had been a step of its own."""
         s, eos_id, drawn = span.sequence, self.model.config.eos_id, []
         tokens = list(s.tokens)
-        for (logits, good), guessed in zip(rows, (*span.guess, None), strict=True):
-            if not good:
+        for (logits, total), guessed in zip(rows, (*span.guess, None), strict=True):
+            if math.isnan(total):
                 break
             is_first = len(tokens) == s.prompt_len
-            drawn.append(draw(logits, tokens, s.params, s.random, eos_id=eos_id, is_first=is_first))
-            tokens.append(drawn[-1][0])
+            tokens.append(draw(logits, tokens, s.params, s.random, eos_id=eos_id, is_first=is_first))
+            drawn.append((tokens[-1], float(logits[tokens[-1]]) - total))
             if tokens[-1] != guessed:
                 break
         return drawn or None

@@ -81,6 +81,9 @@ def load(file: Path) -> Any:
         raise OSError("it was built from another version of step.cpp")
     library.palaver_step.argtypes = [POINTER(Model), POINTER(Step), c_int32]
     library.palaver_step.restype = None
+    library.palaver_logsumexp.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_int32]
+    library.palaver_logsumexp.restype = None
+    library.palaver_largest.argtypes = [c_void_p, c_int32, c_int32, c_void_p]
     return library
 
 

@@ -17,10 +17,13 @@
 //
 // The lower half of the file is compiled once for each path, by including itself; `PATH` names the path.
 #ifndef PATH
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -114,6 +117,100 @@ void palaver_step(const Model *model, const Step *step, int path) {
 #endif
     (void)path;
     portable::run(*model, *step);
+}
+}
+
+// What drawing a token asks of a row of logits.
+namespace {
+/// log(sum(e^x)); NaN where a number is not finite. Sums run in 16 lanes, and every 256 numbers into a double: the same
+/// bits on every path. F and I are registers of floats and of int32.
+template <typename F, typename I> INLINE double logsumexp(const float *x, int n) {
+    constexpr int LANES = sizeof(F) / sizeof(float), PARTS = 16 / LANES;
+    float last[16];  // what is left over after whole sixteens
+    std::fill(last, last + 16, -3e38f);
+    std::copy(x + n / 16 * 16, x + n, last);
+    F v, tops[PARTS], spoiled[PARTS] = {};
+    for (F &some : tops) some = F{} - 3e38f;
+    for (int i = 0; i < n; i += 16)
+        for (int j = 0; j < PARTS; j++) {
+            memcpy(&v, (i + 16 <= n ? x + i : last) + LANES * j, sizeof v);
+            tops[j] = v > tops[j] ? v : tops[j];
+            spoiled[j] += v - v;  // 0, or NaN for good
+        }
+    float top = tops[0][0];
+    for (int j = 0; j < PARTS; j++)
+        for (int i = 0; i < LANES; i++) {
+            if (spoiled[j][i] != 0) return NAN;
+            top = tops[j][i] > top ? tops[j][i] : top;
+        }
+    double total = 0;
+    for (int block = 0; block < n; block += 256) {
+        F sums[PARTS] = {};
+        for (int i = block; i < n && i < block + 256; i += 16)
+            for (int j = 0; j < PARTS; j++) {
+                memcpy(&v, (i + 16 <= n ? x + i : last) + LANES * j, sizeof v);
+                F y = (v - top) * 1.44269504f;
+                y = y > -125.0f ? y : F{} - 125.0f;
+                const F whole = y + 12582912.0f, r = y - (whole - 12582912.0f);  // its lowest bits are y's nearest integer
+                const F p = ((((r * 1.326472725e-3f + 9.671512688e-3f) * r + 5.550733744e-2f) * r + 2.402224208e-1f) * r +
+                             6.931469776e-1f) * r + 1.0f;  // 2^r, relative error below 1e-7
+                sums[j] += (F)((I)p + ((I)whole << 23));
+            }
+        for (const F &some : sums)
+            for (int i = 0; i < LANES; i++) total += some[i];
+    }
+    return top + log(total);
+}
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef int32_t Integers4 __attribute__((vector_size(16)));
+#if PATHS == 3
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef int32_t Integers8 __attribute__((vector_size(32)));
+__attribute__((target("avx2"))) double logsumexp_avx2(const float *x, int n) { return logsumexp<Floats8, Integers8>(x, n); }
+#endif
+double logsumexp_of(const float *x, int n, int path) {
+#if PATHS == 3
+    if (path > 0) return logsumexp_avx2(x, n);
+#endif
+    (void)path;
+    return logsumexp<Floats4, Integers4>(x, n);
+}
+
+/// Of `count` ids of `x`, those of the k largest and of all that tie with the last of them, `least`, move to the front.
+int keep_largest(const float *x, int k, int32_t *ids, int count, float &least) {
+    std::vector<float> values(count);
+    for (int i = 0; i < count; i++) values[i] = x[ids[i]];
+    std::nth_element(values.begin(), values.begin() + k - 1, values.end(), std::greater<float>());
+    least = values[k - 1];
+    return (int)(std::remove_if(ids, ids + count, [&](int32_t id) { return x[id] < least; }) - ids);
+}
+}
+
+extern "C" {
+/// For each row of x [rows][stride] log(sum(e^x)) of its first n numbers; NaN where one of them is not finite.
+void palaver_logsumexp(const float *x, int rows, int stride, int n, double *sums, int threads, int path) {
+    (void)threads;
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < rows; i++) sums[i] = logsumexp_of(x + (size_t)i * stride, n, path);
+}
+
+/// Ids, ascending, of the k (1 <= k <= n) largest of x (n), none NaN, and of all that tie with the last of them; returns
+/// how many. `ids` has room for n.
+int palaver_largest(const float *x, int n, int k, int32_t *ids) {
+    float least = -INFINITY;  // what is smaller is not among them; it rises while the numbers pass by
+    int count = 0, many = 2 * k;
+    for (int i = 0; i < n; i += 64) {
+        int some = i + 64 > n;
+        if (!some)
+            for (int j = 0; j < 64; j++) some |= x[i + j] >= least;
+        if (!some) continue;
+        for (int j = i; j < n && j < i + 64; j++)
+            if (x[j] >= least) ids[count++] = j;
+        if (count < many) continue;
+        count = keep_largest(x, k, ids, count, least);
+        many = 2 * count;
+    }
+    return keep_largest(x, k, ids, count, least);
 }
 }
 #else  // ------------------------------------------------------------------------------------------- once for each path

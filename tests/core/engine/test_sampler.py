@@ -1,11 +1,13 @@
-"""Sampling, rule by rule against Transformers' processors, and in distribution."""
+"""Sampling, rule by rule against Transformers' processors, and in distribution; natively and without the library."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -22,32 +24,41 @@ from transformers import (
 )
 
 from core.engine.base import SamplingParams
-from core.engine.sampler import distribution, draw, nucleus, process, repeated
+from core.engine.native import library
+from core.engine.sampler import Row, distribution, draw, largest, logsumexp, nucleus, process, repeated
 
 EOS = 11
+VOCAB = 50_257
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def processors(params: SamplingParams, prompt_len: int) -> Any:
-    """What `generate` would use, in its order."""
+    """What `generate` would use, in its order; but top_k before the temperature, which may make neighbours a tie."""
     chain: list[Any] = []
     if params.repetition_penalty != 1:
         chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     if params.no_repeat_ngram:
         chain.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram))
     chain.append(MinNewTokensLengthLogitsProcessor(prompt_len, 1, EOS))
-    chain.append(TemperatureLogitsWarper(params.temperature))
     if params.top_k:
         chain.append(TopKLogitsWarper(params.top_k))
+    chain.append(TemperatureLogitsWarper(params.temperature))
     if params.top_p < 1:
         chain.append(TopPLogitsWarper(params.top_p))
     return LogitsProcessorList(chain)
 
 
-def dense(scores: Tensor, params: SamplingParams) -> Tensor:
+def dense(scores: Row, params: SamplingParams) -> Tensor:
     ids, weights = distribution(scores, params)
-    out = torch.zeros(len(scores), dtype=torch.float64)
-    out[ids] = weights.double() / weights.sum()
-    return out
+    out = np.zeros(len(scores))
+    out[ids] = weights / weights.sum(dtype=np.float64)
+    return torch.from_numpy(out)
 
 
 @given(
@@ -85,7 +96,7 @@ def test_the_same_distribution_as_transformers(
     params = SamplingParams(temperature, top_k, top_p, penalty, ngram)
     banned = EOS if length == prompt_len else None
     want = processors(params, prompt_len)(torch.tensor([tokens]), logits[None].clone())[0].softmax(0)
-    got = dense(process(logits, tokens, params, banned), params)
+    got = dense(process(logits.numpy(), tokens, params, banned), params)
     torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-6)
 
 
@@ -105,40 +116,100 @@ def test_the_nucleus_is_what_sorting_everything_finds(
     weights = (scores.round() if coarse else scores).softmax(0)
     falling, order = weights.sort(descending=True, stable=True)
     inside = falling.double().cumsum(0) - falling < top_p * weights.sum(dtype=torch.float64)
-    assert nucleus(weights, top_p).tolist() == order[inside].tolist()
+    assert nucleus(weights.numpy(), top_p).tolist() == order[inside].tolist()
 
 
-def test_greedy_is_argmax_and_the_logprob_is_unfiltered() -> None:
-    logits = torch.tensor([0.0, 3.0, 3.0, 1.0])
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.sampled_from([1, 2, 63, 64, 65, 200, 5_000]),
+    k=st.integers(1, 5_000),
+    order=st.sampled_from(["any", "rising", "falling"]),
+    coarse=st.booleans(),
+    forbidden=st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_largest_are_those_that_sorting_finds_natively_and_without(
+    seed: int, size: int, k: int, order: str, coarse: bool, forbidden: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=size, scale=4).astype(np.float32)
+    scores = scores.round() if coarse else scores  # among them 0 and -0
+    scores = {"any": scores, "rising": np.sort(scores), "falling": np.sort(scores)[::-1].copy()}[order]
+    scores[rng.random(size) < forbidden] = -np.inf
+    k = min(k, size)
+    least = sorted(scores.tolist())[-k]
+    want = [i for i, score in enumerate(scores.tolist()) if score >= least]
+    assert largest(scores, k).tolist() == want
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "open_library", lambda: None)
+        assert largest(scores, k).tolist() == want
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("vocab", [1, 15, 16, 301, VOCAB])
+def test_the_total_of_a_row_is_exact_and_its_own(vocab: int, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within float32's rounding of its size; the same bits in any batch, on any path and number of threads."""
+    if not native:
+        monkeypatch.setattr(library, "open_library", lambda: None)
+    rng = torch.Generator().manual_seed(vocab)
+    spread = torch.tensor([0.0, 0.1, 1.0, 4.0, 30.0, 1e4, 1e30])[:, None]
+    room = torch.randn(7, vocab + 15, generator=rng) * spread - 40  # rows stand apart, as those of the native step do
+    logits = room[:, :vocab]
+    totals = logsumexp(logits)
+    assert totals == pytest.approx(logits.double().logsumexp(1).tolist(), rel=3e-7, abs=3e-7)
+    found = library.open_library()
+    for path in range(found.palaver_best_path() + 1) if found else [0]:
+        if found:
+            monkeypatch.setattr(found, "palaver_best_path", lambda path=path: path)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert logsumexp(logits) == totals
+            assert [logsumexp(row[None])[0] for row in logits.clone()] == totals
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [0, 7, 300])
+def test_the_total_of_a_row_that_is_not_finite_is_nan(
+    bad: float, at: int, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(library, "open_library", lambda: None)
+    logits = torch.zeros(3, 301)
+    logits[1, at] = bad
+    totals = torch.tensor(logsumexp(logits))
+    assert totals.isfinite().tolist() == [True, False, True] and totals[1].isnan()
+
+
+def test_greedy_is_argmax() -> None:
+    logits = np.array([0, 3, 3, 1], np.float32)
     params = SamplingParams(temperature=0, repetition_penalty=2)
-    token, logprob = draw(logits, [1], params, random.Random(0), eos_id=3, is_first=False)
-    assert token == 2
-    assert logprob == pytest.approx(float(logits.log_softmax(0)[2]))
-    assert draw(logits, [0], SamplingParams(temperature=0), random.Random(0), eos_id=3, is_first=False)[0] == 1
+    assert draw(logits, [1], params, random.Random(0), eos_id=3, is_first=False) == 2
+    assert draw(logits, [0], SamplingParams(temperature=0), random.Random(0), eos_id=3, is_first=False) == 1
 
 
 def test_eos_is_never_first_and_free_afterwards() -> None:
-    logits = torch.tensor([0.0, 1.0, 50.0])
+    logits = np.array([0, 1, 50], np.float32)
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature=temperature)
-        assert all(draw(logits, [0], params, random.Random(i), eos_id=2, is_first=True)[0] != 2 for i in range(50))
-        assert draw(logits, [0], params, random.Random(0), eos_id=2, is_first=False)[0] == 2
+        assert all(draw(logits, [0], params, random.Random(i), eos_id=2, is_first=True) != 2 for i in range(50))
+        assert draw(logits, [0], params, random.Random(0), eos_id=2, is_first=False) == 2
 
 
 def test_a_vocabulary_that_is_used_up_may_repeat() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0])
+    logits = np.array([0, 1, 2], np.float32)
     params = SamplingParams(temperature=0, no_repeat_ngram=1)
-    assert draw(logits, [0, 1, 2], params, random.Random(0), eos_id=2, is_first=True)[0] == 1
+    assert draw(logits, [0, 1, 2], params, random.Random(0), eos_id=2, is_first=True) == 1
 
 
 def test_draws_follow_the_distribution() -> None:
     """Chi-square over 20,000 draws, with top_k and top_p in play."""
-    logits = torch.randn(60, generator=torch.Generator().manual_seed(3)) * 2
+    logits = (torch.randn(60, generator=torch.Generator().manual_seed(3)) * 2).numpy()
     params = SamplingParams(temperature=0.9, top_k=20, top_p=0.9)
     expected = dense(logits, params)
     rng = random.Random(1)
     n = 20_000
-    counts = Counter(draw(logits, [0], params, rng, eos_id=59, is_first=False)[0] for _ in range(n))
+    counts = Counter(draw(logits, [0], params, rng, eos_id=59, is_first=False) for _ in range(n))
     assert set(counts) <= set(expected.nonzero()[:, 0].tolist())
     degrees = int((expected > 0).sum()) - 1
     chi = sum((counts[i] - n * float(p)) ** 2 / (n * float(p)) for i, p in enumerate(expected) if p > 0)

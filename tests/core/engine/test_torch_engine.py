@@ -53,6 +53,17 @@ async def test_greedy_is_transformers_alone_and_in_a_batch(
     assert [c.token_ids for c in together] == want
 
 
+async def test_the_logprob_is_the_unfiltered_models(engine: Open, checkpoint: Make) -> None:
+    e = await engine("odd")
+    for seed, prompt in enumerate(prompts([3, 20, 60], 301)):
+        params = SamplingParams(0.7, 5, 0.8, 1.3, 2, max_tokens=12, seed=seed)
+        got = await ask(e, prompt, params)
+        said = [*got.token_ids, *([e.info.eos_id] if got.finish_reason == "stop" else [])]
+        shares = reference(checkpoint("odd"))(torch.tensor([prompt + said])).logits[0].detach().log_softmax(-1)
+        want = sum(float(shares[len(prompt) - 1 + i, token]) for i, token in enumerate(said))
+        assert got.logprob == pytest.approx(want, abs=1e-3)
+
+
 async def test_no_reply_is_empty(engine: Open, checkpoint: Make) -> None:
     """The end of text is made what the model would say first."""
     likeliest = reference(checkpoint("plain"))(torch.tensor([[1, 2]])).logits[0, -1].argmax()
@@ -262,7 +273,7 @@ def test_guesses_leave_the_distribution_as_it_is() -> None:
     guess = int(rows[0].argmax())
     counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()
     for _ in range(8_000):
-        drawn = runner._draw(Span(sequence, 2, 1, (guess,)), [(row, True) for row in rows])
+        drawn = runner._draw(Span(sequence, 2, 1, (guess,)), [(row, 0.0) for row in rows.numpy()])
         assert drawn and (len(drawn) == 2) == (drawn[0][0] == guess)
         for count, (token, _) in zip(counts, drawn, strict=False):
             count[token] += 1
