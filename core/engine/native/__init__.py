@@ -1,4 +1,4 @@
-"""The decode step in C++, int8: step.cpp computes, library.py finds and describes it, gpt2.py is the model on top.
+"""The step in C++: step.cpp computes, library.py finds and describes it, gpt2.py is the model on top.
 
 The sampler's passes over the whole vocabulary are in step.cpp too, for logits of every kind.
 """
