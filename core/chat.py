@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from core import metrics
 from core.courier import TYPING_EVERY, Courier, insist, pause, wall
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from core.journal.journal import Journal
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_ATTEMPTS = 3
 FULL, RELIEVED = 0.8, 0.5
@@ -65,7 +66,7 @@ class Chat:
         self._busy_said: dict[Channel, float] = {}
         self._told: dict[int, float] = {}
         self._pace = 1.0  # seconds an answer takes, lately
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._taking = True
         self._relieved = asyncio.Event()
         self._relieved.set()
@@ -96,8 +97,8 @@ class Chat:
             if request.row in self._answering:
                 self._edited[request.row] = request
                 self._answering[request.row].cancel("edited")
-            elif not self._queue.replace(request) and self._taking:
-                self._queue.put(request)  # its answer came a moment too late to be stored
+            else:
+                self._queue.replace(request)  # if it has ended meanwhile, its T2 has met the new text (_answer)
         for row in received.cancelled:
             if not self._queue.remove(row) and row in self._answering:
                 self._answering[row].cancel("deleted")
@@ -169,7 +170,7 @@ class Chat:
         end = self._clock() + timeout
         self._taking = False
         self._queue.clear()
-        running = set(self._answering.values()) | self._tasks
+        running = self._tasks.union(self._answering.values())
         if running:
             await asyncio.wait(running, timeout=timeout)
         for task in running:
@@ -195,7 +196,7 @@ class Chat:
                 del self._answering[request.row]
                 edited = self._edited.pop(request.row, None)
                 self._queue.done(request)
-                if edited and self._taking:  # the edit came as the answer to the old text had just ended, unstored
+                if edited and self._taking:  # it reached an answer that was counting its failure
                     self._queue.put(edited)
                 self._measure()
 
@@ -204,8 +205,10 @@ class Chat:
         tries = 0
         while True:
             try:
-                await self._answer(request, tries)
-                return
+                edited = await self._answer(request, tries)
+                if edited is None:
+                    return
+                request = replace(edited, ends=request.ends)
             except asyncio.CancelledError:
                 if request.row not in self._edited:
                     raise
@@ -214,11 +217,12 @@ class Chat:
                     task.uncancel()
             except Exception:
                 log.exception("%s: message %s could not be answered", request.message.channel, request.message.id)
-                if await self._failed(request):
+                if await asyncio.shield(self._spawn(self._failed(request))):  # its apology must go out, too
                     return
             tries += 1
 
-    async def _answer(self, request: Request, tries: int) -> None:
+    async def _answer(self, request: Request, tries: int) -> Request | None:
+        """None when the message has a final state; else as an edit left it that was stored before the answer."""
         channel, message = request.message.channel, request.message
         limit = self.voice.window.budget // 2 + 2  # no turn has fewer than two tokens
         history = await insist(self.journal.history, channel, before=request.row, limit=limit)
@@ -228,18 +232,19 @@ class Chat:
         async with self._courier.typing(channel):
             spoken, completion = await self._speak(request, [*history, question], seed)
             if completion is None:
-                return
+                return None
             parts = self._courier.split(channel, self.voice.restore(spoken)) if spoken else []
             if not parts:
                 raise Failed("the reply has no text")
             crash_point("before T2")
             # shielded: a commit that is cancelled may have happened, and then its replies must go out
-            await asyncio.shield(self._spawn(self._hand_over(request, parts, spoken, seed, completion)))
+            stored = await asyncio.shield(self._spawn(self._hand_over(request, parts, spoken, seed, completion)))
+        return None if stored else await insist(self.journal.question, request.row)
 
     async def _hand_over(
         self, request: Request, parts: list[str], spoken: str, seed: int, completion: Completion
-    ) -> None:
-        """T2, and the replies on their way."""
+    ) -> bool:
+        """T2, and the replies on their way; False when nothing was stored."""
         logprob = completion.logprob
         replies = await insist(self.journal.answer, request, parts, spoken=spoken, seed=seed, logprob=logprob)
         crash_point("after T2")
@@ -249,6 +254,7 @@ class Chat:
             metrics.answer_seconds.observe(max(0.0, self._limits.deadline - self._left(request)))
             metrics.tokens.labels("reply").inc(len(completion.token_ids))
             metrics.tokens.labels("cached").inc(completion.cached_tokens)
+        return bool(replies)
 
     async def _speak(self, request: Request, turns: list[Turn], seed: int) -> tuple[str, Completion | None]:
         """What the model says; no completion when the message was closed instead."""
@@ -330,7 +336,7 @@ class Chat:
         elif self._queue.fullness() <= RELIEVED:
             self._relieved.set()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -249,6 +249,11 @@ class Journal:
             )
         return made
 
+    async def question(self, row: int) -> Request | None:
+        """As it stands now; None when it waits no more."""
+        found = await self._read(select(messages).where(messages.c.id == row, messages.c.state == "waiting"))
+        return _request(found[0]) if found else None
+
     async def attempt(self, request: Request) -> int:
         """Count a failed attempt; how many there were."""
         count = update(messages).where(messages.c.id == request.row).values(attempts=messages.c.attempts + 1)

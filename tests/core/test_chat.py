@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -105,6 +107,50 @@ def test_an_edit_before_the_answer_changes_the_question_waiting_or_under_way() -
         assert house.platform.texts() == ["re uno", "re due"]
 
     play(scene)
+
+
+@pytest.mark.parametrize("later", [2, 4])
+def test_an_edit_that_is_heard_of_after_its_answer_ended_keeps_its_place(later: float) -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 2
+        first = house.message("one")
+        await house.chat.receive(first, house.message("two"))
+        await asyncio.sleep(1)
+        house.journal.receive = late(house.journal.receive, later)  # stored before the first answer
+        await house.chat.receive(house.message("uno", id=first.id, kind="edit"))
+        await asyncio.sleep(10)
+        assert house.platform.texts() == ["re uno", "re two"]
+        assert house.engine.prompts[-1] == ["uno", "re uno", "two"]
+
+    play(scene)
+
+
+def test_an_apology_that_an_edit_interrupts_goes_out() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1
+        house.engine.script = [Failed("NaN")] * 3
+        house.journal.receive, house.journal.close = (
+            late(call, 2) for call in (house.journal.receive, house.journal.close)
+        )
+        said = house.message("one")
+        await house.chat.receive(said)
+        await asyncio.sleep(2.9)
+        await house.chat.receive(house.message("uno", id=said.id, kind="edit"))  # stored just before it failed
+        await asyncio.sleep(10)
+        assert (house.states(), house.platform.texts()) == (["failed"], [SORRY])
+
+    play(scene)
+
+
+def late(call: Callable[..., Awaitable[Any]], seconds: float) -> Callable[..., Awaitable[Any]]:
+    """`call`, and its caller hears of it so much later."""
+
+    async def called(*args: Any, **settings: Any) -> Any:
+        result = await call(*args, **settings)
+        await asyncio.sleep(seconds)
+        return result
+
+    return called
 
 
 def test_a_delete_before_the_answer_cancels_it_waiting_or_under_way() -> None:

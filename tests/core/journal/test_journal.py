@@ -135,7 +135,9 @@ async def test_an_edit_changes_a_waiting_question_and_the_history(journal: Journ
     (changed,) = received.changed
     assert (changed.row, changed.message.text, received.asked) == (request.row, "better", ())
     assert await journal.answer(request, ["late"], spoken="late") == [], "the answer to the old text"
+    assert await journal.question(request.row) == changed
     assert await journal.answer(changed, ["Re."], spoken="re")
+    assert await journal.question(request.row) is None
     assert (await journal.receive(message("1", "best", kind="edit"), deadline=60)).changed == ()
     assert [text for _, text in await spoken(journal)] == ["best", "re"]
 
