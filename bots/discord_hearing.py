@@ -321,7 +321,7 @@ class Hearing:
     async def _read_missed(self, channel: str, guild: str) -> None:
         """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered. Of very
         many, or when it is long ago, all but the newest expire."""
-        mark, found = self._marks[channel], dict[int, dict[str, Any]]()
+        mark, found, expired = self._marks[channel], dict[int, dict[str, Any]](), 0
         for _ in range(CATCH_UP_PAGES):
             page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100}) or []
             fresh = {int(event["id"]): event for event in page if int(event["id"]) > int(mark)}
@@ -329,7 +329,7 @@ class Hearing:
                 with contextlib.suppress(ConnectionError):
                     guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
             found |= dict(sorted(fresh.items()))
-            await self._expire([found.pop(id) for id in list(found)[:-CATCH_UP_MESSAGES]], guild)
+            expired += await self._expire([found.pop(id) for id in list(found)[:-CATCH_UP_MESSAGES]], guild)
             if len(page) < 100 or not fresh:
                 break
             mark = str(max(fresh))
@@ -339,7 +339,9 @@ class Hearing:
             return
         newest = events.sent_at(max(found))
         old = [id for id in found if (newest - events.sent_at(id)).total_seconds() > 3600 * CATCH_UP_HOURS]
-        await self._expire([found.pop(id) for id in old], guild)
+        expired += await self._expire([found.pop(id) for id in old], guild)
+        if expired:
+            log.warning("missed in channel %s and too old to be answered now: %d messages to us", channel, expired)
         answered = {events.answers(event, self._me) for event in found.values()}
         for event in found.values():
             message = await self._missed(event, guild)
@@ -357,10 +359,12 @@ class Hearing:
             await self._insist(self._unread, event, type(error).__name__)
             return None
 
-    async def _expire(self, missed: list[dict[str, Any]], guild: str) -> None:
+    async def _expire(self, missed: list[dict[str, Any]], guild: str) -> int:
+        """How many of them were said to us."""
         late = [message for event in missed if (message := await self._missed(event, guild))]
         if late:
             await self._insist(self._store_expired, late)
+        return len(late)
 
     async def _store_expired(self, late: list[Message]) -> None:
         await self._chat.refail(*late, note="missed, and too old by now", state="expired")

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -37,6 +38,8 @@ BUSY = "I am answering many people right now, please try again in a minute."
 SORRY = "Sorry, I could not find an answer to that. Could you say it in other words?"
 BUSY_EVERY = 60.0
 TELL_AFTER = 2.0
+EXPIRED_EVERY = 10.0
+"""Seconds that expired messages are counted for, before one line in the log tells of them."""
 TOLD = 20
 """So many who wait are shown their place at a time: platforms count these calls too."""
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -65,6 +68,8 @@ class Chat:
         self._edited: dict[int, Request] = {}
         self._busy_said: dict[Channel, float] = {}
         self._told: dict[int, float] = {}
+        self._expired: Counter[Channel] = Counter()  # since the log told of any
+        self._trouble = ""  # why the engine gives no answers, while it does not
         self._pace = 1.0  # seconds an answer takes, lately
         self._tasks: set[asyncio.Task[Any]] = set()
         self._taking = True
@@ -175,6 +180,8 @@ class Chat:
             await asyncio.wait(running, timeout=timeout)
         for task in running:
             task.cancel()
+        if self._expired:
+            self._tell_expired()
         await self._courier.drain(max(0.0, end - self._clock()))
 
     # -- answering -----------------------------------------------------------------------------------------------
@@ -264,6 +271,7 @@ class Chat:
             try:
                 reply = await self.voice.speak(turns, seed=seed, session=session, deadline=left)
                 metrics.generate_seconds.observe(self._clock() - began)
+                self._trouble = ""
                 if reply is None:
                     await self._close(request, "cancelled", "nothing to answer")
                 return reply or ("", None)
@@ -271,8 +279,9 @@ class Chat:
                 raise
             except EngineError as error:  # full, restarting or out of reach: it heals, or the deadline comes
                 metrics.engine_failures.labels(type(error).__name__).inc()
-                if not isinstance(error, Cancelled):
-                    log.warning("%s: the engine: %s", session, error)
+                if not isinstance(error, Cancelled):  # who runs the engine has said so once
+                    self._trouble = str(error)
+                    log.debug("%s: the engine: %s", session, error)
                 await asyncio.sleep(min(pause(tries, 2.0), max(0.0, self._left(request))))
                 tries += 1
         await self._close(request, "expired", "no answer in time")
@@ -296,17 +305,32 @@ class Chat:
     async def _close(self, request: Request, state: MessageState, note: str = "", notice: str = "") -> None:
         self._courier.deliver(await insist(self.journal.close, request, state, note, notice))
         metrics.finished.labels(request.message.channel.platform, state).inc()
+        if state == "expired":
+            self._expired[request.message.channel] += 1
 
     async def _sweep(self) -> None:
         """Once a second: requests past their deadline end, notes of who was told "busy" are dropped."""
+        quiet_until = 0.0
         while True:
             await asyncio.sleep(1.0)
             for request in self._queue.take_out(lambda waiting: self._left(waiting) <= 0):
                 await self._close(request, "expired", "waited too long")
+            if self._expired and self._clock() >= quiet_until:
+                quiet_until = self._clock() + EXPIRED_EVERY
+                self._tell_expired()
             old = self._clock() - BUSY_EVERY
             self._busy_said = {channel: at for channel, at in self._busy_said.items() if at > old}
             self._tell()
             self._measure()
+
+    def _tell_expired(self) -> None:
+        """Nobody else is told of them: one line, the channels with the most in front."""
+        most = ", ".join(f"{channel} {count}" for channel, count in self._expired.most_common(5))
+        rest = f" and {len(self._expired) - 5} channels more" if len(self._expired) > 5 else ""
+        why = f" (the engine: {self._trouble})" if self._trouble else ""
+        count, seconds = self._expired.total(), self._limits.deadline
+        log.warning("expired without an answer in %g s: %d, of %s%s%s", seconds, count, most, rest, why)
+        self._expired.clear()
 
     def _tell(self) -> None:
         """Who has waited for seconds, or will, sees typing and the place in line."""

@@ -7,8 +7,10 @@ that says what to do, when it cannot be opened.
 from __future__ import annotations
 
 import base64
+import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,6 +29,7 @@ from core.owner import dead
 
 __all__ = ["Journal", "JournalBusy", "JournalError", "Received", "open_journal"]
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 DAY = 86_400.0
 NO_MARKS: Mapping[Channel, str] = {}
@@ -155,11 +158,17 @@ class Journal:
     ) -> list[Request]:
         """At start, in arrival order: what still waits on `platforms` (None: on all). Of what is past its deadline, the
         newest question of each channel gets a fresh one (`max_attempts` times, then it failed); the others expire."""
-        return await self._writer.do(lambda connection: self._backlog(connection, deadline, max_attempts, platforms))
+        owed, ended = await self._writer.do(
+            lambda connection: self._backlog(connection, deadline, max_attempts, platforms)
+        )
+        if ended:
+            log.warning("too old at the start: %d expired, %d failed", ended["expired"], ended["failed"])
+        return owed
 
     def _backlog(
         self, connection: Connection, deadline: float, max_attempts: int, platforms: Collection[str] | None
-    ) -> list[Request]:
+    ) -> tuple[list[Request], Counter[str]]:
+        """What is owed, and how many came to which end."""
         now = time.time()
         waiting = select(messages).where(messages.c.state == "waiting").order_by(messages.c.id)
         if platforms is not None:
@@ -167,6 +176,7 @@ class Journal:
         rows = connection.execute(waiting).all()
         newest = {(row.platform, row.channel): row.id for row in rows}
         owed = []
+        ended = Counter[str]()
         for row in rows:
             if row.deadline > now:
                 owed.append(_request(row))
@@ -178,8 +188,9 @@ class Journal:
                 owed.append(replace(request, attempts=row.attempts + 1))
             else:
                 values = {"state": "failed" if last else "expired", "note": "too old at start"}
+                ended[values["state"]] += 1
             connection.execute(update(messages).where(messages.c.id == row.id).values(**values))
-        return owed
+        return owed, ended
 
     # -- answering -----------------------------------------------------------------------------------------------
 

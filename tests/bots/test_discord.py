@@ -347,7 +347,7 @@ async def test_a_channel_and_a_thread_made_while_away_are_read_from_their_beginn
 
 
 async def test_offline_for_longer_than_a_day_the_old_expires_and_the_newest_of_a_channel_is_heard(
-    server: DiscordServer,
+    server: DiscordServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     ears, general, quiet = Ears(), server.channel("general"), server.channel("quiet")
 
@@ -364,6 +364,7 @@ async def test_offline_for_longer_than_a_day_the_old_expires_and_the_newest_of_a
         await until(lambda: min(int(mark) for mark in ears.marks.values()) > int(hours_ago(49)))
     assert sorted(ears.texts) == ["23 hours ago", "now", "two days ago"]
     assert [message.text for message, _ in ears.expired] == ["40 hours ago", "25 hours ago"] and not ears.failed
+    assert f"missed in channel {general} and too old to be answered now: 2 messages to us" in caplog.messages
 
 
 async def test_a_history_out_of_reach_is_read_later_and_before_what_comes_after(server: DiscordServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -241,6 +242,25 @@ def test_late_answers_expire_silently_waiting_or_under_way() -> None:
         assert (house.states(), house.platform.texts()) == (["expired", "expired"], [])
 
     play(scene, limits=QueueLimits(deadline=10))
+
+
+def test_the_log_counts_what_expires_and_is_not_flooded(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(house: House) -> None:
+        house.engine.script = [EngineClosed("gone")] * 10_000
+        for _ in range(20):
+            await house.say("one", "two", channel="b")
+            await house.say("one")
+            await asyncio.sleep(1)
+        await asyncio.sleep(30)
+        assert house.states() == ["expired"] * 60
+
+    play(scene, limits=QueueLimits(deadline=5, per_channel=100, per_user=100))
+    lines = [record.getMessage() for record in caplog.records]
+    assert 3 <= len(lines) <= 5, "one in ten seconds, and none for each message"
+    assert (
+        sum(int(re.findall(r"5 s: (\d+), of test:b \d+, test:a \d+ \(the engine: gone\)$", line)[0]) for line in lines)
+        == 60
+    )
 
 
 def test_typing_shows_while_an_answer_is_made_and_no_longer() -> None:

@@ -167,7 +167,9 @@ async def test_events_nobody_could_read_are_recorded(journal: Journal) -> None:
     assert await states(journal) == {"failed": 1}
 
 
-async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(journal: Journal) -> None:
+async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
     await journal.receive(message("1"), message("2"), message("1", channel=THERE), deadline=-1)
     await ask(journal, "3", Channel("test", "elsewhere"))
     owed = await journal.backlog(60)
@@ -177,6 +179,7 @@ async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(journ
         ("test:elsewhere", "3", 0),
     ]
     assert await states(journal) == {"expired": 1, "waiting": 3}
+    assert caplog.messages == ["too old at the start: 1 expired, 0 failed"]
     assert all(r.deadline > datetime.now(UTC) for r in owed)
 
 
