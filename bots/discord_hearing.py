@@ -50,13 +50,13 @@ class Client(discord.Client):
     """discord.py's client, and until when Discord wants no calls at all (the event loop's time)."""
 
     quiet_until = 0.0
-    on_session: Callable[[], Awaitable[None]] | None = None
+    on_session: Callable[[bool], Awaitable[None]] | None = None
 
     async def before_identify_hook(self, shard_id: int | None, *, initial: bool = False) -> None:
-        """The first session of a client is counted before it connects."""
+        """IDENTIFY goes out next."""
         await super().before_identify_hook(shard_id, initial=initial)
-        if not initial and self.on_session:
-            await self.on_session()
+        if self.on_session:
+            await self.on_session(initial)
 
 
 async def read_answer(response: aiohttp.ClientResponse) -> Any:
@@ -137,7 +137,7 @@ class Hearing:
         self._guilds_came = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Task[Any]] = set()  # those of them that read what was missed
-        client.on_session = self._another_session
+        client.on_session = self._count_session
         parsers = client._connection.parsers
         for name, parse in list(parsers.items()):
             parsers[name] = self._guarded(name, parse)
@@ -410,18 +410,19 @@ class Hearing:
                 self._dirty |= dirty
                 await asyncio.sleep(MARK_EVERY)
 
-    async def count_session(self) -> int:
-        """Another IDENTIFY; how many there were in 24 hours."""
+    async def sessions(self, new: bool = False) -> int:
+        """How many there were in 24 hours, with a `new` one."""
         try:
-            count = await self._chat.identified(events.PLATFORM)
+            count = await self._chat.identified(events.PLATFORM, new)
         except NotAccepted:
             return 0
-        if count > SESSIONS_A_DAY:
+        if count >= SESSIONS_A_DAY and not new:  # a new one beyond it ends in a start, which asks here
             log.error("%d sessions on Discord in 24 hours; at 1,000 the token is reset: look why", count)
         return count
 
-    async def _another_session(self) -> None:
-        if await self.count_session() > SESSIONS_A_DAY:
+    async def _count_session(self, first: bool) -> None:
+        """A client's first session has waited already where there were too many."""
+        if await self.sessions(new=True) > SESSIONS_A_DAY and not first:
             self._spawn(self._end())
 
     async def _end(self) -> None:

@@ -151,9 +151,9 @@ class Chat:
     async def release(self, name: str) -> None:
         await self.journal.release(name, OWNER)
 
-    async def identified(self, platform: str) -> int:
-        """Count a new session on the platform; how many there were in the last 24 hours."""
-        return await self.journal.identified(platform)
+    async def identified(self, platform: str, new: bool = True) -> int:
+        """How many sessions began on the platform in the last 24 hours, with a `new` one, which is counted."""
+        return await self.journal.identified(platform, new)
 
     # -- the life of the house -----------------------------------------------------------------------------------
 

@@ -427,11 +427,12 @@ class Journal:
         gone = delete(leases).where(leases.c.name == name, leases.c.owner == owner)
         await self._writer.do(lambda connection: connection.execute(gone))
 
-    async def identified(self, platform: str) -> int:
-        """Count a new session on `platform`; how many there were in the last 24 hours, this one included."""
+    async def identified(self, platform: str, new: bool = True) -> int:
+        """How many sessions began on `platform` in the last 24 hours, with a `new` one, which is counted."""
 
         def work(connection: Connection) -> int:
-            connection.execute(self._insert(sessions).values(platform=platform, at=time.time()))
+            if new:
+                connection.execute(self._insert(sessions).values(platform=platform, at=time.time()))
             connection.execute(delete(sessions).where(sessions.c.at < time.time() - DAY))
             query = select(func.count()).select_from(sessions).where(sessions.c.platform == platform)
             return connection.execute(query).scalar_one()

@@ -261,6 +261,7 @@ async def test_a_lease_from_the_future_is_void(journal: Journal) -> None:
 
 async def test_sessions_of_a_day_are_counted(journal: Journal) -> None:
     assert [await journal.identified("discord") for _ in range(3)] == [1, 2, 3]
+    assert await journal.identified("discord", new=False) == 3
     assert await journal.identified("other") == 1
 
 
