@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +55,9 @@ async def open_journal(url: str, *, progress: Callable[[str], None] = lambda lin
     if file:
         storage.prepare(file)
     await storage.migrate(address, progress)
-    return Journal(address, open_database(address, writes=True), open_database(address, writes=False))
+    rescue = partial(storage.rescue, file) if file else None
+    writer = open_database(address, writes=True, rescue=rescue)
+    return Journal(address, writer, open_database(address, writes=False))
 
 
 class Journal:
@@ -473,6 +476,11 @@ class Journal:
         mark = self._insert(leases).values(name="ping", owner="", until=time.time())
         mark = mark.on_conflict_do_update(index_elements=["name"], set_={"until": mark.excluded.until})
         await self._writer.do(lambda connection: connection.execute(mark))
+
+    async def look(self) -> None:
+        """Nothing is written, but a file that was deleted or replaced meanwhile is noticed, as each write does."""
+        if self._file:
+            await self._writer.do(lambda connection: None)
 
     async def check(self) -> list[str]:
         """Problems found in the file, [] when it is whole."""
