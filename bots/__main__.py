@@ -1,6 +1,7 @@
 """The command line: run, chat, engine, finetune, eval, bench, journal.
 
-Exit codes: 0 fine, 1 it failed, 75 try again later (the journal or the engine cannot be opened), 78 wrong settings.
+Exit codes: 0 fine, 1 it failed, 74 the journal's disk or file failed under it, 75 try again later (the journal or the
+engine cannot be opened), 78 wrong settings.
 """
 
 from __future__ import annotations

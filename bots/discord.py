@@ -128,7 +128,7 @@ class DiscordBot:
         client = self._build(chat)
         hearing = Hearing(client, chat)
         await hearing.open()
-        if await hearing.count_session() > SESSIONS_A_DAY:
+        if await hearing.sessions() >= SESSIONS_A_DAY:
             await asyncio.sleep(SESSION_PAUSE)
         work = [asyncio.create_task(hearing.run()), asyncio.create_task(self._connect(client))]
         try:

@@ -50,13 +50,13 @@ class Client(discord.Client):
     """discord.py's client, and until when Discord wants no calls at all (the event loop's time)."""
 
     quiet_until = 0.0
-    on_session: Callable[[], Awaitable[None]] | None = None
+    on_session: Callable[[bool], Awaitable[None]] | None = None
 
     async def before_identify_hook(self, shard_id: int | None, *, initial: bool = False) -> None:
-        """The first session of a client is counted before it connects."""
+        """IDENTIFY goes out next."""
         await super().before_identify_hook(shard_id, initial=initial)
-        if not initial and self.on_session:
-            await self.on_session()
+        if self.on_session:
+            await self.on_session(initial)
 
 
 async def read_answer(response: aiohttp.ClientResponse) -> Any:
@@ -130,7 +130,7 @@ class Hearing:
         self._guilds_came = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Task[Any]] = set()  # those of them that read what was missed
-        client.on_session = self._another_session
+        client.on_session = self._count_session
         parsers = client._connection.parsers
         for name, parse in list(parsers.items()):
             parsers[name] = self._guarded(name, parse)
@@ -314,7 +314,7 @@ class Hearing:
     async def _read_missed(self, channel: str, guild: str) -> None:
         """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered. Of very
         many, or when it is long ago, all but the newest expire."""
-        mark, found = self._marks[channel], dict[int, dict[str, Any]]()
+        mark, found, expired = self._marks[channel], dict[int, dict[str, Any]](), 0
         for _ in range(CATCH_UP_PAGES):
             page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100}) or []
             fresh = {int(event["id"]): event for event in page if int(event["id"]) > int(mark)}
@@ -322,7 +322,7 @@ class Hearing:
                 with contextlib.suppress(ConnectionError):
                     guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
             found |= dict(sorted(fresh.items()))
-            await self._expire([found.pop(id) for id in list(found)[:-CATCH_UP_MESSAGES]], guild)
+            expired += await self._expire([found.pop(id) for id in list(found)[:-CATCH_UP_MESSAGES]], guild)
             if len(page) < 100 or not fresh:
                 break
             mark = str(max(fresh))
@@ -332,7 +332,9 @@ class Hearing:
             return
         newest = events.sent_at(max(found))
         old = [id for id in found if (newest - events.sent_at(id)).total_seconds() > 3600 * CATCH_UP_HOURS]
-        await self._expire([found.pop(id) for id in old], guild)
+        expired += await self._expire([found.pop(id) for id in old], guild)
+        if expired:
+            log.warning("missed in channel %s and too old to be answered now: %d messages to us", channel, expired)
         answered = {events.answers(event, self._me) for event in found.values()}
         for event in found.values():
             message = await self._missed(event, guild)
@@ -350,10 +352,12 @@ class Hearing:
             await self._insist(self._unread, event, type(error).__name__)
             return None
 
-    async def _expire(self, missed: list[dict[str, Any]], guild: str) -> None:
+    async def _expire(self, missed: list[dict[str, Any]], guild: str) -> int:
+        """How many of them were said to us."""
         late = [message for event in missed if (message := await self._missed(event, guild))]
         if late:
             await self._insist(self._store_expired, late)
+        return len(late)
 
     async def _store_expired(self, late: list[Message]) -> None:
         await self._chat.refail(*late, note="missed, and too old by now", state="expired")
@@ -399,18 +403,19 @@ class Hearing:
                 self._dirty |= dirty
                 await asyncio.sleep(MARK_EVERY)
 
-    async def count_session(self) -> int:
-        """Another IDENTIFY; how many there were in 24 hours."""
+    async def sessions(self, new: bool = False) -> int:
+        """How many there were in 24 hours, with a `new` one."""
         try:
-            count = await self._chat.identified(events.PLATFORM)
+            count = await self._chat.identified(events.PLATFORM, new)
         except NotAccepted:
             return 0
-        if count > SESSIONS_A_DAY:
+        if count >= SESSIONS_A_DAY and not new:  # a new one beyond it ends in a start, which asks here
             log.error("%d sessions on Discord in 24 hours; at 1,000 the token is reset: look why", count)
         return count
 
-    async def _another_session(self) -> None:
-        if await self.count_session() > SESSIONS_A_DAY:
+    async def _count_session(self, first: bool) -> None:
+        """A client's first session has waited already where there were too many."""
+        if await self.sessions(new=True) > SESSIONS_A_DAY and not first:
             self._spawn(self._end())
 
     async def _end(self) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BACKUP_EVERY = 3600.0
+LOOK_EVERY = 10.0
 BEAT = 0.25
 STEADY = 60.0
 """A bot that served this long was healthy: its next failure counts as the first."""
@@ -171,13 +172,18 @@ class App:
             await asyncio.sleep(wait)
 
     async def _beat(self) -> None:
-        """Until cancelled: measure how late the event loop wakes, feed the watchdog, back the journal up hourly."""
-        backup_at = time.monotonic() + BACKUP_EVERY
+        """Until cancelled: measure how late the event loop wakes, feed the watchdog, see that the journal's
+        file is in its place, back it up hourly."""
+        backup_at, look_at = time.monotonic() + BACKUP_EVERY, 0.0
         while True:
             began = time.monotonic()
             await asyncio.sleep(BEAT)
             metrics.loop_lag_seconds.observe(max(0.0, time.monotonic() - began - BEAT))
             systemd.notify("WATCHDOG=1")
+            if time.monotonic() >= look_at:
+                look_at = time.monotonic() + LOOK_EVERY
+                with contextlib.suppress(NotAccepted):  # /readyz tells
+                    await self.journal.look()
             if time.monotonic() >= backup_at:
                 backup_at = time.monotonic() + BACKUP_EVERY
                 try:

@@ -9,10 +9,11 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from core import metrics
 from core.courier import TYPING_EVERY, Courier, insist, pause, wall
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from core.journal.journal import Journal
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_ATTEMPTS = 3
 FULL, RELIEVED = 0.8, 0.5
@@ -36,6 +38,8 @@ BUSY = "I am answering many people right now, please try again in a minute."
 SORRY = "Sorry, I could not find an answer to that. Could you say it in other words?"
 BUSY_EVERY = 60.0
 TELL_AFTER = 2.0
+EXPIRED_EVERY = 10.0
+"""Seconds that expired messages are counted for, before one line in the log tells of them."""
 TOLD = 20
 """So many who wait are shown their place at a time: platforms count these calls too."""
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -64,8 +68,10 @@ class Chat:
         self._edited: dict[int, Request] = {}
         self._busy_said: dict[Channel, float] = {}
         self._told: dict[int, float] = {}
+        self._expired: Counter[Channel] = Counter()  # since the log told of any
+        self._trouble = ""  # why the engine gives no answers, while it does not
         self._pace = 1.0  # seconds an answer takes, lately
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._taking = True
         self._relieved = asyncio.Event()
         self._relieved.set()
@@ -96,8 +102,8 @@ class Chat:
             if request.row in self._answering:
                 self._edited[request.row] = request
                 self._answering[request.row].cancel("edited")
-            elif not self._queue.replace(request) and self._taking:
-                self._queue.put(request)  # its answer came a moment too late to be stored
+            else:
+                self._queue.replace(request)  # if it has ended meanwhile, its T2 has met the new text (_answer)
         for row in received.cancelled:
             if not self._queue.remove(row) and row in self._answering:
                 self._answering[row].cancel("deleted")
@@ -145,9 +151,9 @@ class Chat:
     async def release(self, name: str) -> None:
         await self.journal.release(name, OWNER)
 
-    async def identified(self, platform: str) -> int:
-        """Count a new session on the platform; how many there were in the last 24 hours."""
-        return await self.journal.identified(platform)
+    async def identified(self, platform: str, new: bool = True) -> int:
+        """How many sessions began on the platform in the last 24 hours, with a `new` one, which is counted."""
+        return await self.journal.identified(platform, new)
 
     # -- the life of the house -----------------------------------------------------------------------------------
 
@@ -169,11 +175,13 @@ class Chat:
         end = self._clock() + timeout
         self._taking = False
         self._queue.clear()
-        running = set(self._answering.values()) | self._tasks
+        running = self._tasks.union(self._answering.values())
         if running:
             await asyncio.wait(running, timeout=timeout)
         for task in running:
             task.cancel()
+        if self._expired:
+            self._tell_expired()
         await self._courier.drain(max(0.0, end - self._clock()))
 
     # -- answering -----------------------------------------------------------------------------------------------
@@ -195,7 +203,7 @@ class Chat:
                 del self._answering[request.row]
                 edited = self._edited.pop(request.row, None)
                 self._queue.done(request)
-                if edited and self._taking:  # the edit came as the answer to the old text had just ended, unstored
+                if edited and self._taking:  # it reached an answer that was counting its failure
                     self._queue.put(edited)
                 self._measure()
 
@@ -204,8 +212,10 @@ class Chat:
         tries = 0
         while True:
             try:
-                await self._answer(request, tries)
-                return
+                edited = await self._answer(request, tries)
+                if edited is None:
+                    return
+                request = replace(edited, ends=request.ends)
             except asyncio.CancelledError:
                 if request.row not in self._edited:
                     raise
@@ -214,11 +224,12 @@ class Chat:
                     task.uncancel()
             except Exception:
                 log.exception("%s: message %s could not be answered", request.message.channel, request.message.id)
-                if await self._failed(request):
+                if await asyncio.shield(self._spawn(self._failed(request))):  # its apology must go out, too
                     return
             tries += 1
 
-    async def _answer(self, request: Request, tries: int) -> None:
+    async def _answer(self, request: Request, tries: int) -> Request | None:
+        """None when the message has a final state; else as an edit left it that was stored before the answer."""
         channel, message = request.message.channel, request.message
         limit = self.voice.window.budget // 2 + 2  # no turn has fewer than two tokens
         history = await insist(self.journal.history, channel, before=request.row, limit=limit)
@@ -228,18 +239,19 @@ class Chat:
         async with self._courier.typing(channel):
             spoken, completion = await self._speak(request, [*history, question], seed)
             if completion is None:
-                return
+                return None
             parts = self._courier.split(channel, self.voice.restore(spoken)) if spoken else []
             if not parts:
                 raise Failed("the reply has no text")
             crash_point("before T2")
             # shielded: a commit that is cancelled may have happened, and then its replies must go out
-            await asyncio.shield(self._spawn(self._hand_over(request, parts, spoken, seed, completion)))
+            stored = await asyncio.shield(self._spawn(self._hand_over(request, parts, spoken, seed, completion)))
+        return None if stored else await insist(self.journal.question, request.row)
 
     async def _hand_over(
         self, request: Request, parts: list[str], spoken: str, seed: int, completion: Completion
-    ) -> None:
-        """T2, and the replies on their way."""
+    ) -> bool:
+        """T2, and the replies on their way; False when nothing was stored."""
         logprob = completion.logprob
         replies = await insist(self.journal.answer, request, parts, spoken=spoken, seed=seed, logprob=logprob)
         crash_point("after T2")
@@ -249,6 +261,7 @@ class Chat:
             metrics.answer_seconds.observe(max(0.0, self._limits.deadline - self._left(request)))
             metrics.tokens.labels("reply").inc(len(completion.token_ids))
             metrics.tokens.labels("cached").inc(completion.cached_tokens)
+        return bool(replies)
 
     async def _speak(self, request: Request, turns: list[Turn], seed: int) -> tuple[str, Completion | None]:
         """What the model says; no completion when the message was closed instead."""
@@ -258,6 +271,7 @@ class Chat:
             try:
                 reply = await self.voice.speak(turns, seed=seed, session=session, deadline=left)
                 metrics.generate_seconds.observe(self._clock() - began)
+                self._trouble = ""
                 if reply is None:
                     await self._close(request, "cancelled", "nothing to answer")
                 return reply or ("", None)
@@ -265,8 +279,9 @@ class Chat:
                 raise
             except EngineError as error:  # full, restarting or out of reach: it heals, or the deadline comes
                 metrics.engine_failures.labels(type(error).__name__).inc()
-                if not isinstance(error, Cancelled):
-                    log.warning("%s: the engine: %s", session, error)
+                if not isinstance(error, Cancelled):  # who runs the engine has said so once
+                    self._trouble = str(error)
+                    log.debug("%s: the engine: %s", session, error)
                 await asyncio.sleep(min(pause(tries, 2.0), max(0.0, self._left(request))))
                 tries += 1
         await self._close(request, "expired", "no answer in time")
@@ -290,17 +305,32 @@ class Chat:
     async def _close(self, request: Request, state: MessageState, note: str = "", notice: str = "") -> None:
         self._courier.deliver(await insist(self.journal.close, request, state, note, notice))
         metrics.finished.labels(request.message.channel.platform, state).inc()
+        if state == "expired":
+            self._expired[request.message.channel] += 1
 
     async def _sweep(self) -> None:
         """Once a second: requests past their deadline end, notes of who was told "busy" are dropped."""
+        quiet_until = 0.0
         while True:
             await asyncio.sleep(1.0)
             for request in self._queue.take_out(lambda waiting: self._left(waiting) <= 0):
                 await self._close(request, "expired", "waited too long")
+            if self._expired and self._clock() >= quiet_until:
+                quiet_until = self._clock() + EXPIRED_EVERY
+                self._tell_expired()
             old = self._clock() - BUSY_EVERY
             self._busy_said = {channel: at for channel, at in self._busy_said.items() if at > old}
             self._tell()
             self._measure()
+
+    def _tell_expired(self) -> None:
+        """Nobody else is told of them: one line, the channels with the most in front."""
+        most = ", ".join(f"{channel} {count}" for channel, count in self._expired.most_common(5))
+        rest = f" and {len(self._expired) - 5} channels more" if len(self._expired) > 5 else ""
+        why = f" (the engine: {self._trouble})" if self._trouble else ""
+        count, seconds = self._expired.total(), self._limits.deadline
+        log.warning("expired without an answer in %g s: %d, of %s%s%s", seconds, count, most, rest, why)
+        self._expired.clear()
 
     def _tell(self) -> None:
         """Who has waited for seconds, or will, sees typing and the place in line."""
@@ -330,7 +360,7 @@ class Chat:
         elif self._queue.fullness() <= RELIEVED:
             self._relieved.set()
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[None, None, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import random
@@ -35,6 +36,8 @@ PATIENCE = 60.0
 """Seconds without an engine that a request without a deadline bears, and that a start waits for a remote one."""
 PROBE_EVERY, PROBE_WAITS, PROBES = 3.0, 10.0, 2
 """A child that is silent to so many probes in a row, each so long, hangs."""
+OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""What keeps us from asking, and says nothing of a child."""
 HINT = 5.0
 """Seconds for a hint to be taken, after which it is void."""
 MERCY = 10.0
@@ -69,6 +72,7 @@ class HttpEngine:
         self._files: PrivateFolder | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._suspects = asyncio.Lock()
+        self._gone = False  # one elsewhere, and the log said so
         self._closed = False
 
     async def open(self) -> HttpEngine:
@@ -175,8 +179,9 @@ class HttpEngine:
         left = end - time.monotonic()
         if left <= 0:
             raise EngineClosed(why)
-        if tries == 1 and not self.process:
-            log.warning("%s; trying again", why)
+        if tries and not self.process and not self._gone:
+            self._gone = True
+            log.warning("%s; whoever asks waits for it", why)
         await asyncio.sleep(min(left, random.uniform(0.5, 1.0) * min(2.0, 0.05 * 2.0**tries)))
         if self.process:
             with contextlib.suppress(TimeoutError):
@@ -233,6 +238,9 @@ class HttpEngine:
         if not isinstance(said, dict) or (status != 200 and "error" not in said):
             raise Unreachable(f"{self.address} answers {status} and not like an engine")
         if status == 200:
+            if self._gone:
+                self._gone = False
+                log.info("the engine at %s answers again", self.address)
             return said
         refusal = wire.load_error(said)
         if isinstance(refusal, EngineClosed):  # it is about to end, or loads
@@ -255,17 +263,19 @@ class HttpEngine:
             await process.up.wait()
             if process.generation != generation:
                 silent, generation = 0, process.generation
-            silent = 0 if await self._alive() else silent + 1
+            alive = await self._alive()
+            silent = silent if alive is None else 0 if alive else silent + 1
             if silent >= PROBES:
                 process.kill(f"silent for {silent * self.probe_waits:g} s")
 
-    async def _alive(self) -> bool:
+    async def _alive(self) -> bool | None:
+        """None when it is we who cannot ask, for want of descriptors or memory."""
         try:
             timeout = aiohttp.ClientTimeout(total=self.probe_waits)
             async with self._session.get(f"{self._base}/livez", timeout=timeout) as answer:
                 return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return None if getattr(error, "errno", None) in OURS else False
 
     async def _ask_info(self) -> ModelInfo:
         try:

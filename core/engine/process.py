@@ -107,6 +107,7 @@ class EngineProcess:
                 metrics.engine_restarts.inc()
                 try:
                     await self._start()
+                    log.info("the engine process is there again")
                 except Exception as error:  # no file or process to be had, a checkpoint gone: it may come back
                     self.why = str(error) if isinstance(error, EngineError) else wire.one_line(error)
                     log.error("the engine process cannot be started: %s", self.why)

@@ -1,4 +1,4 @@
 """Where every message and every reply stands, on disk before anything else happens.
 
-Reading order: schema, journal, database, storage.
+Reading order: schema, rows, journal, upkeep, database, storage.
 """

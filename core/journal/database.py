@@ -10,11 +10,12 @@ import asyncio
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, make_url
@@ -26,6 +27,7 @@ from core.delivery import NotAccepted
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Rescue = Callable[[sqlite3.Connection], str]
 
 EXAMPLES = "for example sqlite:///palaver.db or postgresql+asyncpg://palaver:PASSWORD@localhost/palaver"
 FSYNC_FAILED = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
@@ -33,6 +35,8 @@ BAD_VALUE = (sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MI
 BAD_VALUE_CLASS = ("21", "22", "23", "54")  # PostgreSQL's: cardinality, data, integrity, program limits
 BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 GROUP = 256
+RESCUE_EVERY = 10.0
+"""Seconds after which saving a file that is gone from its place is tried again."""
 ASK_FOR = 30.0
 """Seconds in which PostgreSQL may come back and say whether a commit that broke off took place."""
 
@@ -80,16 +84,22 @@ class Database(Protocol):
     async def dispose(self) -> None: ...
 
 
-def open_database(url: URL, *, writes: bool) -> Database:
-    """One connection that begins as a writer, or some that read."""
-    return SQLite(url, writes) if file_of(url) else PostgreSQL(url, writes)
+def open_database(url: URL, *, writes: bool, rescue: Rescue | None = None) -> Database:
+    """One connection that begins as a writer, or some that read. `rescue`: see SQLite."""
+    return SQLite(url, writes, rescue) if file_of(url) else PostgreSQL(url, writes)
 
 
 class SQLite:
     """Threads of its own: through an async driver every statement crosses threads four times, here a transaction
     crosses once (a fifth of the processor's time per message)."""
 
-    def __init__(self, url: URL, writes: bool) -> None:
+    def __init__(self, url: URL, writes: bool, rescue: Rescue | None = None) -> None:
+        """`rescue` saves everything from the open connection when its file is gone from its place, by a hand or a
+        script: what is written from then on would be lost with this process. It says what it did, or raises
+        JournalError."""
+        self._file, self._rescue = url.database or "", rescue
+        self._place: tuple[int, int] | None = None  # device and inode
+        self._not_saved, self._again = "", 0.0
         size = 1 if writes else 2
         self._engine = create_engine(url, pool_size=size, max_overflow=0)
         event.listen(self._engine, "connect", _set_up_sqlite)
@@ -99,10 +109,42 @@ class SQLite:
 
     async def run(self, work: Callable[[Connection], T]) -> T:
         def transaction() -> T:
+            if self._rescue and self._gone():
+                self._end(self._rescue)
             with self._engine.begin() as connection:
                 return work(connection)
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, transaction)
+
+    def _gone(self) -> bool:
+        """Is another file in its place, or none? A few microseconds."""
+        if self._place is None:
+            self._engine.connect().close()  # the pool keeps it open
+        try:
+            found = os.stat(self._file)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False  # who can tell?
+        self._place = self._place or (found.st_dev, found.st_ino)
+        return self._place != (found.st_dev, found.st_ino)
+
+    def _end(self, rescue: Rescue) -> None:
+        """This process, once all is saved; until then nothing is written any more."""
+        if time.monotonic() >= self._again:
+            open_ = self._engine.raw_connection()
+            try:
+                said = rescue(cast(sqlite3.Connection, open_.driver_connection))
+            except JournalError as error:
+                self._not_saved, self._again = str(error), time.monotonic() + RESCUE_EVERY
+                log.error("%s is gone from its place, and cannot be saved yet: %s", self._file, error)
+            else:
+                log.critical("%s", said)
+                logging.shutdown()
+                os._exit(74)
+            finally:
+                open_.close()
+        raise JournalBusy(f"{self._file} is gone from its place, and cannot be saved yet: {self._not_saved}")
 
     async def dispose(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, self._engine.dispose)

@@ -144,18 +144,51 @@ def restore(file: Path, copy: Path | None = None) -> Path:
     fresh = file.with_name(file.name + ".restoring")
     fresh.unlink(missing_ok=True)
     try:
-        _copy(copy, fresh)
+        with _reading(copy) as reader:
+            _copy(reader, fresh)
     except (OSError, sqlite3.Error) as error:
         fresh.unlink(missing_ok=True)
         raise JournalError(f"{copy} could not be copied to {file.parent}: {error}") from error
-    aside = f".corrupt-{_stamp()}"
-    for suffix in ("", "-wal", "-shm"):
-        old = file.with_name(file.name + suffix)
-        if old.exists():
-            old.rename(old.with_name(old.name + aside))
+    _aside(file, "corrupt", "", "-wal", "-shm")
     os.replace(fresh, file)
     _sync(file.parent)
     return copy
+
+
+def _aside(file: Path, why: str, *suffixes: str) -> None:
+    aside = f".{why}-{_stamp()}"
+    for suffix in suffixes:
+        old = file.with_name(file.name + suffix)
+        if old.exists():
+            old.rename(old.with_name(old.name + aside))
+
+
+def rescue(file: Path, connection: sqlite3.Connection) -> str:
+    """Save what is behind `connection`, whose file was deleted or replaced, where the next start finds it; what was
+    done, one line. Raises JournalError."""
+    replaced = _stands(file)
+    target = file.with_name(f"{file.name}.replaced-{_stamp()}") if replaced else _next_copy(file)
+    try:
+        _save(connection, target)
+        _aside(file, "replaced", "-wal", "-shm")  # the log is of the old file: played into another, it would spoil that
+    except OSError as error:
+        raise JournalError(f"{file.parent}: {error}") from error
+    if replaced:
+        return (
+            f"{file} was replaced under this process, which ends here; what stood in it is {target}, and "
+            f"palaver journal restore {target} takes it back"
+        )
+    return f"{file} was deleted under this process, which ends here; the next start takes up what stood in it, {target}"
+
+
+def _stands(file: Path) -> bool:
+    """Would a start take this file as it is? Its log is not looked at: that is another file's."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True)) as connection:
+            rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            return bool(rows) and connection.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
+    except sqlite3.Error:
+        return False
 
 
 def in_use(file: Path) -> bool:
@@ -184,12 +217,29 @@ async def backup(file: Path, path: Path | None = None) -> Path:
 
 
 def _backup(file: Path, path: Path | None) -> Path:
-    target = path or copies(file) / f"{_stamp()}.db"
+    target = path or _next_copy(file)
+    try:
+        with _reading(file) as reader:
+            _save(reader, target)
+    except sqlite3.Error as error:
+        raise JournalError(f"no copy could be made at {target.parent}: {error}") from error
+    if path is None:
+        for old in sorted(copies(file).glob("*.db"), reverse=True)[KEEP:]:
+            old.unlink(missing_ok=True)
+    return target
+
+
+def _next_copy(file: Path) -> Path:
+    return copies(file) / f"{_stamp()}.db"
+
+
+def _save(reader: sqlite3.Connection, target: Path) -> None:
+    """A checked copy. Raises JournalError."""
     fresh = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fresh.unlink(missing_ok=True)
-        _copy(file, fresh)
+        _copy(reader, fresh)
         if problems := _problems(fresh, "integrity_check"):
             raise JournalError(f"the copy is not whole, the older ones stay: {problems[0]}")
         os.replace(fresh, target)
@@ -199,19 +249,18 @@ def _backup(file: Path, path: Path | None) -> Path:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)
     _sync(target.parent)
-    if path is None:
-        for old in sorted(copies(file).glob("*.db"), reverse=True)[KEEP:]:
-            old.unlink(missing_ok=True)
-    return target
 
 
-def _copy(source: Path, target: Path) -> None:
+def _reading(file: Path) -> contextlib.closing[sqlite3.Connection]:
+    return contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True))
+
+
+def _copy(reader: sqlite3.Connection, target: Path) -> None:
     """SQLite's online copy, on disk when it returns."""
-    with contextlib.closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as reader:
-        with contextlib.closing(sqlite3.connect(target)) as writer:
-            os.chmod(target, 0o600)
-            reader.backup(writer)  # in one step: in several, each write of others makes it begin anew
-            writer.execute("PRAGMA journal_mode=DELETE")
+    with contextlib.closing(sqlite3.connect(target)) as writer:
+        os.chmod(target, 0o600)
+        reader.backup(writer)  # in one step: in several, each write of others makes it begin anew
+        writer.execute("PRAGMA journal_mode=DELETE")
     with target.open("rb+") as file:
         os.fsync(file.fileno())
 

@@ -347,7 +347,7 @@ async def test_a_channel_and_a_thread_made_while_away_are_read_from_their_beginn
 
 
 async def test_offline_for_longer_than_a_day_the_old_expires_and_the_newest_of_a_channel_is_heard(
-    server: DiscordServer,
+    server: DiscordServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     ears, general, quiet = Ears(), server.channel("general"), server.channel("quiet")
 
@@ -364,6 +364,7 @@ async def test_offline_for_longer_than_a_day_the_old_expires_and_the_newest_of_a
         await until(lambda: min(int(mark) for mark in ears.marks.values()) > int(hours_ago(49)))
     assert sorted(ears.texts) == ["23 hours ago", "now", "two days ago"]
     assert [message.text for message, _ in ears.expired] == ["40 hours ago", "25 hours ago"] and not ears.failed
+    assert f"missed in channel {general} and too old to be answered now: 2 messages to us" in caplog.messages
 
 
 async def test_a_history_out_of_reach_is_read_later_and_before_what_comes_after(server: DiscordServer) -> None:
@@ -476,6 +477,7 @@ async def test_sessions_are_counted_and_too_many_starts_a_day_are_spread(
 ) -> None:
     ears = Ears()
     async with serving(server, ears):
+        assert server.identifies == ears.sessions == 1
         await server.invalidate()
         await until(lambda: server.identifies == 2 and ears.sessions == 2)
     ears.sessions = hearing.SESSIONS_A_DAY
@@ -518,7 +520,7 @@ async def test_a_bad_token_says_the_mend(server: DiscordServer) -> None:
 
 @pytest.mark.parametrize("what", ["REST", "gateway", "a page instead"])
 async def test_discord_out_of_reach_at_the_start_is_a_connection_error(server: DiscordServer, what: str) -> None:
-    bot = bot_for(server)
+    bot, ears = bot_for(server), Ears()
     if what == "REST":
         Route.BASE = "http://127.0.0.1:9/api/v10"
     elif what == "gateway":
@@ -526,8 +528,9 @@ async def test_discord_out_of_reach_at_the_start_is_a_connection_error(server: D
     else:
         server.faults = [Fault("page", "GET", "/users/@me", times=-1)]
     with pytest.raises(ConnectionError) as caught:
-        await asyncio.wait_for(bot.serve(Ears().chat), 30)
+        await asyncio.wait_for(bot.serve(ears.chat), 30)
     assert server.token not in str(caught.value)
+    assert not ears.sessions, "no session was asked for"
 
 
 async def test_an_intent_that_is_off_says_the_mend(server: DiscordServer) -> None:

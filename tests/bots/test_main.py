@@ -143,3 +143,14 @@ async def test_the_journal_counts_and_exports(tmp_path: Path) -> None:
     assert code == 0 and "answered" in output and "heard" in output and errors == ""
     code, _, errors = await palaver(tmp_path, "journal", "export", "nowhere")
     assert code == 78 and "platform:id" in errors
+
+
+async def test_a_journal_deleted_while_nobody_talks_is_noticed_and_there_after_the_next_start(tmp_path: Path) -> None:
+    await palaver(tmp_path, "chat", said="hello\n")
+    _, before, _ = await palaver(tmp_path, "journal")
+    async with running(tmp_path) as (process, _):
+        (tmp_path / "palaver.db").unlink()
+        assert await asyncio.wait_for(process.wait(), PATIENCE) == 74
+    async with running(tmp_path):
+        pass
+    assert (await palaver(tmp_path, "journal"))[1] == before

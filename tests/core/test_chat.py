@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -107,6 +110,50 @@ def test_an_edit_before_the_answer_changes_the_question_waiting_or_under_way() -
     play(scene)
 
 
+@pytest.mark.parametrize("later", [2, 4])
+def test_an_edit_that_is_heard_of_after_its_answer_ended_keeps_its_place(later: float) -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 2
+        first = house.message("one")
+        await house.chat.receive(first, house.message("two"))
+        await asyncio.sleep(1)
+        house.journal.receive = late(house.journal.receive, later)  # stored before the first answer
+        await house.chat.receive(house.message("uno", id=first.id, kind="edit"))
+        await asyncio.sleep(10)
+        assert house.platform.texts() == ["re uno", "re two"]
+        assert house.engine.prompts[-1] == ["uno", "re uno", "two"]
+
+    play(scene)
+
+
+def test_an_apology_that_an_edit_interrupts_goes_out() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1
+        house.engine.script = [Failed("NaN")] * 3
+        house.journal.receive, house.journal.close = (
+            late(call, 2) for call in (house.journal.receive, house.journal.close)
+        )
+        said = house.message("one")
+        await house.chat.receive(said)
+        await asyncio.sleep(2.9)
+        await house.chat.receive(house.message("uno", id=said.id, kind="edit"))  # stored just before it failed
+        await asyncio.sleep(10)
+        assert (house.states(), house.platform.texts()) == (["failed"], [SORRY])
+
+    play(scene)
+
+
+def late(call: Callable[..., Awaitable[Any]], seconds: float) -> Callable[..., Awaitable[Any]]:
+    """`call`, and its caller hears of it so much later."""
+
+    async def called(*args: Any, **settings: Any) -> Any:
+        result = await call(*args, **settings)
+        await asyncio.sleep(seconds)
+        return result
+
+    return called
+
+
 def test_a_delete_before_the_answer_cancels_it_waiting_or_under_way() -> None:
     async def scene(house: House) -> None:
         house.engine.seconds = 2
@@ -195,6 +242,25 @@ def test_late_answers_expire_silently_waiting_or_under_way() -> None:
         assert (house.states(), house.platform.texts()) == (["expired", "expired"], [])
 
     play(scene, limits=QueueLimits(deadline=10))
+
+
+def test_the_log_counts_what_expires_and_is_not_flooded(caplog: pytest.LogCaptureFixture) -> None:
+    async def scene(house: House) -> None:
+        house.engine.script = [EngineClosed("gone")] * 10_000
+        for _ in range(20):
+            await house.say("one", "two", channel="b")
+            await house.say("one")
+            await asyncio.sleep(1)
+        await asyncio.sleep(30)
+        assert house.states() == ["expired"] * 60
+
+    play(scene, limits=QueueLimits(deadline=5, per_channel=100, per_user=100))
+    lines = [record.getMessage() for record in caplog.records]
+    assert 3 <= len(lines) <= 5, "one in ten seconds, and none for each message"
+    assert (
+        sum(int(re.findall(r"5 s: (\d+), of test:b \d+, test:a \d+ \(the engine: gone\)$", line)[0]) for line in lines)
+        == 60
+    )
 
 
 def test_typing_shows_while_an_answer_is_made_and_no_longer() -> None:

@@ -83,6 +83,6 @@ class Ears:
     async def replied(self, channel: Channel, id: str) -> bool:
         return False
 
-    async def identified(self, platform: str) -> int:
-        self.sessions += 1
+    async def identified(self, platform: str, new: bool = True) -> int:
+        self.sessions += new
         return self.sessions

@@ -168,6 +168,11 @@ class MemoryJournal:
             id, row.message.channel, row.message.id, text, nonce, part, message=row.row, created_at=self._now()
         )
 
+    async def question(self, row: int) -> Request | None:
+        await self._wait(self._dice.uniform(0, 0.005))
+        found = self._find(row)
+        return self._request(found) if found.state == "waiting" else None
+
     async def attempt(self, request: Request) -> int:
         await self._before()
         row = self._find(request.row)

@@ -26,7 +26,7 @@ def test_every_schedule_keeps_the_promises(block: int) -> None:
         World(seed).run()
 
 
-@pytest.mark.parametrize("seed", [400947])
+@pytest.mark.parametrize("seed", [400947, 408390])
 def test_schedules_that_once_were_broken(seed: int) -> None:
     World(seed).run()
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -271,6 +272,22 @@ async def test_a_child_that_hangs_is_replaced(checkpoint: Make, restarts: Callab
         asked = [asyncio.create_task(engine.generate([i, 256], LONG, deadline=120)) for i in range(5)]
         assert [c.token_ids for (c,) in await asyncio.gather(*asked)] == [[i] for i in range(5)]
         assert restarts() == 1
+
+
+async def test_a_child_is_not_killed_because_we_have_no_descriptor_to_ask_with(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(HttpEngine, "probe_every", 0.5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with spawned(checkpoint(), engine="echo") as engine:
+        child = pid(engine)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))  # before the first probe, whose connection would be kept
+        try:
+            await asyncio.sleep(3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert await engine.generate([5, 256], LONG, deadline=60)
+        assert pid(engine) == child and not caplog.messages
 
 
 async def test_no_answer_at_twice_the_deadline_ends_the_child(checkpoint: Make, restarts: Callable[[], float]) -> None:
@@ -546,7 +563,8 @@ async def test_palaver_engine_on_tcp_serves_another_machine(engine: Open, checkp
             Tokenizer.load(there.info.path)
 
 
-async def test_an_engine_elsewhere_may_go_and_come_back(checkpoint: Make) -> None:
+async def test_an_engine_elsewhere_may_go_and_come_back(checkpoint: Make, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, http_engine.__name__)
     folder = PrivateFolder()
     address = f"unix:{folder.path}/socket"
     async with elsewhere(address, checkpoint(), "echo"):
@@ -555,11 +573,13 @@ async def test_an_engine_elsewhere_may_go_and_come_back(checkpoint: Make) -> Non
         assert "does not answer" in await there.ready()
         with pytest.raises(EngineClosed, match="does not answer"):
             await there.generate([1, 256], LONG, deadline=0.3)
-        asked = asyncio.create_task(there.generate([1, 256], LONG, deadline=120))
+        asked = [asyncio.create_task(there.generate([1, 256], LONG, deadline=120)) for _ in range(5)]
         await asyncio.sleep(0.1)
         async with elsewhere(address, checkpoint(), "echo"):
-            assert await asked
+            assert all(await asyncio.gather(*asked))
             assert await there.ready() == ""
+        said = [record.getMessage() for record in caplog.records if record.name == http_engine.__name__]
+        assert len(said) == 2 and "whoever asks waits" in said[0] and "answers again" in said[1], "not one for each"
     finally:
         await there.aclose()
         folder.close()

@@ -135,7 +135,9 @@ async def test_an_edit_changes_a_waiting_question_and_the_history(journal: Journ
     (changed,) = received.changed
     assert (changed.row, changed.message.text, received.asked) == (request.row, "better", ())
     assert await journal.answer(request, ["late"], spoken="late") == [], "the answer to the old text"
+    assert await journal.question(request.row) == changed
     assert await journal.answer(changed, ["Re."], spoken="re")
+    assert await journal.question(request.row) is None
     assert (await journal.receive(message("1", "best", kind="edit"), deadline=60)).changed == ()
     assert [text for _, text in await spoken(journal)] == ["best", "re"]
 
@@ -165,7 +167,9 @@ async def test_events_nobody_could_read_are_recorded(journal: Journal) -> None:
     assert await states(journal) == {"failed": 1}
 
 
-async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(journal: Journal) -> None:
+async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(
+    journal: Journal, caplog: pytest.LogCaptureFixture
+) -> None:
     await journal.receive(message("1"), message("2"), message("1", channel=THERE), deadline=-1)
     await ask(journal, "3", Channel("test", "elsewhere"))
     owed = await journal.backlog(60)
@@ -175,6 +179,7 @@ async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(journ
         ("test:elsewhere", "3", 0),
     ]
     assert await states(journal) == {"expired": 1, "waiting": 3}
+    assert caplog.messages == ["too old at the start: 1 expired, 0 failed"]
     assert all(r.deadline > datetime.now(UTC) for r in owed)
 
 
@@ -256,6 +261,7 @@ async def test_a_lease_from_the_future_is_void(journal: Journal) -> None:
 
 async def test_sessions_of_a_day_are_counted(journal: Journal) -> None:
     assert [await journal.identified("discord") for _ in range(3)] == [1, 2, 3]
+    assert await journal.identified("discord", new=False) == 3
     assert await journal.identified("other") == 1
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -165,6 +166,49 @@ def test_a_failed_fsync_ends_the_process(file: Path, tmp_path: Path) -> None:
     assert set(before) | set(rest.split()) <= set(ids(file))
     with writer(url_of(file), first=1000) as again:
         told(again, "1000")
+
+
+@pytest.mark.parametrize("found", ["nothing", "an empty database", "another journal", "no folder"])
+async def test_a_file_deleted_or_replaced_under_a_process_is_saved_and_the_process_ends(
+    file: Path, tmp_path: Path, found: str
+) -> None:
+    file = tmp_path / "data" / "palaver.db"
+    file.parent.mkdir()
+    other = (await filled(tmp_path / "other.db", "1", "2")) if found == "another journal" else None
+    with writer(url_of(file), first=100) as process:
+        before = told(process, "15")
+        if found == "no folder":
+            shutil.rmtree(file.parent)
+        elif other:
+            other.rename(file)
+        else:
+            file.unlink()
+        if found == "an empty database":
+            sqlite3.connect(file).executescript("PRAGMA journal_mode=WAL").close()
+        rest, errors = process.communicate(timeout=60)
+    stored = set(before + rest.split()) - {"open"}
+    assert process.returncode == 74 and f"{file} was {'replaced' if other else 'deleted'}" in errors
+    async with opened(file) as journal:
+        assert await states(journal) == {"waiting": 2 if other else len(ids(file))}
+    if other:
+        [saved] = file.parent.glob("palaver.db.replaced-*")
+        assert set(ids(file)) == {"1", "2"} and stored <= set(ids(saved))
+    else:
+        assert stored <= set(ids(file))
+
+
+def test_a_file_that_cannot_be_saved_takes_nothing_more_until_it_can(file: Path) -> None:
+    with writer(url_of(file)) as process:
+        before = told(process, "30")
+        storage.copies(file).touch()  # no folder can be made there
+        file.unlink()
+        before += told(process, "busy")
+        assert "is gone from its place, and cannot be saved yet" in before[-1]
+        storage.copies(file).unlink()
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 74 and not rest
+    [saved] = storage.copies(file).glob("*.db")
+    assert set(before[:-1]) <= set(ids(saved))
 
 
 async def test_cancelled_callers_leave_no_half(file: Path) -> None:
