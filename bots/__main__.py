@@ -154,21 +154,16 @@ def evaluate(
     """
     from rich.console import Console
 
-    from core.app import open_engine
+    from core.app import open_voice
     from core.evaluation.report import evaluate
-    from core.tokenizer import Tokenizer
 
     (settings,) = _settings(Settings)
     logging.getLogger().setLevel(logging.WARNING)
 
     async def measure() -> int:
         with Console(stderr=True).status("loading") as status:
-            async with open_engine(settings) as engine:
-                tokenizer = Tokenizer.load(engine.info.path)
-                page = await evaluate(
-                    engine, tokenizer, settings.sampling, settings.history_tokens, chats=chats, cases=cases,
-                    tell=status.update,
-                )  # fmt: skip
+            async with open_voice(settings) as voice:
+                page = await evaluate(voice, chats=chats, cases=cases, tell=status.update)
         print(page)
         return 0
 
