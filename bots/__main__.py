@@ -177,8 +177,8 @@ def bench(
 ) -> None:
     """Measure what this machine serves with your settings: delays, replies a second, about how many active channels.
 
-    It asks the same engine that the bots use (MODEL, DTYPE, DEVICE, THREADS, SAMPLING__*, HISTORY_TOKENS), so stop
-    palaver first: they would slow each other down. It needs no token and touches no journal.
+    It asks the same engine that the bots use, set up as theirs (ENGINE, MODEL, DTYPE, SAMPLING__*, HISTORY_TOKENS …),
+    so stop palaver first: they would slow each other down. It needs no token and touches no journal.
     """
     (settings,) = _settings(Settings)
     logging.getLogger().setLevel(logging.WARNING)
@@ -194,15 +194,17 @@ async def _bench(settings: Settings, seconds: float, as_json: bool) -> int:
     def tell(what: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {what} ...", file=sys.stderr, flush=True)
 
-    tell(f"loading {settings.model}")
+    elsewhere = ":" in settings.engine  # what serves is not this machine
+    tell(f"asking {settings.engine}" if elsewhere else f"loading {settings.model}")
     async with open_voice(settings) as voice:
         loading, info = time.monotonic() - began, voice.engine.info
         found = await load.measure(voice, seconds, settings.queue.running, tell)
-        memory = load.resident_bytes()
+        memory = 0 if elsewhere else load.resident_bytes()
+    how = f"{info.how}, at {settings.engine}" if elsewhere else info.how
     if as_json:
-        print(json.dumps(load.as_dict(found, info.name, info.how, loading, memory), indent=2))
+        print(json.dumps(load.as_dict(found, info.name, how, loading, memory), indent=2))
     else:
-        print(load.as_text(found, info.name, info.how, loading, memory))
+        print(load.as_text(found, info.name, how, loading, memory))
     return 0
 
 
