@@ -130,8 +130,10 @@ def finetune(
         progress = finetune(data, out, base, valid=valid, recipe=recipe)
     except BadCheckpoint as error:
         _stop([f"MODEL: {error}"])
-    except (BadData, OSError) as error:
+    except BadData as error:
         _stop([str(error)])
+    except OSError as error:
+        _stop([f"{error.filename}: {error.strerror}" if error.filename else str(error)])
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on where {out} stands", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -149,8 +151,8 @@ def evaluate(
 ) -> None:
     """Measure MODEL as it is set: does it remember names and likes, does it repeat itself, does it fall silent.
 
-    A page of Markdown goes to standard output. Ten thousands of replies: minutes for the embedded model, hours for a
-    large one on a CPU; the options make it shorter.
+    A page of Markdown goes to standard output. Some 4,000 replies: minutes for the embedded model, hours for a large
+    one on a CPU; the options make it shorter.
     """
     from rich.console import Console
 

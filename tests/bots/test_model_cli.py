@@ -64,6 +64,11 @@ async def test_a_wrong_model_is_one_line(tmp_path: Path, talks: Path) -> None:
     assert code == 78 and "MODEL: ./nowhere does not exist" in errors
 
 
+async def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    code, _, errors = await palaver(tmp_path, "finetune", "nowhere.jsonl", "mine")
+    assert code == 78 and errors.splitlines()[-1] == "nowhere.jsonl: No such file or directory"
+
+
 async def test_a_run_of_another_model_is_left_alone(tmp_path: Path, talks: Path) -> None:
     import torch
 
