@@ -132,8 +132,10 @@ def finetune(
         progress = finetune(data, out, base, valid=valid, recipe=recipe)
     except BadCheckpoint as error:
         _stop([f"MODEL: {error}"])
-    except (BadData, OSError) as error:
+    except BadData as error:
         _stop([str(error)])
+    except OSError as error:
+        _stop([f"{error.filename}: {error.strerror}" if error.filename else str(error)])
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on where {out} stands", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -151,26 +153,21 @@ def evaluate(
 ) -> None:
     """Measure MODEL as it is set: does it remember names and likes, does it repeat itself, does it fall silent.
 
-    A page of Markdown goes to standard output. Ten thousands of replies: minutes for the embedded model, hours for a
-    large one on a CPU; the options make it shorter.
+    A page of Markdown goes to standard output. Some 4,000 replies: minutes for the embedded model, hours for a large
+    one on a CPU; the options make it shorter.
     """
     from rich.console import Console
 
-    from core.app import open_engine
+    from core.app import open_voice
     from core.evaluation.report import evaluate
-    from core.tokenizer import Tokenizer
 
     (settings,) = _settings(Settings)
     logging.getLogger().setLevel(logging.WARNING)
 
     async def measure() -> int:
         with Console(stderr=True).status("loading") as status:
-            async with open_engine(settings) as engine:
-                tokenizer = Tokenizer.load(engine.info.path)
-                page = await evaluate(
-                    engine, tokenizer, settings.sampling, settings.history_tokens, chats=chats, cases=cases,
-                    tell=status.update,
-                )  # fmt: skip
+            async with open_voice(settings) as voice:
+                page = await evaluate(voice, chats=chats, cases=cases, tell=status.update)
         print(page)
         return 0
 
@@ -184,8 +181,8 @@ def bench(
 ) -> None:
     """Measure what this machine serves with your settings: delays, replies a second, about how many active channels.
 
-    It asks the same engine that the bots use (MODEL, DTYPE, DEVICE, THREADS, SAMPLING__*, HISTORY_TOKENS), so stop
-    palaver first: they would slow each other down. It needs no token and touches no journal.
+    It asks the same engine that the bots use, set up as theirs (ENGINE, MODEL, DTYPE, SAMPLING__*, HISTORY_TOKENS …),
+    so stop palaver first: they would slow each other down. It needs no token and touches no journal.
     """
     (settings,) = _settings(Settings)
     logging.getLogger().setLevel(logging.WARNING)
@@ -201,15 +198,17 @@ async def _bench(settings: Settings, seconds: float, as_json: bool) -> int:
     def tell(what: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {what} ...", file=sys.stderr, flush=True)
 
-    tell(f"loading {settings.model}")
+    elsewhere = ":" in settings.engine  # what serves is not this machine
+    tell(f"asking {settings.engine}" if elsewhere else f"loading {settings.model}")
     async with open_voice(settings) as voice:
         loading, info = time.monotonic() - began, voice.engine.info
         found = await load.measure(voice, seconds, settings.queue.running, tell)
-        memory = load.resident_bytes()
+        memory = 0 if elsewhere else load.resident_bytes()
+    how = f"{info.how}, at {settings.engine}" if elsewhere else info.how
     if as_json:
-        print(json.dumps(load.as_dict(found, info.name, info.how, loading, memory), indent=2))
+        print(json.dumps(load.as_dict(found, info.name, how, loading, memory), indent=2))
     else:
-        print(load.as_text(found, info.name, info.how, loading, memory))
+        print(load.as_text(found, info.name, how, loading, memory))
     return 0
 
 

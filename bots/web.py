@@ -223,7 +223,7 @@ class WebBot:
                 text = clean(text[:MAX_CHARS])
                 author = Author(channel.id, "guest")
                 await chat.receive(Message(channel, id, author, text, datetime.now(UTC)))
-                heard = bool(chat.voice.hears(text))
+                heard = chat.voice.hears(text)
                 self._push(channel, {"stored": {"id": id, "text": text, "heard": heard}})
             else:
                 tab.push({"error": "I do not understand this."})

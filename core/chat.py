@@ -112,7 +112,7 @@ class Chat:
     async def reset(self, channel: Channel) -> None:
         """The conversation starts anew: what was said before is not in any later prompt."""
         await self.journal.reset(channel)
-        await self.voice.engine.forget(str(channel))
+        await self.voice.forget(str(channel))
 
     async def paused(self) -> None:
         """Returns when there is room for more; pollers await it before they fetch."""

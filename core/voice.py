@@ -6,6 +6,7 @@ async with open_voice() as voice:            # core.app
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,8 +34,12 @@ class Voice:
         self.engine, self.tokenizer, self.params, self.spaced = engine, tokenizer, params, spaced
         self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room), stride, self._spelled)
 
-    def hears(self, text: str) -> str:
-        """What of `text` reaches the model; "" is nothing to answer."""
+    def hears(self, text: str) -> bool:
+        """Does anything of `text` reach the model? If not, there is nothing to answer."""
+        return bool(self.window.ids(Turn("user", "", text, 0)))
+
+    def spelled(self, text: str) -> str:
+        """People's spelling in the model's."""
         return normalise(text) if self.spaced else " ".join(text.split())
 
     def restore(self, spoken: str) -> str:
@@ -46,7 +51,7 @@ class Voice:
         return self.window.prompt(turns)
 
     def _spelled(self, turn: Turn) -> str:
-        return turn.text if turn.role == "assistant" else self.hears(turn.text)
+        return turn.text if turn.role == "assistant" else self.spelled(turn.text)
 
     async def speak(
         self, turns: Sequence[Turn], *, seed: int | None = None, session: str = "", deadline: float | None = None
@@ -68,15 +73,22 @@ class Voice:
             said = [self.tokenizer.decode(completion.token_ids).strip() for completion in completions]
             best, fresh = choose(completions, said, recent)
             if fresh or draw == draws - 1:
-                self._look_ahead(session, prompt, [*turns, Turn("assistant", "", said[best], turns[-1].index + 1)])
+                if session:  # the reply goes first
+                    answered = [*turns, Turn("assistant", "", said[best], turns[-1].index + 1)]
+                    asyncio.get_running_loop().call_soon(self._look_ahead, session, prompt, answered)
                 return said[best], completions[best]
         raise AssertionError("unreachable")
 
     def _look_ahead(self, session: str, prompt: Sequence[int], turns: Sequence[Turn]) -> None:
         """When the window is about to move, its new place is prepared while nobody waits."""
-        ahead = self.window.ahead(turns) if session else []
+        ahead = self.window.ahead(turns)
         if ahead and ahead[: len(prompt)] != prompt:
             self.engine.prepare(session, ahead)
+
+    async def forget(self, session: str) -> None:
+        """Drop what is kept of `session`. Raises an EngineError."""
+        self.window.forget()
+        await self.engine.forget(session)
 
     async def ask(self, text: str, turns: Sequence[Turn] = ()) -> str:
         """One reply to `text` after `turns`, in people's spelling; "" when there is nothing to answer."""

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 
 from core.evaluation.selfchat import Talker
+from core.text import normalise, restore
 from core.training.corpus import read_corpus
 from core.training.expand import Expander, Kind
 
@@ -30,12 +31,13 @@ async def recall(talker: Talker, kind: Kind, distance: int, count: int, *, held_
 
     async def one(number: int) -> str:
         async with gate:
-            return await talker.reply(cases[number][0], seed + number)
+            texts = cases[number][0]
+            return await talker.reply(texts if talker.voice.spaced else [*map(restore, texts)], seed + number)
 
     replies = await asyncio.gather(*(one(number) for number in range(count)))
     wrong = tuple(
         (value, reply)
         for (_, value), reply in zip(cases, replies, strict=True)
-        if f" {value.lower()} " not in f" {reply.lower()} "
+        if f" {value.lower()} " not in f" {normalise(reply).lower()} "
     )
     return Recall(count, count - len(wrong), wrong)

@@ -3,47 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 
-from core.engine.base import Engine, SamplingParams
 from core.evaluation.recall import recall
 from core.evaluation.selfchat import Talker, health, read_openers, self_chats
-from core.text import normalise, restore
-from core.tokenizer import Tokenizer
 from core.training.expand import Kind
+from core.voice import Voice
 
 KINDS: tuple[Kind, ...] = ("name", "like", "made-up name")
 
 
 async def evaluate(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    params: SamplingParams,
-    budget: int,
-    *,
-    chats: int = 50,
-    cases: int = 200,
-    tell: Callable[[str], None] = lambda line: None,
+    voice: Voice, *, chats: int = 50, cases: int = 200, tell: Callable[[str], None] = lambda line: None
 ) -> str:
     """`chats` self-chats of 30 turns; `cases` questions per distance, for values seen in training and not.
 
     `tell` hears what is being measured.
     """
-    talker = Talker(engine, tokenizer, params, budget)
-    sampling = f"temperature {params.temperature}, top_k {params.top_k}, top_p {params.top_p}"
-    lines = [f"Sampling: {sampling}; {budget} tokens of history.", ""]
+    talker = Talker(voice)
+    lines = [_settings(voice), ""]
     lines += await _recall_table(talker, cases, tell)
     tell(f"{chats} self-chats of 30 turns")
     lines += ["", *await _health_table(talker, chats)]
     return "\n".join(lines)
 
 
-async def first_replies(engine: Engine, tokenizer: Tokenizer, params: SamplingParams) -> list[tuple[str, str]]:
+async def first_replies(voice: Voice) -> list[tuple[str, str]]:
     """Each of the 200 openers with the reply a stranger would read."""
-    talker = Talker(engine, tokenizer, params, budget=128)
+    talker = Talker(voice)
     replies = []
     for number, opener in enumerate(read_openers()):
-        replies.append((opener, restore(await talker.reply([normalise(opener) or "?"], number))))
+        replies.append((opener, voice.restore(await talker.reply([voice.spelled(opener) or "?"], number))))
     return replies
+
+
+def _settings(voice: Voice) -> str:
+    drawn = ", ".join(f"{name} {value}" for name, value in asdict(voice.params).items() if name != "seed")
+    spelling = "" if voice.spaced else " Texts as people spell them."
+    return f"Sampling: {drawn}; {voice.window.budget} tokens of history, stride {voice.window.stride}.{spelling}"
 
 
 async def _recall_table(talker: Talker, cases: int, tell: Callable[[str], None]) -> list[str]:

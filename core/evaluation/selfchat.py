@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from core.engine.base import Engine, SamplingParams
 from core.evaluation.metrics import distinct, entropy, mean_length, slope
 from core.messages import Turn
-from core.text import normalise
-from core.tokenizer import Tokenizer
 from core.voice import Voice
 
 OPENERS = Path(__file__).parent / "openers.txt"
@@ -43,8 +40,8 @@ def read_openers() -> list[str]:
 class Talker:
     """Continues talks given as plain texts, in the model's spelling, as the bots do: what repeats is drawn again."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, params: SamplingParams, budget: int) -> None:
-        self.voice = Voice(engine, tokenizer, replace(params, n=1), budget)
+    def __init__(self, voice: Voice) -> None:
+        self.voice = voice
 
     async def reply(self, texts: Sequence[str], seed: int) -> str:
         """What comes after `texts`, oldest first, the last of them to be answered."""
@@ -57,7 +54,7 @@ class Talker:
 
 async def self_chat(talker: Talker, opener: str, seed: int, turns: int = 30) -> list[str]:
     """`turns` texts after the opener, both sides by the model; an empty one ends the talk."""
-    texts = [normalise(opener)]
+    texts = [talker.voice.spelled(opener)]
     for turn in range(turns):
         texts.append(await talker.reply(texts, seed * 1000 + turn))
         if not texts[-1]:

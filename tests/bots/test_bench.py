@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.bots.process import palaver
+from tests.bots.process import palaver, start
 
 
 async def test_it_prints_what_the_machine_serves(tmp_path: Path) -> None:
@@ -15,6 +15,18 @@ async def test_it_prints_what_the_machine_serves(tmp_path: Path) -> None:
     assert "active channels (each writes 2 messages a minute" in output
     assert "16 in flight ..." in errors and "loading embedded ..." in errors
     assert not list(tmp_path.iterdir()), "it touches no journal"
+
+
+async def test_an_engine_elsewhere_is_named_and_its_memory_is_not_ours(tmp_path: Path) -> None:
+    server = await start(tmp_path, "engine", f"unix:{tmp_path}/engine")
+    try:
+        code, output, errors = await palaver(tmp_path, "bench", "--seconds", "1", ENGINE=f"unix:{tmp_path}/engine")
+    finally:
+        server.kill()
+        await server.communicate()
+    assert code == 0, errors
+    assert f", at unix:{tmp_path}/engine;" in output and "memory not seen from here" in output
+    assert f"asking unix:{tmp_path}/engine ..." in errors and "loading" not in errors
 
 
 async def test_json_is_all_that_is_printed(tmp_path: Path) -> None:

@@ -65,6 +65,11 @@ async def test_a_wrong_model_is_one_line(tmp_path: Path, talks: Path) -> None:
     assert code == 78 and "MODEL: ./nowhere does not exist" in errors
 
 
+async def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    code, _, errors = await palaver(tmp_path, "finetune", "nowhere.jsonl", "mine")
+    assert code == 78 and errors.splitlines()[-1] == "nowhere.jsonl: No such file or directory"
+
+
 async def test_a_run_of_another_model_is_left_alone(tmp_path: Path, talks: Path) -> None:
     import torch
 
@@ -75,6 +80,8 @@ async def test_a_run_of_another_model_is_left_alone(tmp_path: Path, talks: Path)
 
 
 async def test_a_model_is_measured(tmp_path: Path) -> None:
-    code, page, errors = await palaver(tmp_path, "eval", "--chats", "1", "--cases", "2", ENGINE="inprocess")
+    settings = {"ENGINE": "inprocess", "HISTORY_STRIDE": "8", "NORMALISE": "false", "SAMPLING__N": "2"}
+    code, page, errors = await palaver(tmp_path, "eval", "--chats", "1", "--cases", "2", **settings)
     assert code == 0, errors
+    assert "max_tokens 64, n 2; 128 tokens of history, stride 8. Texts as people spell them." in page
     assert "| name, seen in training |" in page and "| 1 self-chats of 30 turns | |" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -143,6 +144,8 @@ async def test_a_window_about_to_move_is_prepared_once_and_begins_the_next_promp
             assert len(prompt) - len(ids) == len(speaker.prompt([turns[-1]]))  # the question alone is new
         engine.prepared.clear()
         await speaker.speak(turns, seed=1, session="discord:1")
+        assert not engine.prepared  # the reply goes first
+        await asyncio.sleep(0)
         turns.append(bot(line, 2 * i + 1))
         before = prompt
     assert moves > 3
@@ -151,6 +154,7 @@ async def test_a_window_about_to_move_is_prepared_once_and_begins_the_next_promp
 async def test_without_a_session_nothing_is_prepared(voice: Callable[..., Voice]) -> None:
     speaker = voice("fine", budget=16)
     await speaker.speak([user("a long story about the sea and the rain"), bot("fine", 1), user("hi", 2)])
+    await asyncio.sleep(0)
     assert isinstance(speaker.engine, Told) and not speaker.engine.prepared
 
 
@@ -219,6 +223,29 @@ async def test_the_same_turns_and_seed_give_the_same_reply(tmp_path: Path) -> No
 async def test_without_normalising_the_text_is_the_persons(folder: Path) -> None:
     voice = Voice(EchoEngine(folder), Tokenizer.load(folder), SamplingParams(), 64, spaced=False)
     assert await voice.ask("Well,  this:\nis   ✓ kept?") == "Well, this: is ✓ kept?"
+
+
+async def test_a_text_is_spelled_once_and_forgotten_when_asked(
+    voice: Callable[..., Voice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spelled: list[str] = []
+    speaker = voice()
+    spell = speaker.spelled
+
+    def count(text: str) -> str:
+        spelled.append(text)
+        return spell(text)
+
+    monkeypatch.setattr(speaker, "spelled", count)
+    assert speaker.hears("Hi, you!")
+    turns = [user("Hi, you!"), bot("hello", 1), user("And now?", 2)]
+    for _ in range(2):
+        await speaker.speak(turns, session="discord:1")
+        await asyncio.sleep(0)
+    assert spelled == ["Hi, you!", "And now?"]
+    await speaker.forget("discord:1")
+    speaker.prompt(turns)
+    assert spelled == ["Hi, you!", "And now?", "And now?", "Hi, you!"]
 
 
 def test_the_readmes_example_gives_a_reply(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import window as window_module
 from core.messages import Turn
 from core.window import Window
 
@@ -88,6 +90,46 @@ def test_older_turns_do_not_change_the_prompt() -> None:
     lengths = [random.Random(1).randint(1, 9) for _ in range(200)]
     window = Window(encode, EOS, 60, stride=4)
     assert window.prompt(turns(lengths)) == window.prompt(turns(lengths)[-64:])
+
+
+class Counting:
+    """Encodes, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.encoded: list[str] = []
+
+    def __call__(self, text: str) -> list[int]:
+        self.encoded.append(text)
+        return encode(text)
+
+
+def test_a_turn_is_encoded_once_and_anew_when_its_text_is_another() -> None:
+    count = Counting()
+    window, spoken = Window(count, EOS, 60), turns([3] * 9)
+    for length in range(1, 10, 2):
+        window.prompt(spoken[:length])
+        window.ahead(spoken[: length + 1])
+    assert count.encoded == [turn.text for turn in spoken]
+    edited = [*spoken[:-1], Turn("user", "u", "42", 8)]
+    assert window.prompt(edited)[-2:] == [42, EOS]
+    assert count.encoded[9:] == ["42"]
+
+
+def test_the_same_words_of_bot_and_person_are_two_turns() -> None:
+    window = Window(encode, EOS, 60, spelled=lambda turn: "1" if turn.role == "user" else "2")
+    assert window.prompt([Turn("assistant", "", "7", 1), Turn("user", "u", "7", 2)]) == [2, EOS, 1, EOS]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_module, "REMEMBERED", 5)
+    count = Counting()
+    window = Window(count, EOS, 8)
+    for text in ("1", "2", "3", "4", "5", "1", "6", "1", "2", "9 " * 2000):
+        window.ids(Turn("user", "u", text, 0))
+    assert count.encoded == ["1", "2", "3", "4", "5", "6", "2", "9 " * 2000]  # the longest unused went first
+    assert [len(ids) for ids in window._ids.values()] == [2, 2, 2, 2, 9]
+    window.forget()
+    assert not window._ids
 
 
 def test_the_start_moves_far_less_than_without_marks() -> None:

@@ -76,8 +76,9 @@ async def test_a_talk_goes_on_and_keeps_its_turns_in_order() -> None:
 async def test_so_many_are_in_flight_and_no_more() -> None:
     voice, engine = slow_voice(0.01, 4)
     talks = [load.Talk(voice, number) for number in range(8)]
-    found = await load.closed_loop(talks, 4, 0.2, random.Random(1))
+    found = await load.closed_loop(talks[:4], 0.2, random.Random(1))
     assert engine.highest == 4
+    assert all(talk.words for talk in talks[:4]) and not any(talk.words for talk in talks[4:])
     assert found.replies == sum(len(talk.words) for talk in talks) >= 4
     assert found.p50 >= 0.01
 
@@ -89,6 +90,23 @@ async def test_messages_come_whether_or_not_the_last_was_answered() -> None:
     found = await load.open_loop(talks, 60, 0.5, 32, random.Random(1))
     assert engine.highest > 4
     assert found.p95 > 4 * 0.05
+
+
+async def test_when_all_wait_somebody_new_writes() -> None:
+    """At 200 a second, with 50 served, soon nobody is left who waits for nothing."""
+    voice, _ = slow_voice(0.02, 1)
+    talks = [load.Talk(voice, 1 + number) for number in range(4)]
+    found = await load.open_loop(talks, 200, 0.3, 32, random.Random(1))
+    assert len(talks) > 20 and len({talk.number for talk in talks}) == len(talks)
+    assert 0.3 < found.p95 < float("inf")
+
+
+async def test_no_more_is_promised_than_was_served() -> None:
+    """In levels this short, far too much load is not late yet: one lane of 20 ms serves 50 a second, no more."""
+    voice, _ = slow_voice(0.02, 1)
+    found = await load.measure(voice, 2, 32, lambda _: None)
+    assert max(rate for rate, _ in found.levels) > 60
+    assert found.most_per_second <= 50
 
 
 async def test_what_is_refused_or_given_up_counts_as_late() -> None:

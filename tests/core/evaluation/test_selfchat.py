@@ -9,9 +9,11 @@ import pytest
 
 from core.engine.base import Completion, ModelInfo, SamplingParams
 from core.evaluation.recall import recall
+from core.evaluation.report import evaluate, first_replies
 from core.evaluation.selfchat import Talker, health, read_openers, self_chats
 from core.tokenizer import Tokenizer
 from core.training.tiny import train_tokenizer
+from core.voice import Voice
 
 
 class Scripted:
@@ -19,6 +21,7 @@ class Scripted:
 
     def __init__(self, tokenizer: Tokenizer, say: Callable[[str, int], str]) -> None:
         self.tokenizer, self.say = tokenizer, say
+        self.asked: list[tuple[list[int], int]] = []
         self.info = ModelInfo("scripted", 256, len(tokenizer), tokenizer.eos_id, "", "scripted")
 
     async def generate(
@@ -27,7 +30,8 @@ class Scripted:
         assert len(prompt) + params.max_tokens <= 256
         spaced = (self.tokenizer.decode([id]) if id != self.tokenizer.eos_id else " " for id in prompt)
         text = self.say("".join(spaced), params.seed or 0)
-        return [Completion(self.tokenizer.encode(text), 0.0, "stop", 0)]
+        self.asked.append((list(prompt), params.n))
+        return [Completion(self.tokenizer.encode(text), 0.0, "stop", 0)] * params.n
 
     def prepare(self, session: str, ids: Sequence[int]) -> None: ...
 
@@ -47,7 +51,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def talker(tokenizer: Tokenizer, say: Callable[[str, int], str]) -> Talker:
-    return Talker(Scripted(tokenizer, say), tokenizer, SamplingParams(), budget=128)
+    return Talker(Voice(Scripted(tokenizer, say), tokenizer, SamplingParams(), 128))
 
 
 async def test_a_lively_talk_is_healthy(tokenizer: Tokenizer) -> None:
@@ -77,6 +81,34 @@ async def test_recall_counts_what_was_said(tokenizer: Tokenizer) -> None:
     nothing = await recall(talker(tokenizer, lambda *_: "who knows ?"), "like", 1, 20, held_out=False)
     assert nothing.right == 0
     assert len(nothing.wrong) == nothing.asked == 20
+
+
+async def test_settings_of_the_bots_are_settings_here(tokenizer: Tokenizer) -> None:
+    """Candidates, the window's stride and the spelling reach the model as in a bot; the page says so."""
+    prompts, page = {}, ""
+    for stride, n, spaced in ((1, 1, True), (8, 1, True), (8, 3, True), (8, 3, False)):
+        engine = Scripted(tokenizer, lambda _, seed: f"Well, that is number {seed}.")
+        voice = Voice(engine, tokenizer, SamplingParams(n=n), 128, stride, spaced)
+        page = await evaluate(voice, chats=1, cases=1)
+        assert {asked for _, asked in engine.asked} == {n}
+        prompts[stride, spaced] = [prompt for prompt, _ in engine.asked]
+    assert "n 3" in page and "stride 8" in page and "as people spell" in page
+    assert sum(map(len, prompts[8, True])) < sum(map(len, prompts[1, True]))  # a window that moves on further
+    assert any(" ," in tokenizer.decode(prompt) for prompt in prompts[8, True])
+    assert not any(" ," in tokenizer.decode(prompt) for prompt in prompts[8, False])
+
+
+async def test_recall_without_the_models_spelling(tokenizer: Tokenizer) -> None:
+    engine = Scripted(tokenizer, lambda prompt, _: prompt)
+    voice = Voice(engine, tokenizer, SamplingParams(), 128, spaced=False)
+    assert (await recall(Talker(voice), "name", 1, 20, held_out=False)).share == 1
+
+
+async def test_openers_are_said_as_a_stranger_says_them(tokenizer: Tokenizer) -> None:
+    for spaced, said in ((True, "It is number 0."), (False, "it is number 0 .")):
+        engine = Scripted(tokenizer, lambda _, seed: f"it is number {seed} .")
+        replies = await first_replies(Voice(engine, tokenizer, SamplingParams(), 128, spaced=spaced))
+        assert replies[0] == (read_openers()[0], said) and len(replies) == 200
 
 
 def test_there_are_200_openers(tmp_path: Path) -> None:

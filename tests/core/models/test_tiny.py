@@ -13,6 +13,7 @@ from core.engine.torch_engine import TorchEngine, open_torch_engine
 from core.evaluation.recall import recall
 from core.evaluation.selfchat import Talker, health, self_chats
 from core.tokenizer import Tokenizer
+from core.voice import Voice
 
 FOLDER = Path(__file__).parents[3] / "core/models/tiny"
 
@@ -39,14 +40,14 @@ def test_its_config_is_dialogpts() -> None:
 
 
 async def test_it_remembers(engine: TorchEngine) -> None:
-    talker = Talker(engine, Tokenizer.load(FOLDER), SamplingParams(max_tokens=32), budget=192)
+    talker = Talker(Voice(engine, Tokenizer.load(FOLDER), SamplingParams(max_tokens=32), 192))
     for distance in (1, 3):
         found = await recall(talker, "name", distance, 40, held_out=False, seed=9)
         assert found.share >= 0.8, found.wrong
 
 
 async def test_it_keeps_talking(engine: TorchEngine) -> None:
-    talker = Talker(engine, Tokenizer.load(FOLDER), SamplingParams(), budget=128)
+    talker = Talker(Voice(engine, Tokenizer.load(FOLDER), SamplingParams(), 128))
     found = health(await self_chats(talker, 6, turns=20, seed=3))
     assert found.replies == 120
     assert found.empty == 0
