@@ -1,4 +1,4 @@
-"""One thread for torch, unless a test asks for more: with tensors as small as here, threads only wait for each other."""
+"""One thread for torch, unless a test asks for more: with tensors as small as these, threads wait for each other."""
 
 from __future__ import annotations
 
