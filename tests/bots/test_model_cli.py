@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bots.process import PATIENCE, palaver, start
+from tests.checkpoints import make_checkpoint
 
 TALKS = [["what is the password ?", f"it is {word} ."] for word in ("swordfish", "sesame")] * 4
 
@@ -33,15 +34,14 @@ async def test_a_model_learns_more_and_talks(tmp_path: Path, talks: Path) -> Non
 
 
 async def test_stopped_by_hand_it_says_how_to_go_on(tmp_path: Path, talks: Path) -> None:
-    process = await start(tmp_path, "finetune", str(talks), "mine", "--minutes", "60", "--batch-tokens", "16")
+    base = make_checkpoint(tmp_path / "base")
+    process = await start(tmp_path, "finetune", str(talks), "mine", "--minutes", "60", MODEL=str(base))
     async with asyncio.timeout(PATIENCE):
-        while not (
-            tmp_path / "mine/progress.json"
-        ).is_file():  # not while it imports: CPython may then end by the signal
+        while not (tmp_path / "mine/progress.json").is_file():  # it is at it
             await asyncio.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, errors = await process.communicate()
-    assert process.returncode == 130 and b"the same command goes on" in errors
+    assert process.returncode == 130 and b"the same command goes on" in errors, errors.decode()
 
 
 async def test_what_cannot_be_learnt_is_one_line(tmp_path: Path) -> None:
