@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_SECONDS = 60.0
+AGAIN = 1.0
+"""Seconds until a page of history that did not come is asked for again."""
 CATCH_UP_MESSAGES = 2000
 CATCH_UP_PAGES = 500
 """Of 100 messages each: what is behind them in a channel is never read."""
@@ -373,7 +375,7 @@ class Hearing:
             except RetryAfter as error:
                 await asyncio.sleep(error.seconds)
             except (NotSent, MaybeSent):
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(AGAIN)
         raise ConnectionError("the history is out of reach")
 
     # -- watermarks and sessions ------------------------------------------------------------------------------------

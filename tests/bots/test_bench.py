@@ -37,9 +37,3 @@ async def test_json_is_all_that_is_printed(tmp_path: Path) -> None:
     assert set(found["in_flight"]) == {"1", "4", "16"}
     assert found["active_channels"] == int(found["most_per_second"] * 30) > 0
     assert found["p95_goal"] == 2.0 and found["memory"] > 10**7
-
-
-async def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
-    code, output, errors = await palaver(tmp_path, "bench", "--seconds", "1", ENGINE="inprocess", MODEL="./nowhere")
-    assert (code, output) == (78, "")
-    assert errors.splitlines()[-1].startswith("MODEL: ./nowhere does not exist")

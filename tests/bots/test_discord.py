@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import discord
 import pytest
 import yarl
 from discord import client as discord_client
@@ -30,6 +31,11 @@ from tests.fakes.ears import Ears
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hearing, "MARK_EVERY", 0.05)
+    monkeypatch.setattr(hearing, "AGAIN", 0.05)
+
+    async def at_once(client: discord.Client, shard: int | None, *, initial: bool = False) -> None: ...
+
+    monkeypatch.setattr(discord.Client, "before_identify_hook", at_once)  # five seconds before each new session
 
 
 @pytest.fixture
@@ -278,10 +284,10 @@ async def test_what_cannot_be_stored_now_is_kept_and_its_mark_waits(server: Disc
     async with serving(server, ears):
         await until(lambda: server.identifies == 1)
         await asyncio.sleep(0.2)
-        ears.refuse = 5
+        ears.refuse = 3
         id = server.say(general, "ann", "one", mention=True)
         server.say(general, "ann", "chatter")
-        await until(lambda: ears.refuse < 3)
+        await until(lambda: ears.refuse < 2)
         assert int(ears.marks.get(general, 0)) < int(id)
         await until(lambda: ears.texts == ["one"] and int(ears.marks.get(general, 0)) > int(id))
 

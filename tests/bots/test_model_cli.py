@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bots.process import PATIENCE, palaver, start
+from tests.checkpoints import make_checkpoint
 
 TALKS = [["what is the password ?", f"it is {word} ."] for word in ("swordfish", "sesame")] * 4
 
@@ -34,30 +35,20 @@ async def test_a_model_learns_more_and_talks(tmp_path: Path, talks: Path) -> Non
 
 
 async def test_stopped_by_hand_it_says_how_to_go_on(tmp_path: Path, talks: Path) -> None:
-    process = await start(tmp_path, "finetune", str(talks), "mine", "--minutes", "60")
+    base = make_checkpoint(tmp_path / "base")
+    process = await start(tmp_path, "finetune", str(talks), "mine", "--minutes", "60", MODEL=str(base))
     async with asyncio.timeout(PATIENCE):
-        while not (tmp_path / "mine").is_dir():
-            await asyncio.sleep(0.1)
+        while not (tmp_path / "mine/progress.json").is_file():  # it is at it
+            await asyncio.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, errors = await process.communicate()
-    assert process.returncode == 130 and b"the same command goes on" in errors
+    assert process.returncode == 130 and b"the same command goes on" in errors, errors.decode()
 
 
-@pytest.mark.parametrize(
-    ("line", "options", "complaint"),
-    [
-        ('["one turn"]', (), "talks.jsonl:1: a dialogue has at least two turns"),
-        ("hm", (), "talks.jsonl:1: "),
-        ('["a", "b"]', (), "holds too few dialogues"),
-        ('["a", "b"]', ("--max-length", "5000"), "more than the model's 256 positions"),
-    ],
-)
-async def test_what_cannot_be_learnt_is_one_line(
-    tmp_path: Path, line: str, options: tuple[str, ...], complaint: str
-) -> None:
-    (tmp_path / "talks.jsonl").write_text(line + "\n")
-    code, _, errors = await palaver(tmp_path, "finetune", "talks.jsonl", "mine", *options)
-    assert code == 78 and complaint in errors and "Traceback" not in errors
+async def test_what_cannot_be_learnt_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "talks.jsonl").write_text('["one turn"]\n')
+    code, _, errors = await palaver(tmp_path, "finetune", "talks.jsonl", "mine")
+    assert code == 78 and "talks.jsonl:1: a dialogue has at least two turns" in errors and "Traceback" not in errors
 
 
 async def test_a_wrong_model_is_one_line(tmp_path: Path, talks: Path) -> None:
@@ -68,15 +59,6 @@ async def test_a_wrong_model_is_one_line(tmp_path: Path, talks: Path) -> None:
 async def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     code, _, errors = await palaver(tmp_path, "finetune", "nowhere.jsonl", "mine")
     assert code == 78 and errors.splitlines()[-1] == "nowhere.jsonl: No such file or directory"
-
-
-async def test_a_run_of_another_model_is_left_alone(tmp_path: Path, talks: Path) -> None:
-    import torch
-
-    (tmp_path / "mine").mkdir()
-    torch.save({"model": {"other": torch.zeros(1)}, "optimizers": [], "progress": {}}, tmp_path / "mine/checkpoint.pt")
-    code, _, errors = await palaver(tmp_path, "finetune", str(talks), "mine")
-    assert code == 78 and "another model" in errors
 
 
 async def test_a_model_is_measured(tmp_path: Path) -> None:

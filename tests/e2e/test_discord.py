@@ -87,26 +87,6 @@ async def test_many_channels_at_once(server: DiscordServer, palaver: Palaver) ->
     judge(server, said)
 
 
-async def test_killed_in_the_middle_again_and_again_every_message_is_answered_once(
-    server: DiscordServer, palaver: Palaver
-) -> None:
-    places = [server.channel(f"room{chr(97 + number)}") for number in range(8)]
-    server.chaos = {"reset_after": 0.1, "delay": 0.2}
-    said: dict[str, list[str]] = {place: [] for place in places}
-    speak(server, range(1), places)  # so that every channel has a watermark
-    await server.until(8, timeout=120)
-    server.ledger.clear()
-    for round in range(5):
-        for place, ids in speak(server, range(2 * round, 2 * round + 2), places).items():
-            said[place] += ids
-        await server.until(len(server.ledger) + 3, timeout=120)
-        await palaver.end(signal.SIGKILL)
-        await palaver.start()
-    await server.until(80, timeout=240)
-    assert await palaver.end() == 0
-    judge(server, said)
-
-
 async def test_what_was_said_while_it_was_down_is_answered(server: DiscordServer, palaver: Palaver) -> None:
     general = server.channel("general")
     server.say(general, "ann", "canary general number 0", mention=True)

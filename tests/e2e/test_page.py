@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shutil
 import socket
@@ -303,10 +302,12 @@ async def test_a_connection_that_breaks_without_a_word(browser: Browser, bot: We
     house = House()
     async with house.serve(bot):
         page = await visit(browser, bot)
+        await page.clock.install()
         await page.evaluate("socket.send = () => {}")
         await say(page, "is anybody there?")
-        await asyncio.sleep(0.1)
+        await expect(page.locator(".exchange.sending")).to_have_count(1)
         assert house.disk.rows == []
+        await page.clock.fast_forward(12_000)
         await expect(said(page)).to_have_text(["is anybody there?", "You said is anybody there?"])
 
 

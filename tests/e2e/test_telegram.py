@@ -1,21 +1,16 @@
 """The whole house on Telegram: real settings, journal, courier and client, the echo engine, a Bot API server.
 
-Many conversations at once, and a process that is killed in the middle of them.
+Many conversations at once; tests/faults/ kills the process in the middle of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import sqlite3
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-import pytest
 from pydantic import SecretStr
 
 from bots.telegram import TelegramSettings, open_telegram
@@ -127,9 +122,8 @@ async def test_offline_for_longer_than_telegram_keeps_updates(tmp_path: Path) ->
         assert [reply.text for reply in server.ledger] == ["23 hours ago", "Now"]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-async def test_every_fault_at_once_and_all_are_answered(tmp_path: Path, seed: int) -> None:
-    async with TelegramServer(seed=seed) as server:
+async def test_every_fault_at_once_and_all_are_answered(tmp_path: Path) -> None:
+    async with TelegramServer(seed=1) as server:
         server.chaos = {"bad_gateway": 0.1, "reset_before": 0.1, "reset_after": 0.1, "flood": 0.05, "delay": 0.2}
         server.duplicates, server.reordered = 0.3, 0.0
         asked = dict[tuple[int, int], str]()
@@ -145,50 +139,3 @@ async def test_every_fault_at_once_and_all_are_answered(tmp_path: Path, seed: in
         check(server, asked, server.ledger)
         in_doubt = sum(1 for method, _ in server.calls if method == "sendMessage") - len(server.ledger)
         assert in_doubt > 0
-
-
-async def test_killed_again_and_again_everything_is_stored_once_and_answered(tmp_path: Path) -> None:
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("TELEGRAM_", "DISCORD_"))},
-        "DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path / 'palaver.db'}",
-        "ENGINE": "echo",
-        "WEB_ENABLED": "false",
-        "QUEUE__DEADLINE": "600",
-    }
-    async with TelegramServer(seed=5) as server:
-        environment |= {"TELEGRAM_TOKEN": server.token, "TELEGRAM_API_BASE": server.base}
-        rooms, asked = [server.private(100 + number) for number in range(8)], dict[tuple[int, int], str]()
-
-        async def start() -> asyncio.subprocess.Process:
-            return await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "bots", "run", cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}
-            )
-
-        process = await start()
-        try:
-            for round in range(4):
-                for place, chat in enumerate(rooms):
-                    said = server.say(chat, chat, line(place, round))
-                    asked[chat, said["message_id"]] = line(place, round)
-                if round < 3:
-                    await server.until(len(server.ledger) + server.rng.randrange(1, 6))
-                    process.send_signal(signal.SIGKILL)
-                    assert await process.wait() == -signal.SIGKILL
-                    process = await start()
-            async with asyncio.timeout(120):
-                while {(reply.chat, reply.reply_to) for reply in server.ledger} != set(asked):
-                    await asyncio.sleep(0.05)
-            await server.confirmed()
-            process.terminate()
-            assert await process.wait() == 0
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        check(server, asked, server.ledger)
-        with contextlib.closing(sqlite3.connect(tmp_path / "palaver.db")) as database:
-            rows = database.execute("SELECT channel, platform_id, state FROM messages").fetchall()
-        assert len(rows) == len({row[:2] for row in rows}) == len(asked)
-        assert {state for _, _, state in rows} == {"answered"}
-        doubled = len(server.ledger) - len(asked)
-        assert doubled <= 3 * len(rooms)

@@ -58,19 +58,13 @@ async def soak(
         town.chaos(True)
         people = [asyncio.create_task(town.talk(0.1)), asyncio.create_task(town.cut(10.0))]
         began, half = time.monotonic(), 30 * minutes
-        while (now := time.monotonic() - began) < half:
-            await asyncio.sleep(min(half - now, town.dice.uniform(0.5, 1.0) * EVERY))
-            await _trouble(town, town.dice.choice(DEADLY + OTHER), outcome)
-            tell(_line(town, outcome, time.monotonic() - began))
+        await _troubles(town, outcome, DEADLY + OTHER, began, half, tell)
         await _running(town)
         await town.stop()
         town.killed.append(time.monotonic())
         await town.start()
         watching = asyncio.create_task(_watch(town, outcome))
-        while (now := time.monotonic() - began) < 2 * half:
-            await asyncio.sleep(min(2 * half - now, town.dice.uniform(0.5, 1.0) * EVERY))
-            await _trouble(town, town.dice.choice(OTHER), outcome)
-            tell(_line(town, outcome, time.monotonic() - began))
+        await _troubles(town, outcome, OTHER, began, 2 * half, tell)
         watching.cancel()
         for person in people:
             person.cancel()
@@ -78,6 +72,20 @@ async def soak(
         town.chaos(False)
         await close(town, outcome.tally, echo=engine == "echo")
     return outcome
+
+
+async def _troubles(
+    town: Town, outcome: Soak, kinds: tuple[str, ...], began: float, end: float, tell: Callable[[str], None]
+) -> None:
+    """One after another until `end` seconds after `began`, and one at least, however slow the machine is."""
+    now = time.monotonic() - began
+    while True:
+        await asyncio.sleep(min(end - now, town.dice.uniform(0.5, 1.0) * EVERY))
+        await _trouble(town, town.dice.choice(kinds), outcome)
+        now = time.monotonic() - began
+        tell(_line(town, outcome, now))
+        if now >= end:
+            return
 
 
 async def _running(town: Town) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 from collections.abc import Iterator
@@ -26,8 +27,8 @@ def silence() -> Iterator[None]:
 
 
 async def test_killed_at_random_nothing_is_lost_or_doubled(tmp_path: Path, silence: None) -> None:
-    tally = await kill_at_random(tmp_path, seed=1, kills=3)
-    assert tally.broken == [] and tally.kills == 3
+    tally = await kill_at_random(tmp_path, seed=1, kills=4)
+    assert tally.broken == [] and tally.kills == 4
     assert tally.states == {"answered": tally.asked}
 
 
@@ -44,7 +45,7 @@ async def test_stopped_with_a_hundred_waiting_the_next_start_answers_them(tmp_pa
 
 @pytest.mark.parametrize("webhook", [False, True])
 async def test_out_of_file_descriptors_and_healed(tmp_path: Path, silence: None, webhook: bool) -> None:
-    tally = await run_out(tmp_path, seed=1, seconds=3.0, webhook=webhook)
+    tally = await run_out(tmp_path, seed=1, seconds=2.0, webhook=webhook)
     assert tally.broken == [] and tally.states == {"answered": tally.asked}
 
 
@@ -61,12 +62,16 @@ async def test_a_burst_over_many_channels(tmp_path: Path) -> None:
 
 
 async def test_memory_does_not_grow_with_messages(tmp_path: Path) -> None:
-    sizes = [objects for objects, _ in await growth(tmp_path, waves=5, count=300, seed=1)]
+    gc.freeze()  # what other tests have left is not counted, nor looked through again and again
+    try:
+        sizes = [objects for objects, _ in await growth(tmp_path, waves=5, count=300, seed=1)]
+    finally:
+        gc.unfreeze()
     assert max(sizes[2:]) - sizes[1] < 300, f"{sizes}: less than one object for three messages"
 
 
 async def test_everything_at_once_for_a_while(tmp_path: Path, silence: None) -> None:
-    outcome = await soak(tmp_path, seed=1, minutes=0.4, private=4, rooms=2)
+    outcome = await soak(tmp_path, seed=1, minutes=0.2, private=4, rooms=2)
     assert outcome.tally.broken == [] and outcome.tally.states == {"answered": outcome.tally.asked}
     assert outcome.troubles.total() > 1
 
