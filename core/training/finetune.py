@@ -179,25 +179,24 @@ class Trainer:
         with Bar(disable=self.quiet) as bar, pool:
             task = bar.add_task("training", total=1)
             ahead = self._batches()
-            while self.share_done < 1:
-                try:
+            try:
+                while self.share_done < 1:
                     recent.append(self._step(next(ahead), pool))
-                except KeyboardInterrupt:
-                    self._save()
-                    raise
-                self.progress.seconds = time.monotonic() - started
-                if self.progress.step % 50 == 0:
-                    self.progress.train.append((self.progress.step, sum(recent) / len(recent)))
-                    recent.clear()
-                    text = (
-                        f"step {self.progress.step} loss {self.progress.train[-1][1]:.3f} tokens {self.progress.tokens}"
-                    )
-                    self._note()
-                    bar.update(task, completed=self.share_done, description=text)
-                if time.monotonic() - saved > self.recipe.save_every:
-                    self._measure(pool)
-                    self._save()
-                    saved = time.monotonic()
+                    self.progress.seconds = time.monotonic() - started
+                    if self.progress.step % 50 == 0:
+                        self.progress.train.append((self.progress.step, sum(recent) / len(recent)))
+                        recent.clear()
+                        self._note()
+                        loss, done = self.progress.train[-1][1], self.progress
+                        text = f"step {done.step} loss {loss:.3f} tokens {done.tokens}"
+                        bar.update(task, completed=self.share_done, description=text)
+                    if time.monotonic() - saved > self.recipe.save_every:
+                        self._measure(pool)
+                        self._save()
+                        saved = time.monotonic()
+            except KeyboardInterrupt:
+                self._save()
+                raise
             self._measure(pool)
         torch.set_num_threads(threads)
         self._save()

@@ -13,7 +13,7 @@ from torch import Tensor
 from core.engine import model as models
 from core.engine import model_runner, weights
 from core.engine.model import GPT2, TILE, Batch, Model, Rows, tiles
-from core.engine.model_runner import build, rows_agree
+from core.engine.model_runner import rows_agree
 from tests.core.engine.oracle import prompts, reference
 
 Make = Callable[..., Path]
@@ -80,8 +80,8 @@ def test_a_machine_whose_products_depend_on_height_gets_blocks(
         return product(self, x) if len(x) < 20 else product(self, x.flip(0)).flip(0) * (1 + 2**-23)
 
     monkeypatch.setattr(models.Linear, "_product", fickle)
-    model = build(checkpoint("plain"), CPU, torch.float32)
-    assert isinstance(model, GPT2) and model.block == model_runner.BLOCK["cpu"]
+    model = model_runner.agreeing(lambda: weights.load(checkpoint("plain")), CPU, torch.float32)
+    assert model.block == model_runner.BLOCK["cpu"]
     assert "slower blocks" in caplog.text
     [ids] = prompts([100], 384)
     assert torch.equal(run(model, ids, [100]), run(model, ids, [1, 40, 3, 56], lambda: 30))
