@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-Form = Literal["safetensors", "bin", "safetensors-shards", "bin-shards"]
+Form = Literal["safetensors", "bin", "bin-old", "safetensors-shards", "bin-shards"]
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 256, "vocab_size": 384},
@@ -79,7 +79,10 @@ def make_tensors(config: dict[str, Any], *, std: float = 0.3, seed: int = 0) -> 
 
 
 def save_tensors(folder: Path, tensors: dict[str, Tensor], form: Form = "safetensors") -> None:
-    """Write the weights' file, or two shards and their index."""
+    """Write the weights' file, or two shards and their index. `bin-old` is as torch wrote it before 1.6."""
+    if form == "bin-old":
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        return
     name = "model.safetensors" if form.startswith("safetensors") else "pytorch_model.bin"
     write = save_file if name == "model.safetensors" else torch.save
     if not form.endswith("shards"):

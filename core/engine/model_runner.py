@@ -5,9 +5,7 @@ Which implementation computes, with which precision and threads, is decided here
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import logging
 import math
 import os
@@ -75,10 +73,9 @@ class ModelRunner:
         return drawn or None
 
     def warm_up(self) -> None:
-        """Run the shapes that come first in life, so that nobody waits for them."""
-        room = min(self.model.config.n_positions, 2 * TILE)
-        kv = self.model.new_kv(room)
-        for count in (1, 8, room):
+        """Run the shapes that come first in life, so that nobody waits for them. (Long prompts gain nothing by it.)"""
+        kv = self.model.new_kv(8)
+        for count in (1, 8):
             self.model.forward(Batch([0] * count, [Rows(kv, 0, count)], [count - 1]))
 
     @torch.inference_mode()
@@ -142,9 +139,7 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
         model = rounded_to_int8(folder)
     else:
         model = agreeing(lambda: weights.load(folder), device, dtype)
-    # What the originals took is a third of the model: glibc would keep it, other C libraries have no such function.
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    weights.trim()
     return model
 
 

@@ -1,4 +1,5 @@
-"""A checkpoint on disk -> Config and tensors under the model's own names, every one of them checked.
+"""A checkpoint on disk -> Config and tensors under the model's own names, every one of them checked, each read when
+it is taken: a model that packs as it goes needs memory for what it keeps and little more.
 
 Reads what the GPT-2 family comes in: model.safetensors or pytorch_model.bin, in one file or in shards, with or without
 the `transformer.` prefix, with legacy attention buffers, with lm_head tied, explicit or (the reverse model of the
@@ -7,9 +8,13 @@ DialoGPT paper) as `lm_head.decoder.weight`, in any floating type.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
 import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,9 @@ ACTIVATIONS = {
 
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|.*\.rotary_emb\..*")
 """Constants that old versions stored beside the weights."""
+
+REMAP = 32 << 20
+"""Bytes read of a mapped file count as this process's memory; after so many it is mapped anew and they are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +75,74 @@ class Config:
         return whole if self.tied else whole | {"lm_head.weight": (self.vocab_size, e)}
 
 
+class Tensors(MutableMapping[str, Tensor]):
+    """Tensors by name. One that nobody has set is read from its file whenever it is looked at, so `pop` it and copy
+    what is kept: a view keeps the file mapped. Raises BadCheckpoint where it holds NaN or infinity.
+    """
+
+    def __init__(self, names: Iterable[str], remap: Callable[[], dict[str, Tensor]], source: Path) -> None:
+        self._set: dict[str, Tensor | None] = dict.fromkeys(names)
+        self._remap, self._source = remap, source
+        self._mapped: dict[str, Tensor] = {}
+        self._bytes_read = math.inf
+
+    def __getitem__(self, name: str) -> Tensor:
+        if (tensor := self._set[name]) is not None:
+            return tensor
+        if self._bytes_read > REMAP:
+            self._mapped, self._bytes_read = self._remap(), 0
+            trim()
+        tensor = self._mapped[name]
+        self._bytes_read += tensor.nbytes
+        _check_finite(name, tensor, self._source)
+        return tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self._set[name] = tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._set[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._set  # the one inherited would read it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._set)
+
+    def __len__(self) -> int:
+        return len(self._set)
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model's numbers on the CPU, as stored; `tensors` has exactly the names of `config.shapes()`."""
 
     folder: Path
     config: Config
-    tensors: dict[str, Tensor]
+    tensors: MutableMapping[str, Tensor]
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read and check the whole checkpoint. Raises BadCheckpoint, one line that names the file and the mend."""
+    """Check the checkpoint, its numbers excepted: they are when they are read. Raises BadCheckpoint, one line that
+    names the file and the mend.
+    """
     config = read_config(folder / "config.json")
-    source, raw = _read_tensors(folder)
-    tensors = _normalised(raw, config, source)
+    source, files = _weight_files(folder)
+    as_found = _stamps(files)
+
+    def mapped() -> dict[str, Tensor]:
+        tensors = _named(files, config)
+        if _stamps(files) != as_found:
+            raise BadCheckpoint(f"{source} was changed while it was read: start again")
+        return tensors
+
+    tensors = mapped()
+    _check_tie(tensors, config, source)
     _check(tensors, config, source)
+    if all(_can_be_mapped(file) for file in files):
+        return Checkpoint(folder, config, Tensors(tensors, mapped, source))
+    for name, tensor in tensors.items():
+        _check_finite(name, tensor, source)
     return Checkpoint(folder, config, tensors)
 
 
@@ -135,18 +196,19 @@ def _size(raw: dict[str, Any], name: str, path: Path) -> int:
     return value
 
 
-def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The first kind of weight file that is there, safetensors before .bin, shards after the single file."""
-    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_bin)):
+def _weight_files(folder: Path) -> tuple[Path, list[Path]]:
+    """What to call them, and the first kind that is there: safetensors before .bin, shards after the single file."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
         path, index = folder / name, folder / f"{name}.index.json"
         if path.is_file():
-            return path, read(path)
+            return path, [path]
         if index.is_file():
-            tensors: dict[str, Tensor] = {}
-            for shard in _shards(index):
-                tensors |= read(folder / shard)
-            return index, tensors
+            return index, [folder / shard for shard in _shards(index)]
     raise BadCheckpoint(f"{folder} has neither model.safetensors nor pytorch_model.bin: fetch the weights")
+
+
+def _stamps(files: list[Path]) -> list[tuple[int, int, int]]:
+    return [(found.st_ino, found.st_size, found.st_mtime_ns) for found in (file.stat() for file in files)]
 
 
 def _shards(index: Path) -> list[str]:
@@ -168,9 +230,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise BadCheckpoint(f"{path} is damaged or cut short ({_one_line(error)}): fetch the file again") from error
 
 
+def _can_be_mapped(path: Path) -> bool:
+    """Not the .bin of a torch before 1.6, which is no zip."""
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+
+
 def _read_bin(path: Path) -> dict[str, Tensor]:
     try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
+        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except Exception as error:  # torch raises whatever the broken pickle or zip made it raise
         raise BadCheckpoint(
             f"{path} is damaged, cut short, or holds more than weights ({_one_line(error)}): fetch the file again"
@@ -181,27 +248,36 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in raw.items() if isinstance(value, Tensor)}
 
 
-def _normalised(raw: dict[str, Tensor], config: Config, source: Path) -> dict[str, Tensor]:
-    """The model's own names: prefixes off, buffers out, lm_head only where it differs from the embedding."""
+def _named(files: list[Path], config: Config) -> dict[str, Tensor]:
+    """All tensors, mapped, under the model's own names: prefixes off, buffers out, the embedding's from the head where
+    the file has only that.
+    """
     tensors = {}
-    for name, tensor in raw.items():
-        name = name.removeprefix("module.").removeprefix("transformer.")
-        if not BUFFERS.fullmatch(name):
-            tensors["lm_head.weight" if name == "lm_head.decoder.weight" else name] = tensor
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("wte.weight")
-    if config.tied and head is not None:
-        if embedding is None:
-            tensors["wte.weight"] = head
-        elif head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
-            raise BadCheckpoint(
-                f"{source}: lm_head.weight differs from wte.weight, but config.json ties them: "
-                'write "tie_word_embeddings": false there if that is meant'
-            )
-        del tensors["lm_head.weight"]
+    for file in files:
+        for name, tensor in (_read_safetensors if file.suffix == ".safetensors" else _read_bin)(file).items():
+            name = name.removeprefix("module.").removeprefix("transformer.")
+            if not BUFFERS.fullmatch(name):
+                tensors["lm_head.weight" if name == "lm_head.decoder.weight" else name] = tensor
+    if config.tied and "lm_head.weight" in tensors:
+        tensors.setdefault("wte.weight", tensors["lm_head.weight"])
     return tensors
 
 
+def _check_tie(tensors: dict[str, Tensor], config: Config, source: Path) -> None:
+    """Take a tied head out, which must be the embedding again."""
+    head = tensors.pop("lm_head.weight", None) if config.tied else None
+    if head is None:
+        return
+    embedding = tensors["wte.weight"]
+    if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
+        raise BadCheckpoint(
+            f"{source}: lm_head.weight differs from wte.weight, but config.json ties them: "
+            'write "tie_word_embeddings": false there if that is meant'
+        )
+
+
 def _check(tensors: dict[str, Tensor], config: Config, source: Path) -> None:
+    """Names, shapes and types, which need no number read."""
     shapes = config.shapes()
     for problem, names in (("lacks", shapes.keys() - tensors.keys()), ("has unknown", tensors.keys() - shapes.keys())):
         if names:
@@ -213,8 +289,17 @@ def _check(tensors: dict[str, Tensor], config: Config, source: Path) -> None:
             raise BadCheckpoint(f"{source}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}")
         if not tensor.is_floating_point():
             raise BadCheckpoint(f"{source}: {name} is {tensor.dtype}; quantised files are not read, use the original")
-        if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-            raise BadCheckpoint(f"{source}: {name} holds NaN or infinity: the file is damaged, fetch it again")
+
+
+def _check_finite(name: str, tensor: Tensor, source: Path) -> None:
+    if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        raise BadCheckpoint(f"{source}: {name} holds NaN or infinity: the file is damaged, fetch it again")
+
+
+def trim() -> None:
+    """Give back to the system what was freed: glibc would keep it, other C libraries have no such function."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _one_line(error: Exception) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from core.engine import weights
 from core.engine.base import BadCheckpoint
 from core.engine.torch_engine import TorchEngine
-from tests.checkpoints import make_checkpoint, make_config, make_tensors, save_tensors
+from tests.checkpoints import make_checkpoint, save_tensors
 from tests.core.engine.oracle import ask, greedy, prompts
 
 Open = Callable[..., Coroutine[Any, Any, TorchEngine]]
@@ -25,6 +28,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "safetensors": {},
     "bin": {"form": "bin"},
     "no prefix": {"prefix": False},
+    "bin of an old torch": {"form": "bin-old"},
+    "lm_head in a bin of an old torch": {"form": "bin-old", "head": "explicit", "buffers": True},
     "bin, no prefix, buffers": {"form": "bin", "prefix": False, "buffers": True},
     "buffers": {"buffers": True},
     "lm_head beside the tie": {"head": "explicit"},
@@ -68,6 +73,58 @@ def test_dialogpts_own_config_has_defaults(tmp_path: Path) -> None:
     assert (config.eos_id, config.n_inner, config.activation, config.tied) == (50256, 3072, "tanh", True)
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin", "bin-shards"])
+def test_only_what_somebody_holds_takes_memory(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    if sys.platform != "linux":
+        pytest.skip("asks /proc")
+    monkeypatch.setattr(weights, "REMAP", 1 << 20)
+    folder = checkpoint("plain", n_layer=8, n_embd=256, vocab_size=3000, form=form)
+    tensors = weights.load(folder).tensors
+    sizes = [4 * math.prod(shape) for shape in weights.read_config(folder / "config.json").shapes().values()]
+    biggest = max(sizes)
+    assert sum(sizes) > biggest + (16 << 20)
+    weights.trim()  # what made the file
+    before = most = resident()
+    for name in list(tensors):
+        tensors.pop(name)
+        most = max(most, resident())
+    assert most - before < biggest + (4 << 20)
+    assert not tensors
+
+
+def resident() -> int:
+    """Bytes."""
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_an_embedding_that_the_file_calls_head(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model")
+    want = weights.load(folder).tensors.pop("wte.weight").clone()
+    edit_tensors(lambda t: t.update({"lm_head.weight": t.pop("transformer.wte.weight")}))(folder)
+    assert torch.equal(weights.load(folder).tensors.pop("wte.weight"), want)
+
+
+def test_what_was_set_stands_in_for_the_file(checkpoint: Make) -> None:
+    tensors = weights.load(checkpoint("plain")).tensors
+    other = torch.zeros(64)
+    tensors["ln_f.bias"] = other
+    assert tensors["ln_f.bias"] is other and tensors.pop("ln_f.bias") is other
+    assert "ln_f.bias" not in tensors and "ln_f.weight" in tensors and "lm_head.weight" not in tensors
+    assert torch.equal(tensors["ln_f.weight"], tensors.pop("ln_f.weight"))
+    with pytest.raises(KeyError):
+        tensors.pop("ln_f.weight")
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "REMAP", 0)
+    folder, other = make_checkpoint(tmp_path / "model"), make_checkpoint(tmp_path / "other", seed=1)
+    tensors = weights.load(folder).tensors
+    tensors.pop("wte.weight")
+    (other / "model.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"model.safetensors was changed while it was read: start again"):
+        tensors.pop("wpe.weight")
+
+
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / "config.json"
@@ -103,9 +160,12 @@ def poison(value: float) -> Callable[[Path], None]:
 
 
 def resave(form: Any) -> Callable[[Path], None]:
+    """What is there, in another form."""
+
     def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
-        save_tensors(folder, make_tensors(make_config("plain")), form)
+        save_tensors(folder, tensors, form)
 
     return edit
 
@@ -145,6 +205,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (cut("model.safetensors", 0), "model.safetensors is damaged or cut short"),
     "bin cut": (then(resave("bin"), cut("pytorch_model.bin", 0.7)), "pytorch_model.bin is damaged, cut short"),
     "bin empty": (then(resave("bin"), cut("pytorch_model.bin", 0)), "pytorch_model.bin is damaged, cut short"),
+    "old bin cut": (then(resave("bin-old"), cut("pytorch_model.bin", 0.7)), "pytorch_model.bin is damaged, cut short"),
     "bin with code": (dangerous, "pytorch_model.bin is damaged, cut short, or holds more than weights"),
     "a git-lfs pointer": (
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
@@ -162,6 +223,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong vocabulary": (edit_config(vocab_size=400), r"wte.weight has shape \(384, 64\)"),
     "NaN": (poison(float("nan")), "h.1.mlp.c_fc.weight holds NaN or infinity"),
     "infinity": (poison(float("inf")), "h.1.mlp.c_fc.weight holds NaN or infinity"),
+    "NaN in an old bin": (
+        then(poison(float("nan")), resave("bin-old")),
+        "pytorch_model.bin: h.1.mlp.c_fc.weight holds NaN or infinity",
+    ),
     "whole numbers": (
         edit_tensors(lambda t: t.update({"transformer.ln_f.bias": torch.zeros(64, dtype=torch.int8)})),
         "ln_f.bias is torch.int8",
@@ -180,7 +245,7 @@ def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path, name: str) -> Non
     folder = make_checkpoint(tmp_path / "model", "plain")
     edit(folder)
     with pytest.raises(BadCheckpoint) as caught:
-        weights.load(folder)
+        dict(weights.load(folder).tensors)  # numbers are checked when they are read
     line = str(caught.value)
     assert re.search(words, line), line
     assert str(folder) in line and "\n" not in line and len(line) < 400
