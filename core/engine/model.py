@@ -12,7 +12,6 @@ A row's logits are the same bits whatever stands beside it and however its promp
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from core.engine.weights import Checkpoint, Config
 
 TILE = 64
 MIN_ROWS = 4
-PACKED = 64
-"""Rows of a float32 weight that oneDNN packs side by side, here at least; `blocks_of` looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,40 +112,6 @@ def pack(weight: Tensor) -> Tensor | None:
         return None
 
 
-class Embedding:
-    """Rows of `weight` by their ids: (T,) -> (T, E). Taken from `packed`, the same weight, where they can be: so the
-    output layer and the lookup share one copy, a quarter of a small model's memory.
-    """
-
-    def __init__(self, weight: Tensor, packed: Tensor | None) -> None:
-        self.width, self.packed = weight.shape[1], packed
-        self.blocks = None if packed is None else blocks_of(packed, weight)
-        self.weight = weight if self.blocks is None else None
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        if self.blocks is not None:
-            return self.blocks[ids // PACKED, : self.width, ids % PACKED]
-        assert self.weight is not None
-        return F.embedding(ids, self.weight)
-
-
-def blocks_of(packed: Tensor, weight: Tensor) -> Tensor | None:
-    """The memory of `packed` as (N / PACKED, E or more, PACKED); None where it does not say `weight` when read so.
-
-    It is good as long as `packed` is there.
-    """
-    try:
-        begin, size = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
-        memory = (ctypes.c_char * size).from_address(begin)
-        blocks = torch.frombuffer(memory, dtype=weight.dtype).view(-(-len(weight) // PACKED), -1, PACKED)
-        ids = torch.arange(len(weight))
-        some = torch.cat([ids[:: PACKED - 1], ids[-PACKED:]])  # every place in a block, and the last, which is cut
-        same = torch.equal(blocks[some // PACKED, : weight.shape[1], some % PACKED], weight[some])
-    except (AttributeError, RuntimeError, ValueError):
-        return None
-    return blocks if same else None
-
-
 class GPT2:
     """The torch model, float32, bfloat16 or float16. Residuals, attention and KV stay float32 on the CPU."""
 
@@ -168,10 +131,9 @@ class GPT2:
         def linear(name: str, activation: str = "") -> Linear:
             return Linear(take(f"{name}.weight", dtype).T, take(f"{name}.bias", dtype), activation, block=block)
 
-        wte, tied = take("wte.weight", dtype), "lm_head.weight" not in tensors
-        self.lm_head = Linear(wte if tied else take("lm_head.weight", dtype), None, block=block)
-        self.wte = Embedding(wte, self.lm_head.packed if tied else None)
-        del wte
+        self.wte = take("wte.weight", dtype)
+        head = take("lm_head.weight", dtype) if "lm_head.weight" in tensors else self.wte
+        self.lm_head = Linear(head, None, block=block)
         self.wpe = take("wpe.weight")
         self.ln_f = take("ln_f.weight"), take("ln_f.bias")
         self.h = [
@@ -200,7 +162,7 @@ class GPT2:
 
     def forward(self, batch: Batch) -> Tensor:
         ids, positions = self._padded(batch.ids), self._padded(batch.positions)
-        x = self.wte(ids).float() + F.embedding(positions, self.wpe)  # (T, E)
+        x = F.embedding(ids, self.wte).float() + F.embedding(positions, self.wpe)  # (T, E)
         for i, block in enumerate(self.h):
             qkv = block.c_attn(self._norm(x, block.ln_1))  # (T, 3 E)
             x = x + block.attn_c_proj(self._attend(i, qkv, batch.rows))

@@ -74,8 +74,9 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Run the shapes that come first in life, so that nobody waits for them. (Long prompts gain nothing by it.)"""
-        kv = self.model.new_kv(8)
-        for count in (1, 8):
+        some = min(self.model.config.n_positions, 8)
+        kv = self.model.new_kv(some)
+        for count in (1, some):
             self.model.forward(Batch([0] * count, [Rows(kv, 0, count)], [count - 1]))
 
     @torch.inference_mode()

@@ -70,18 +70,6 @@ def test_logits_are_close_to_transformers(checkpoint: Make, dtype: torch.dtype, 
     assert float((got - want).std() / want.std()) < error
 
 
-@pytest.mark.parametrize("shape", ["plain", "odd", "deep"])
-def test_an_embedding_is_the_weight_row_for_row(checkpoint: Make, shape: str) -> None:
-    """Out of the packed output layer where it can be read there; a weight of its own where it cannot."""
-    weight = weights.load(checkpoint(shape)).tensors.pop("wte.weight").clone()
-    ids = torch.arange(len(weight)).flip(0)
-    assert torch.equal(models.Embedding(weight, models.pack(weight))(ids), weight.flip(0))
-    other = weight.clone()
-    other[-1, -1] += 1
-    for own in (models.Embedding(weight, None), models.Embedding(weight, models.pack(other))):
-        assert own.blocks is None and torch.equal(own(ids), weight.flip(0))
-
-
 def test_a_machine_whose_products_depend_on_height_gets_blocks(
     checkpoint: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
