@@ -30,6 +30,8 @@ for _name, _level in (("httpx", logging.WARNING), ("telegram", logging.INFO)):
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 READ_TIMEOUT = 20.0
+SENDS = 256
+"""Calls at once; more wait for a place."""
 UNKNOWN_TOKEN = "TELEGRAM_TOKEN: Telegram does not know this token; get one from @BotFather"
 _NEVER_LEFT = (
     httpx.ConnectError,  # DNS and TLS failures too
@@ -113,18 +115,24 @@ class TelegramApi:
         direct = {"trust_env": urlsplit(base).hostname not in LOOPBACK}
         self._requests = [
             _Request(size, READ_TIMEOUT, 20.0, 10.0, 30.0, httpx_kwargs=direct)  # read, write, connect, pool
-            for size in (2, 256)  # polling has its own, so that no crowd of sends keeps it waiting
+            for size in (2, SENDS)  # polling has its own, so that no crowd of sends keeps it waiting
         ]
         self._bot = Bot(token, base, request=self._requests[1], get_updates_request=self._requests[0])
+        self._under_way: set[asyncio.Task[Any]] = set()
 
     async def open(self) -> None:
         """Again after `aclose`."""
-        for request in self._requests:
-            await request.initialize()
+        for client in self._requests:
+            await client.initialize()
 
     async def aclose(self) -> None:
-        for request in self._requests:
-            await request.shutdown()
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=1.0)  # what nobody waits for any more ends in a moment
+        for request in self._under_way:
+            request.cancel()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
+        for client in self._requests:
+            await client.shutdown()
 
     async def call(self, method: str, *, wait: float = 0.0, **parameters: Any) -> Any:
         """The JSON result of a Bot API method; `wait`: seconds that Telegram itself may take.
@@ -132,10 +140,18 @@ class TelegramApi:
         Raises Rejected (no), Unreadable (yes, but what?), NotSent (it never left), MaybeSent (nobody knows).
         """
         spelt = re.sub(r"(?=[A-Z])", "_", method)  # get_Updates: PTB warns where it has a method of its own
+        # A task of its own, not cancelled with its caller: httpx's pool loses a place with some requests that are, and
+        # typing is cancelled with every reply. With all of SENDS lost, nothing would ever be sent again.
+        request = asyncio.create_task(
+            self._bot.do_api_request(spelt, api_kwargs=parameters, read_timeout=READ_TIMEOUT + wait)
+        )
+        self._under_way.add(request)
+        request.add_done_callback(self._over)
         try:
             async with asyncio.timeout(60.0 + wait):  # httpx's are per byte: one that drips would hold us for ever
-                return await self._bot.do_api_request(spelt, api_kwargs=parameters, read_timeout=READ_TIMEOUT + wait)
+                return await (request if wait else asyncio.shield(request))  # a poll is cancelled with the client only
         except TimeoutError:
+            request.cancel()
             raise MaybeSent("no whole answer from Telegram in time") from None
         except Rejected as error:
             raise Rejected(error.code, error.description.replace(self._token, "[token]"), error.parameters) from None
@@ -147,6 +163,11 @@ class TelegramApi:
             if isinstance(cause, _NEVER_LEFT):
                 raise NotSent(f"Telegram cannot be reached ({kind})") from None
             raise MaybeSent(f"no answer from Telegram ({kind})") from None
+
+    def _over(self, request: asyncio.Task[Any]) -> None:
+        self._under_way.discard(request)
+        if not request.cancelled():
+            request.exception()  # looked at, should nobody wait for it any more
 
     async def insist(self, method: str, **parameters: Any) -> Any:
         """`call`, whenever Telegram can be reached. Raises Unservable, and Rejected for a no that stays."""

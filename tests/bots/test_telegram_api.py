@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import socket
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bots import telegram_api
 from bots.telegram_api import Pace, Rejected, TelegramApi, Unreadable, Window
 from core.delivery import MaybeSent, NotSent, RetryAfter, SendError, Unservable
 from tests.fakes.telegram_server import Fault, TelegramServer
@@ -56,6 +58,25 @@ async def test_how_a_call_can_end(fault: Fault, ending: type[Exception], arrives
         assert bool(server.ledger) is arrives
         if isinstance(caught.value, Rejected) and fault.kind == "migrated":
             assert caught.value.moved_to == -1005
+        await api.aclose()
+
+
+async def test_calls_that_are_cancelled_take_no_place_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telegram_api, "SENDS", 4)
+    loop, dice = asyncio.get_running_loop(), random.Random(1)
+    async with TelegramServer() as server:
+        server.private(7)
+        api = TelegramApi(server.token, server.base)
+        await api.open()
+        for _ in range(120):
+            calls = [asyncio.create_task(api.call("sendChatAction", chat_id=7, action="typing")) for _ in range(12)]
+            for call in calls:
+                loop.call_later(dice.uniform(0, 0.03), call.cancel)
+            await asyncio.gather(*calls, return_exceptions=True)
+        async with asyncio.timeout(20):
+            await api.call("sendMessage", **HELLO)
+            while api._under_way:
+                await asyncio.sleep(0.01)
         await api.aclose()
 
 
