@@ -62,18 +62,18 @@ async def test_how_a_call_can_end(fault: Fault, ending: type[Exception], arrives
 
 
 async def test_calls_that_are_cancelled_take_no_place_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telegram_api, "SENDS", 4)
+    monkeypatch.setattr(telegram_api, "SENDS", 1)
     loop, dice = asyncio.get_running_loop(), random.Random(1)
     async with TelegramServer() as server:
         server.private(7)
         api = TelegramApi(server.token, server.base)
         await api.open()
-        for _ in range(120):
-            calls = [asyncio.create_task(api.call("sendChatAction", chat_id=7, action="typing")) for _ in range(12)]
+        for _ in range(60):
+            calls = [asyncio.create_task(api.call("sendChatAction", chat_id=7, action="typing")) for _ in range(8)]
             for call in calls:
                 loop.call_later(dice.uniform(0, 0.03), call.cancel)
             await asyncio.gather(*calls, return_exceptions=True)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await api.call("sendMessage", **HELLO)
             while api._under_way:
                 await asyncio.sleep(0.01)
