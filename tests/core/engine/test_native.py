@@ -28,29 +28,47 @@ Make = Callable[..., Path]
 CPU = torch.device("cpu")
 DTYPES = [torch.int8, torch.bfloat16, torch.float32]
 ROOT = Path(__file__).parents[3]
+SOURCE = ROOT / "core/engine/native/step.cpp"
 EMBEDDED = ROOT / "core/models/tiny"
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """step.cpp of this tree, compiled as the package's install does it."""
+def compiled(source: Path, out: Path, *more: str) -> Path:
+    """step.cpp, of this tree or changed, compiled as the package's install does it."""
     compiler = shutil.which("c++") or shutil.which("g++")
     assert compiler, "the native step's tests need a C++ compiler: apt install g++"
     [extension] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     assert extension["optional"], "without a compiler the install must go on"
-    [source] = extension["sources"]
-    out = tmp_path_factory.mktemp("native") / "step.so"
-    flags = [*extension["extra-compile-args"], *extension["extra-link-args"]]
+    assert extension["sources"] == [str(SOURCE.relative_to(ROOT))]
+    flags = [*extension["extra-compile-args"], *extension["extra-link-args"], *more]
     assert not any("native" in flag for flag in flags), "an image built here must run elsewhere"
     strict = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(out)]
-    done = subprocess.run([compiler, source, *flags, *strict], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([compiler, str(source), *flags, *strict], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(SOURCE, tmp_path_factory.mktemp("native") / "step.so")
+
+
+@pytest.fixture(scope="module")
 def native(built: Path) -> Any:
     return library.load(built)
+
+
+@pytest.fixture(scope="module")
+def paths(native: Any, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, int]]:
+    """A library and a path of it: AVX512-VNNI's with its instructions written out for AVX2, then all this CPU runs."""
+    own = [(native, path) for path in range(native.palaver_best_path() + 1)]
+    if library.ARM or len(own) == 1:
+        return own
+    folder = tmp_path_factory.mktemp("avx512")
+    parts = SOURCE.read_text().split("avx512f,avx512bw,avx512vl,avx512vnni")
+    assert len(parts) == 2, "only the path's target names its instructions"
+    (folder / "step.cpp").write_text("avx2,fma".join(parts))
+    header = Path(__file__).with_name("avx512.h")
+    return [(library.load(compiled(folder / "step.cpp", folder / "step.so", "-include", str(header))), 2), *own]
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +98,9 @@ def run(model: Model, ids: list[int], counts: list[int], mates: Callable[[], int
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_path_batch_cut_and_thread_count_gives_the_same_bits(
-    checkpoint: Make, native: Any, shape: str, dtype: torch.dtype
+    checkpoint: Make, paths: list[tuple[Any, int]], shape: str, dtype: torch.dtype
 ) -> None:
-    paths = range(native.palaver_best_path() + 1)
-    models = [NativeGPT2(weights.load(checkpoint(shape)), native, dtype, path) for path in paths]
+    models = [NativeGPT2(weights.load(checkpoint(shape)), native, dtype, path) for native, path in paths]
     config = models[0].config
     [ids] = prompts([min(config.n_positions, 170)], config.vocab_size)
     reached = run(models[-1], ids, [len(ids)])
@@ -95,6 +112,8 @@ def test_every_path_batch_cut_and_thread_count_gives_the_same_bits(
             assert float((whole - reached).std() / reached.std()) < (0.01 if dtype is torch.bfloat16 else 1e-5)
         else:
             assert torch.equal(whole, reached)
+        for rows in range(1, 21):
+            assert torch.equal(run(model, ids[:rows], [rows]), whole[:rows])
         for threads in (1, 2):
             torch.set_num_threads(threads)
             counts: list[int] = []
@@ -155,9 +174,11 @@ def test_quantised_weights_are_near_and_never_cut_off() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_spoils_its_own_row_only(checkpoint: Make, native: Any, dtype: torch.dtype) -> None:
+def test_what_is_not_finite_spoils_its_own_row_only(
+    checkpoint: Make, paths: list[tuple[Any, int]], dtype: torch.dtype
+) -> None:
     for bad in (float("nan"), float("inf"), -float("inf")):
-        for path in range(native.palaver_best_path() + 1):
+        for native, path in paths:
             loaded = weights.load(checkpoint("inner"))
             good = NativeGPT2(weights.load(checkpoint("inner")), native, dtype, path)
             positions = loaded.tensors.pop("wpe.weight").clone()
