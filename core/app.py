@@ -48,14 +48,10 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
 
         engine = EchoEngine()
     elif settings.engine == "inprocess":
-        from core.engine.torch_engine import open_torch_engine
+        from core.engine.server import open_local
 
-        engine = await open_torch_engine(
-            settings.model,
-            revision=settings.model_revision or None,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
+        engine = await open_local(
+            "torch", settings.model, settings.model_revision, settings.device, settings.dtype, settings.threads
         )
     elif settings.engine == "process":
         from core.engine.http_engine import spawn_engine

@@ -17,3 +17,14 @@ def cores() -> int:
         quota, period = map(int, QUOTA.read_text("ascii").split())
         return max(1, min(seen, quota // period))
     return seen
+
+
+def spin_briefly() -> None:
+    """To be called before torch is imported: threads that share a step wait awake for some 0.03 ms, then asleep.
+
+    libgomp's default is milliseconds. Where something else has one of the cores, a thread that waits awake takes the
+    time of the very one it waits for. Whoever set GOMP_SPINCOUNT or OMP_WAIT_POLICY keeps it.
+    https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -28,6 +28,7 @@ from aiohttp import web
 from core.engine import wire
 from core.engine.base import Engine, EngineClosed, EngineError, Failed, ModelInfo
 from core.engine.hub import resolve
+from core.engine.machine import spin_briefly
 
 if TYPE_CHECKING:
     from core.settings import Settings
@@ -206,6 +207,7 @@ async def open_local(kind: str, model: str, revision: str, device: str, dtype: s
         from core.engine.echo_engine import EchoEngine
 
         return EchoEngine(await asyncio.to_thread(resolve, model, revision or None))
+    spin_briefly()
     try:
         from core.engine.torch_engine import open_torch_engine
     except ModuleNotFoundError as error:

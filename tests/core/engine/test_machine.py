@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,21 @@ def test_without_a_limit_all_cores_count(tmp_path: Path, monkeypatch: pytest.Mon
     assert cores() == 8
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert cores() == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "want"), [({}, "3000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_threads_that_wait_leave_the_core_to_others(given: dict[str, str], want: str) -> None:
+    """Every OpenMP library in the process says at its start how long it will wait awake."""
+    opening = (
+        "import asyncio; from core.engine.server import open_local as o; asyncio.run(o('torch', *4 * ('none',), 0))"
+    )
+    without = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    said = subprocess.run(
+        [sys.executable, "-c", opening],
+        env=without | given | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+    ).stderr
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said)) == {want}
