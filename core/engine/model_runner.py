@@ -5,12 +5,13 @@ Which implementation computes, with which precision and threads, is decided here
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -135,13 +136,27 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     native = library.open_library() if device.type == "cpu" and dtype in gpt2.WEIGHTS else None
     model: Model
     if native and (dtype is torch.int8 or library.is_fast()):
-        model = gpt2.NativeGPT2(weights.load(folder), native, dtype)
+        with one_thread():
+            model = gpt2.NativeGPT2(weights.load(folder), native, dtype)
     elif dtype is torch.int8:
         model = rounded_to_int8(folder)
     else:
         model = agreeing(lambda: weights.load(folder), device, dtype)
     weights.trim()
     return model
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Packing is many short passes: threads gain little by sharing each, and where other work takes their cores they
+    wait for each other ten times as long as it all takes alone.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def agreeing(load: Callable[[], weights.Checkpoint], device: torch.device, dtype: torch.dtype) -> GPT2:

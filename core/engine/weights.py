@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import re
@@ -37,7 +38,7 @@ ACTIVATIONS = {
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|.*\.rotary_emb\..*")
 """Constants that old versions stored beside the weights."""
 
-REMAP = 32 << 20
+REMAP = 16 << 20
 """Bytes read of a mapped file count as this process's memory; after so many it is mapped anew and they are not."""
 
 
@@ -87,12 +88,24 @@ class Tensors(MutableMapping[str, Tensor]):
         self._bytes_read = math.inf
 
     def __getitem__(self, name: str) -> Tensor:
+        return self._rows(name, 0, None)
+
+    def parts(self, name: str, rows: int) -> Iterator[Tensor]:
+        """So many rows of it at a time: of a large one, the whole need not be in memory. Let go of each part."""
+        for first in itertools.count(0, rows):
+            part = self._rows(name, first, first + rows)
+            if not len(part):
+                return
+            yield part
+            del part  # it would keep the mapping it came from
+
+    def _rows(self, name: str, first: int, last: int | None) -> Tensor:
         if (tensor := self._set[name]) is not None:
-            return tensor
+            return tensor if last is None else tensor[first:last]
         if self._bytes_read > REMAP:
             self._mapped, self._bytes_read = self._remap(), 0
             trim()
-        tensor = self._mapped[name]
+        tensor = self._mapped[name][first:last]
         self._bytes_read += tensor.nbytes
         _check_finite(name, tensor, self._source)
         return tensor
@@ -119,7 +132,7 @@ class Checkpoint:
 
     folder: Path
     config: Config
-    tensors: MutableMapping[str, Tensor]
+    tensors: Tensors
 
 
 def load(folder: Path) -> Checkpoint:
@@ -139,11 +152,12 @@ def load(folder: Path) -> Checkpoint:
     tensors = mapped()
     _check_tie(tensors, config, source)
     _check(tensors, config, source)
-    if all(_can_be_mapped(file) for file in files):
-        return Checkpoint(folder, config, Tensors(tensors, mapped, source))
-    for name, tensor in tensors.items():
-        _check_finite(name, tensor, source)
-    return Checkpoint(folder, config, tensors)
+    found = Tensors(tensors, mapped, source)
+    if not all(_can_be_mapped(file) for file in files):
+        for name, tensor in tensors.items():
+            _check_finite(name, tensor, source)
+            found[name] = tensor
+    return Checkpoint(folder, config, found)
 
 
 def read_config(path: Path) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ BLOCK = 32
 WEIGHTS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
 """step.cpp's number of each precision."""
 
-SLICE = 32
-"""Groups that are packed at a time."""
+SLICE = 1 << 18
+"""Numbers that are packed at a time: what that needs in between stays small enough to be used again and again, where
+larger memory would come from the system each time, which takes longer than the packing."""
 
 ACTIVATION = {"relu": 2, "tanh": 3, "none": 4}
 """step.cpp's number of each value of `weights.ACTIVATIONS`; "none" is the exact GELU."""
@@ -36,13 +37,15 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     exact = blocks.abs().amax(2, keepdim=True) / 127
     scale = exact.bfloat16()
     scale = torch.where(scale.float() < exact, (scale.view(torch.int16) + 1).view(torch.bfloat16), scale)
-    quants = (blocks / scale.float().clamp(min=1e-30)).round().clamp(-127, 127).to(torch.int8)
+    quants = (blocks / scale.float().clamp(min=1e-30)).round_().to(torch.int8)
     return quants, scale
 
 
 def whole(weight: Tensor) -> Tensor:
-    """In float32, with zeros up to the next multiples of 32."""
+    """In float32 and row after row, with zeros up to the next multiples of 32."""
     n, k = weight.shape
+    if n % BLOCK == k % BLOCK == 0:
+        return weight.float().contiguous()
     padded = torch.zeros(round_up(n, BLOCK), round_up(k, BLOCK))
     padded[:n, :k] = weight
     return padded
@@ -90,12 +93,19 @@ class NativeGPT2:
             return self._keep(padded(tensors.pop(name)))
 
         def linear(name: str) -> c.Linear:
-            return self._linear(tensors.pop(f"{name}.weight").T, vector(f"{name}.bias"))
+            weight = tensors.pop(f"{name}.weight").T.contiguous()  # turned at once: slice by slice it takes longer
+            return self._linear(weight.shape, torch.split(weight, rows(weight.shape)), vector(f"{name}.bias"))
+
+        def embedding(name: str) -> c.Linear:
+            shape = config.vocab_size, config.n_embd
+            packed = self._linear(shape, tensors.parts(name, rows(shape)))
+            del tensors[name]
+            return packed
 
         def norm(name: str) -> c.Norm:
             return c.Norm(vector(f"{name}.weight"), vector(f"{name}.bias"))
 
-        wte = self._linear(tensors.pop("wte.weight"))
+        wte = embedding("wte.weight")
         scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         self._layers = (c.Layer * config.n_layer)(
             *(
@@ -114,7 +124,7 @@ class NativeGPT2:
         self._model = c.Model(
             self._layers,
             wte,
-            self._linear(tensors.pop("lm_head.weight")) if "lm_head.weight" in tensors else wte,
+            embedding("lm_head.weight") if "lm_head.weight" in tensors else wte,
             self._keep(tensors.pop("wpe.weight").float().clone()),
             norm("ln_f"),
             config.n_layer,
@@ -176,26 +186,34 @@ class NativeGPT2:
             self._offsets = torch.zeros(rows, self.wide // BLOCK, dtype=torch.int32)
         self._scores = torch.zeros(threads, 4, round_up(self.config.n_positions, 16))
 
-    def _linear(self, weight: Tensor, bias: int | None = None) -> c.Linear:
-        """`weight` is (out, in)."""
-        groups, blocks = round_up(weight.shape[0], BLOCK) // BLOCK, round_up(weight.shape[1], BLOCK) // BLOCK
-        shape = (groups, blocks, 8, 32, 4) if self.dtype is torch.int8 else (groups, 32 * blocks, 32)
-        packed = torch.empty(shape, dtype=torch.uint8 if self.dtype is torch.int8 else self.dtype)
-        scales = torch.empty(groups if self.dtype is torch.int8 else 0, blocks, 32, dtype=torch.bfloat16)
-        for first in range(0, groups, SLICE):  # whole, an embedding's originals would stand here several times
-            rows, to = weight[first * BLOCK : (first + SLICE) * BLOCK], slice(first, first + SLICE)
+    def _linear(self, shape: Sequence[int], parts: Iterable[Tensor], bias: int | None = None) -> c.Linear:
+        """Of a weight of `shape` (out, in), that comes in parts of `rows(shape)`."""
+        groups, blocks = (round_up(size, BLOCK) // BLOCK for size in shape)
+        if self.dtype is torch.int8:
+            packed = torch.empty(groups, blocks, 8, 32, dtype=torch.int32)  # four numbers in each
+            scales = torch.empty(groups, blocks, 32, dtype=torch.bfloat16)
+        else:
+            packed, scales = torch.empty(groups, 32 * blocks, 32, dtype=self.dtype), torch.empty(0)
+        step = rows(shape) // BLOCK
+        for part, first in zip(parts, range(0, groups, step), strict=True):
+            to = slice(first, first + step)
             if self.dtype is torch.int8:
-                quants, scale = quantise(rows)
-                quants = (quants.to(torch.int16) + 128).to(torch.uint8)
-                packed[to] = quants.view(-1, 32, blocks, 8, 4).permute(0, 2, 3, 1, 4)
+                quants, scale = quantise(part)
+                fours = (quants.view(torch.uint8) ^ 128).view(torch.int32)  # 0 becomes 128
+                packed[to] = fours.view(-1, 32, blocks, 8).permute(0, 2, 3, 1)
                 scales[to] = scale.view(-1, 32, blocks).transpose(1, 2)
             else:
-                packed[to] = whole(rows).view(-1, 32, 32 * blocks).transpose(1, 2)
+                packed[to] = whole(part).view(-1, 32, 32 * blocks).transpose(1, 2)
         return c.Linear(self._keep(packed), self._keep(scales), bias, blocks, groups)
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def rows(shape: Sequence[int]) -> int:
+    """How many rows of an (out, in) weight are packed at a time: a multiple of 32."""
+    return max(1, SLICE // (BLOCK * shape[1])) * BLOCK
 
 
 def padded(vector: Tensor) -> Tensor:
