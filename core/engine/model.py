@@ -13,9 +13,9 @@ A row's logits are the same bits whatever stands beside it and however its promp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
@@ -32,7 +32,8 @@ MIN_ROWS = 4
 class Rows:
     """`count` rows of one sequence, at positions start, start + 1, …; `kv` is where its keys and values stand."""
 
-    kv: Tensor
+    kv: Any
+    """What the model's `new_kv` gave; nobody else looks into it."""
     start: int
     count: int
 
@@ -49,9 +50,15 @@ class Batch:
     def positions(self) -> list[int]:
         return [p for r in self.rows for p in range(r.start, r.start + r.count)]
 
+    @property
+    def placed(self) -> list[tuple[int, Rows]]:
+        """Each sequence with the row that is its first."""
+        firsts = itertools.accumulate((r.count for r in self.rows), initial=0)
+        return list(zip(firsts, self.rows, strict=False))
+
 
 class Model(Protocol):
-    """One step of a model. Another implementation (native code, CUDA graphs) stands in by having these."""
+    """One step of a model. Another implementation (native/gpt2.py, graphs.py) stands in by having these."""
 
     config: Config
     how: str
@@ -59,11 +66,11 @@ class Model(Protocol):
     token_bytes: int
     """Bytes of KV for one token."""
 
-    def new_kv(self, capacity: int) -> Tensor:
+    def new_kv(self, capacity: int) -> Any:
         """Room for `capacity` tokens, finite numbers in it."""
         ...
 
-    def copy_kv(self, source: Tensor, target: Tensor, count: int) -> None:
+    def copy_kv(self, source: Any, target: Any, count: int) -> None:
         """The first `count` tokens."""
         ...
 
@@ -147,65 +154,89 @@ class GPT2:
             )
             for i in range(config.n_layer)
         ]
+        scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        self.scales = [scale / (i + 1 if config.scale_attn_by_inverse_layer_idx else 1) for i in range(config.n_layer)]
+        self._positions = round_up(config.n_positions, TILE)
         self.mask = causal_mask(config.n_positions, self.min_queries).to(device, self.kv_dtype)
         packed = ", oneDNN packed" if self.lm_head.packed is not None else ""
         self.how = f"{device}, {str(dtype).removeprefix('torch.')}, torch{packed}"
 
-    def new_kv(self, capacity: int) -> Tensor:
+    def new_kv(self, capacity: int) -> Any:
         """(layer, key/value, head, position, head_dim)"""
         c = self.config
         shape = c.n_layer, 2, c.n_head, round_up(capacity, TILE), self.head_dim
         return torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
 
-    def copy_kv(self, source: Tensor, target: Tensor, count: int) -> None:
+    def copy_kv(self, source: Any, target: Any, count: int) -> None:
         target[:, :, :, :count] = source[:, :, :, :count]
 
     def forward(self, batch: Batch) -> Tensor:
-        ids, positions = self._padded(batch.ids), self._padded(batch.positions)
+        placed = batch.placed
+        return self._launch(batch, lambda layer, qkv: self._attend(layer, qkv, placed))
+
+    def _launch(self, batch: Batch, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        x = self.hidden(self._padded(batch.ids), self._padded(batch.positions), attend)
+        if not batch.wanted:
+            return torch.empty(0, self.config.vocab_size)
+        return self.logits(x[self._padded(batch.wanted)])[: len(batch.wanted)].float().cpu()
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """(T,), (T,) -> (T, E); `attend` takes a layer's number and its (T, 3 E), and gives (T, E)."""
         x = F.embedding(ids, self.wte).float() + F.embedding(positions, self.wpe)  # (T, E)
         for i, block in enumerate(self.h):
             qkv = block.c_attn(self._norm(x, block.ln_1))  # (T, 3 E)
-            x = x + block.attn_c_proj(self._attend(i, qkv, batch.rows))
+            x = x + block.attn_c_proj(attend(i, qkv))
             x = x + block.mlp_c_proj(block.c_fc(self._norm(x, block.ln_2)))
-        if not batch.wanted:
-            return torch.empty(0, self.config.vocab_size)
-        wanted = self._padded(batch.wanted)
-        return self.lm_head(self._norm(x[wanted], self.ln_f))[: len(batch.wanted)].float().cpu()
+        return x
 
-    def _attend(self, layer: int, qkv: Tensor, rows: Sequence[Rows]) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """(T, E) -> (T, vocab_size)"""
+        return self.lm_head(self._norm(x, self.ln_f))
+
+    def _attend(self, layer: int, qkv: Tensor, placed: Sequence[tuple[int, Rows]]) -> Tensor:
         """Write keys and values, then attend, sequence by sequence. (T, 3 E) -> (T, E)"""
-        c = self.config
-        qkv = qkv.view(-1, 3, c.n_head, self.head_dim).to(self.kv_dtype)
+        qkv = self._heads(qkv)
         q = F.pad(qkv[:, 0], (0, 0, 0, 0, 0, self.min_queries))  # a tile's padding may reach over the end
-        out = torch.zeros(len(qkv), c.n_head, self.head_dim, dtype=self.kv_dtype, device=self.device)
-        scale = self.head_dim**-0.5 if c.scale_attn_weights else 1.0
-        scale /= layer + 1 if c.scale_attn_by_inverse_layer_idx else 1
-        row = 0
-        for r in rows:
-            kv = r.kv[layer]  # (2, H, P, D)
-            kv[:, :, r.start : r.start + r.count] = qkv[row : row + r.count, 1:].permute(1, 2, 0, 3)
+        out = torch.zeros(len(qkv), *qkv.shape[2:], dtype=self.kv_dtype, device=self.device)
+        for row, r in placed:
+            kv = self._keep(layer, r, qkv[row : row + r.count, 1:].transpose(0, 1))
             for begin, end in tiles(r.start, r.count):
                 first, count = row + begin - r.start, end - begin
-                keys = round_up(end, TILE)
+                keys, left = self._keys(end), self._positions - round_up(end, TILE)
                 queries, at = round_up(count, self.min_queries), begin % TILE
                 mixed = F.scaled_dot_product_attention(
                     q[None, first : first + queries].transpose(1, 2),  # (1, H, queries, D)
                     kv[None, 0, :, :keys],
                     kv[None, 1, :, :keys],
-                    attn_mask=self.mask[at : at + queries, -keys:],
-                    scale=scale,
+                    attn_mask=self.mask[at : at + queries, left : left + keys],
+                    scale=self.scales[layer],
                 )
                 out[first : first + count] = mixed[0, :, :count].transpose(0, 1)
-            row += r.count
-        return out.view(len(qkv), c.n_embd).to(self.dtype)
+        return out.flatten(1).to(self.dtype)
+
+    def _heads(self, qkv: Tensor) -> Tensor:
+        """(T, 3 E) -> (T, query/key/value, head, head_dim)"""
+        return qkv.view(len(qkv), 3, -1, self.head_dim).to(self.kv_dtype)
+
+    def _keep(self, layer: int, r: Rows, new: Tensor) -> Tensor:
+        """Write `new` (2, count, H, D) where the rows stand; all of the sequence's (2, H, P, D)."""
+        kv: Tensor = r.kv[layer]
+        kv[:, :, r.start : r.start + r.count] = new.transpose(1, 2)
+        return kv
+
+    def _keys(self, end: int) -> int:
+        """How many keys the queries of a tile up to `end` see or are kept from seeing."""
+        return round_up(end, TILE)
 
     def _norm(self, x: Tensor, ln: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(x, x.shape[1:], *ln, self.config.layer_norm_epsilon).to(self.dtype)
 
     def _padded(self, values: list[int]) -> Tensor:
         """With zeros, up to the number of rows that the products are made with."""
-        rows = round_up(len(values), self.block) if self.block else max(len(values), MIN_ROWS)
-        return torch.tensor(values + [0] * (rows - len(values)), device=self.device)
+        return torch.tensor(values + [0] * (self._height(len(values)) - len(values)), device=self.device)
+
+    def _height(self, rows: int) -> int:
+        return round_up(rows, self.block) if self.block else max(rows, MIN_ROWS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,9 +258,9 @@ def tiles(start: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def causal_mask(positions: int, min_queries: int) -> Tensor:
-    """(TILE + min_queries, P): row i, cut to its last TILE * (t + 1) columns, is the mask of position TILE * t + i."""
+def causal_mask(positions: int, min_queries: int, beyond: int = 0) -> Tensor:
+    """(TILE + min_queries, P + beyond): row i from column P - TILE * (t + 1) on masks position TILE * t + i."""
     width = round_up(positions, TILE)
-    mask = torch.zeros(TILE + min_queries, width)
-    mask[:TILE, -TILE:] = torch.full((TILE, TILE), float("-inf")).triu(1)
+    mask = torch.zeros(TILE + min_queries, width + beyond)
+    mask[:TILE, width - TILE :] = torch.full((TILE, TILE + beyond), float("-inf")).triu(1)
     return mask

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 import math
 import os
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from core.engine import hub, weights
 from core.engine.base import BadCheckpoint
-from core.engine.kv_cache import Slot
+from core.engine.graphs import GraphedGPT2, check
+from core.engine.kv_cache import ROUND, Slot, round_up
 from core.engine.machine import cores
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
 from core.engine.native import gpt2, library
@@ -116,14 +118,16 @@ class ModelRunner:
             slot.copy_from = None
 
 
-def open_runner(model: str | Path, revision: str | None, device: str, dtype: str, threads: int) -> ModelRunner:
+def open_runner(
+    model: str | Path, revision: str | None, device: str, dtype: str, threads: int, cache_bytes: int = 0
+) -> ModelRunner:
     """Resolve, load, choose, check, warm up. Raises BadCheckpoint, or ValueError for a setting that cannot be."""
     folder = hub.resolve(model, revision)
     place = choose_device(device)
     if place.type == "cpu":
         torch.set_num_threads(threads or (cores() if parameters(folder) >= SHARED else 1))
     with torch.inference_mode():
-        runner = ModelRunner(build(folder, place, choose_dtype(dtype, place, folder)), folder)
+        runner = ModelRunner(build(folder, place, choose_dtype(dtype, place, folder), cache_bytes), folder)
         runner.warm_up()
     if place.type == "cpu":
         count = torch.get_num_threads()
@@ -131,8 +135,8 @@ def open_runner(model: str | Path, revision: str | None, device: str, dtype: str
     return runner
 
 
-def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
-    """The fastest model whose rows do not depend on each other."""
+def build(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: int = 0) -> Model:
+    """The fastest model whose rows do not depend on each other. GRAPHS=0 in the environment leaves CUDA graphs out."""
     native = library.open_library() if device.type == "cpu" and dtype in gpt2.WEIGHTS else None
     model: Model
     if native and (dtype is torch.int8 or library.is_fast()):
@@ -141,7 +145,9 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     elif dtype is torch.int8:
         model = rounded_to_int8(folder)
     else:
-        model = agreeing(lambda: weights.load(folder), device, dtype)
+        model = eager = agreeing(lambda: weights.load(folder), device, dtype)
+        if device.type == "cuda" and os.environ.get("GRAPHS") != "0":
+            model = graphed(eager, cache_tokens(eager, cache_bytes))
     weights.trim()
     return model
 
@@ -159,10 +165,31 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def graphed(eager: GPT2, tokens: int) -> GPT2:
+    """`eager` with CUDA graphs where they are seen to compute the same; else `eager`, and a warning why."""
+    try:
+        return checked(GraphedGPT2(eager, tokens), eager)
+    except torch.AcceleratorError:
+        log.error("the device was lost in trying CUDA graphs: GRAPHS=0 in the environment leaves them out")
+        raise
+    except Exception as error:
+        log.warning("CUDA graphs are left out, steps are slower: %r", error)
+    gc.collect()
+    torch.cuda.empty_cache()  # the memory that they took
+    return eager
+
+
+def checked(model: GraphedGPT2, eager: GPT2) -> GraphedGPT2:
+    check(model, eager)
+    if not rows_agree(model):
+        raise ValueError("rows depend on how a prompt is cut")
+    return model
+
+
 def agreeing(load: Callable[[], weights.Checkpoint], device: torch.device, dtype: torch.dtype) -> GPT2:
     block = 0 if device.type == "cpu" else BLOCK["cuda"]
     model = GPT2(load(), device, dtype, block=block)
-    if not block and not rows_agree(model):
+    if not block and not rows_agree(first_layer(model)):
         log.warning("this machine's matrix products depend on the batch's size: slower blocks of %d rows", BLOCK["cpu"])
         model = GPT2(load(), device, dtype, block=BLOCK["cpu"])
     return model
@@ -175,13 +202,15 @@ def rounded_to_int8(folder: Path) -> Model:
     return model
 
 
-def rows_agree(model: GPT2) -> bool:
-    """Is a row's result the same bits alone, in batches of other heights, and with its prompt cut up?
-
-    Looks at a few positions through one layer, which has every shape: a machine that agrees there agrees in all.
-    """
+def first_layer(model: GPT2) -> GPT2:
+    """Has every shape: a machine whose rows agree there agrees in all layers."""
     model = copy.copy(model)
     model.h = model.h[:1]
+    return model
+
+
+def rows_agree(model: Model) -> bool:
+    """Is a row's result, at a few positions, the same bits alone, in other batches, and with its prompt cut up?"""
     length = min(model.config.n_positions, TILE + 6)
     ids = [7 * i % model.config.vocab_size for i in range(length)]
     looked_at = {0, 1, 4, 35, length - 4, length - 1}
@@ -245,8 +274,12 @@ def parameters(folder: Path) -> int:
 
 
 def cache_tokens(model: Model, cache_bytes: int) -> int:
-    """How many tokens' KV fit in `cache_bytes`; 0 takes a quarter of the memory that is free, at most 4 GiB."""
-    return (cache_bytes or min(_free_bytes() // 4, 4 << 30)) // model.token_bytes
+    """How many tokens' KV fit in `cache_bytes`; 0 takes a quarter of the memory that is free, at most 4 GiB. At least
+    a whole window's."""
+    if isinstance(model, GraphedGPT2):  # it has taken its memory already
+        return model.tokens
+    room = (cache_bytes or min(_free_bytes() // 4, 4 << 30)) // model.token_bytes
+    return max(room, round_up(model.config.n_positions, ROUND))
 
 
 def _free_bytes() -> int:

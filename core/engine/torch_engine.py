@@ -30,7 +30,7 @@ from core.engine.base import (
     SamplingParams,
 )
 from core.engine.futures import settle
-from core.engine.kv_cache import ROUND, KVCache, round_up
+from core.engine.kv_cache import KVCache
 from core.engine.model_runner import ModelRunner, cache_tokens, open_runner
 from core.engine.scheduler import GUESS, Scheduler
 from core.engine.sequence import Request, Span
@@ -210,12 +210,11 @@ async def open_torch_engine(
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
-        runner = open_runner(model, revision, device, dtype, threads)
+        runner = open_runner(model, revision, device, dtype, threads, cache_bytes)
         config = runner.model.config
-        tokens = max(cache_tokens(runner.model, cache_bytes), round_up(config.n_positions, ROUND))
         seeds = random.Random(seed) if seed is not None else random.SystemRandom()
         scheduler = Scheduler(
-            KVCache(tokens),
+            KVCache(cache_tokens(runner.model, cache_bytes)),
             max_positions=config.n_positions,
             eos_id=config.eos_id,
             max_running=max_running,

@@ -67,18 +67,8 @@ def paths(native: Any, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[A
     parts = SOURCE.read_text().split("avx512f,avx512bw,avx512vl,avx512vnni")
     assert len(parts) == 2, "only the path's target names its instructions"
     (folder / "step.cpp").write_text("avx2,fma".join(parts))
-    header = Path(__file__).with_name("avx512.h")
-    return [
-        (
-            library.load(
-                compiled(
-                    folder / "step.cpp", folder / "step.so", "-include", str(header), "-O1", "-Wno-maybe-uninitialized"
-                )
-            ),
-            2,
-        ),
-        *own,
-    ]
+    more = "-include", str(Path(__file__).with_name("avx512.h")), "-O1", "-Wno-maybe-uninitialized"
+    return [(library.load(compiled(folder / "step.cpp", folder / "step.so", *more)), 2), *own]
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,11 @@ from typing import Any, cast
 import pytest
 import torch
 
+from core.engine import model_runner, weights
 from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, PromptTooLong, QueueFull, SamplingParams
+from core.engine.graphs import GraphedGPT2
 from core.engine.model import Batch, Model
-from core.engine.model_runner import ModelRunner
+from core.engine.model_runner import ModelRunner, cache_tokens
 from core.engine.native import library
 from core.engine.sequence import Request, Sequence, Span
 from core.engine.torch_engine import TorchEngine, open_torch_engine
@@ -30,12 +32,20 @@ Make = Callable[..., Path]
 SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, max_tokens=24, seed=7)
 
 
-@pytest.fixture(params=["native", "torch"])
+@pytest.fixture(params=["native", "torch", "graphs"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to compute on a CPU."""
-    if request.param == "torch":
+    """The ways to compute on a CPU, and the one for CUDA without its capture."""
+    if request.param != "native":
         monkeypatch.setattr(library, "open_library", lambda: None)
+    if request.param == "graphs":
+        monkeypatch.setattr(model_runner, "build", graphed)
     return str(request.param)
+
+
+def graphed(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: int) -> GraphedGPT2:
+    floats = torch.float32 if dtype is torch.int8 else dtype  # it is for CPUs
+    model = model_runner.agreeing(lambda: weights.load(folder), device, floats)
+    return GraphedGPT2(model, cache_tokens(model, cache_bytes))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
