@@ -198,8 +198,9 @@ async def crowd(
             queue.put_nowait(talk)
 
     await asyncio.gather(*(worker() for _ in range(in_flight)))
-    # What was under way at the start counts, what is at the end does not: each is half in, half out.
-    counted = [s for s in said if began < s.at <= end] or said[-1:]
+    # What was under way at the start counts, what is at the end does not: each is half in, half out. Where not even the
+    # first was there by then, what came late.
+    counted = [s for s in said if began < s.at <= end] or [s for s in said if s.at > end]
     delays = [s.seconds for s in counted]
     return {
         "replies_per_s": len(counted) / (max(s.at for s in counted) - began),
