@@ -141,13 +141,16 @@ def _bars(path: Path, result: dict[str, Any]) -> Path:
         medians = [table[p].get(title, {}).get("median", 0.0) for p in peers]
         colours = ["#2a6f97" if p.startswith("palaver") else "#b7b7b7" for p in peers]
         axis.barh(peers, medians, color=colours)
-        for row, peer in enumerate(peers):
+        for height, peer in enumerate(peers):
             dots = values(runs[peer], title)
-            axis.plot(dots, [row] * len(dots), ".", color="black", markersize=4)
-        for precision, limits in result["roofline"].items():
-            if title in limits and limits[title] < 1.5 * max(medians):
-                axis.axvline(limits[title], linestyle=":", color="#c1121f", linewidth=1)
-                axis.text(limits[title], len(peers) - 0.4, precision, fontsize=6, color="#c1121f", rotation=45)
+            axis.plot(dots, [height] * len(dots), ".", color="black", markersize=4)
+        limits: dict[float, list[str]] = {}
+        for precision, row in result["roofline"].items():
+            if title in row and row[title] < 1.5 * max(medians):
+                limits.setdefault(round(row[title], 1), []).append(precision)
+        for limit, names in limits.items():
+            axis.axvline(limit, linestyle=":", color="#c1121f", linewidth=1)
+            axis.text(limit, len(peers) - 0.4, ", ".join(names), fontsize=6, color="#c1121f", rotation=45)
         axis.set_title(f"{title}\n({'more' if MEASURES[title][2] else 'less'} is better)", fontsize=9, pad=18)
         axis.tick_params(labelsize=8)
         if axis is not axes[0][0]:
