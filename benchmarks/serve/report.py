@@ -147,7 +147,7 @@ def _bars(path: Path, result: dict[str, Any]) -> Path:
         limits: dict[float, list[str]] = {}
         for precision, row in result["roofline"].items():
             if title in row and row[title] < 1.5 * max(medians):
-                limits.setdefault(round(row[title], 1), []).append(precision)
+                limits.setdefault(row[title], []).append(precision)
         for limit, names in limits.items():
             axis.axvline(limit, linestyle=":", color="#c1121f", linewidth=1)
             axis.text(limit, len(peers) - 0.4, ", ".join(names), fontsize=6, color="#c1121f", rotation=45)

@@ -5,14 +5,13 @@ Which implementation computes, with which precision and threads, is decided here
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -140,8 +139,7 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: i
     native = library.open_library() if device.type == "cpu" and dtype in gpt2.WEIGHTS else None
     model: Model
     if native and (dtype is torch.int8 or library.is_fast()):
-        with one_thread():
-            model = gpt2.NativeGPT2(weights.load(folder), native, dtype)
+        model = gpt2.NativeGPT2(weights.load(folder), native, dtype)
     elif dtype is torch.int8:
         model = rounded_to_int8(folder)
     else:
@@ -150,19 +148,6 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: i
             model = graphed(eager, cache_tokens(eager, cache_bytes))
     weights.trim()
     return model
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Packing is many short passes: threads gain little by sharing each, and where other work takes their cores they
-    wait for each other ten times as long as it all takes alone.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def graphed(eager: GPT2, tokens: int) -> GPT2:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from core.engine.torch_engine import TorchEngine, open_torch_engine
 from tests.checkpoints import make_checkpoint
@@ -45,3 +46,13 @@ async def engine(checkpoint: Callable[..., Path]) -> AsyncIterator[Callable[...,
             return await stack.enter_async_context(opened(folder, options))
 
         yield open_one
+
+
+@pytest.fixture
+def inference() -> Iterator[None]:
+    """For tests that call a model themselves, as the engine's thread does: no gradients, one thread unless they ask."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(before)

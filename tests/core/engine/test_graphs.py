@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import random
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from core.engine.torch_engine import TorchEngine
 from tests.core.engine.oracle import greedy, prompts, reference
 from tests.core.engine.test_model import run
 
+pytestmark = pytest.mark.usefixtures("inference")
 Make = Callable[..., Path]
 FLOATS = [torch.float32, torch.bfloat16]
 SHAPES = ["plain", "odd", "deep", "scaled", "unscaled"]
@@ -32,15 +33,6 @@ CASES = [
 ]
 if torch.cuda.is_available():
     CASES += [("cuda", "plain", dtype, TILE) for dtype in (*FLOATS, torch.float16)]
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(before)
 
 
 class Recorded(TorchDispatchMode):  # type: ignore[no-untyped-call]

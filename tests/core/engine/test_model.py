@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,17 +16,9 @@ from core.engine.model import GPT2, TILE, Batch, Model, Rows, tiles
 from core.engine.model_runner import rows_agree
 from tests.core.engine.oracle import prompts, reference
 
+pytestmark = pytest.mark.usefixtures("inference")
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(before)
 
 
 def run(model: Model, ids: list[int], counts: list[int], mates: Callable[[], int] = lambda: 0) -> Tensor:

@@ -7,7 +7,7 @@ import random
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,7 @@ from core.engine.native.gpt2 import NativeGPT2, dequantised, rounded
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
 
+pytestmark = pytest.mark.usefixtures("inference")
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
 DTYPES = [torch.int8, torch.bfloat16, torch.float32]
@@ -69,15 +70,6 @@ def paths(native: Any, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[A
     (folder / "step.cpp").write_text("avx2,fma".join(parts))
     more = "-include", str(Path(__file__).with_name("avx512.h")), "-O1", "-Wno-maybe-uninitialized"
     return [(library.load(compiled(folder / "step.cpp", folder / "step.so", *more)), 2), *own]
-
-
-@pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        yield
-    torch.set_num_threads(before)
 
 
 def run(model: Model, ids: list[int], counts: list[int], mates: Callable[[], int] = lambda: 0) -> Tensor:
