@@ -73,7 +73,7 @@ def roofline(runs: Runs, config: dict[str, Any], machine: dict[str, float]) -> d
 
 
 def markdown(table: dict[str, dict[str, dict[str, float]]], limits: dict[str, dict[str, float]], baseline: str) -> str:
-    """Each cell: median ±half the spread (ratio)."""
+    """Each cell: median ±half the spread, where there were rounds to differ, (ratio)."""
     titles = [title for title in MEASURES if any(title in row for row in table.values())]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for peer, row in table.items():
@@ -87,7 +87,7 @@ def markdown(table: dict[str, dict[str, dict[str, float]]], limits: dict[str, di
 def _cell(cell: dict[str, float] | None, is_baseline: bool) -> str:
     if cell is None:
         return "–"
-    said = f"{_number(cell['median'])} ±{50 * cell['spread']:.0f} %"
+    said = _number(cell["median"]) + (f" ±{50 * cell['spread']:.0f} %" if cell["spread"] else "")
     return said if is_baseline or "ratio" not in cell else f"{said} ({cell['ratio']:.1f} ×)"
 
 
