@@ -342,9 +342,19 @@ INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
 /// What a product reads: rows of floats, or the step's quants, which were made of them.
 struct Rows { const float *x; int stride; };
 
-/// y += rows x columns `first`, first + 1, ... of a group. `fetch`: bring the next group near while this one computes.
-template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows, int row, bool fetch, const uint8_t *w) {
-    const size_t ahead = fetch ? (size_t)l.blocks * 1024 : 0;
+/// The next group's weights come near while this one's are multiplied: an even share, `bytes`, with each block of 32
+/// numbers of each tile. A single row only reads, and takes all that is next; floats come faster when left alone.
+struct Ahead { const char *next; int bytes; };
+template <int M, class W> INLINE void fetch(const Ahead &ahead, int block, int step, int steps) {
+    constexpr int ALL = 1024 * sizeof(W);
+    if (M > 1)
+        for (int i = 64 * step; i < ahead.bytes; i += 64 * steps) __builtin_prefetch(ahead.next + (size_t)block * ahead.bytes + i);
+    else if (sizeof(W) < 4)
+        for (int i = 0; i < ALL / steps; i += 64) __builtin_prefetch(ahead.next + (size_t)block * ALL + step * (ALL / steps) + i);
+}
+
+/// y += rows x columns `first`, first + 1, ... of a group.
+template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows, int row, const Ahead &ahead, const uint8_t *w) {
     const uint16_t *scale = l.scale + (size_t)group * l.blocks * 32 + first;
     w += (size_t)group * l.blocks * 1024 + 4 * first;
     for (int b = 0; b < l.blocks; b++, w += 1024, scale += 32) {
@@ -354,8 +364,7 @@ template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int grou
         for (int m = 0; m < M; m++)
             for (int j = 0; j < N; j++) dots[m][j] = dots_from(s.offsets[at + m]);
         for (int i = 0; i < 8; i++, x += 4) {
-            if (ahead)
-                for (int j = 0; j < N * LANES; j += 16) __builtin_prefetch(w + ahead + 128 * i + 4 * j);
+            fetch<M, uint8_t>(ahead, b, i, 8);
             for (int m = 0; m < M; m++) {
                 int32_t four;
                 memcpy(&four, x + 32 * m, 4);
@@ -369,17 +378,15 @@ template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int grou
     }
 }
 /// W is float, or uint16_t for bfloat16.
-template <int M, int N, class W> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &, Rows rows, int row, bool fetch, const W *w) {
+template <int M, int N, class W> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &, Rows rows, int row, const Ahead &ahead, const W *w) {
     constexpr int RUN = 256;  // one long sum would lose more
     const int k = 32 * l.blocks;
-    const size_t ahead = fetch ? (size_t)k * 32 : 0;
     const float *x = rows.x + (size_t)row * rows.stride;
     w += (size_t)group * k * 32 + first;
     for (int from = 0; from < k; from += RUN) {
         F part[M][N] = {};
         for (int i = from; i < k && i < from + RUN; i++, w += 32) {
-            if (ahead)
-                for (int j = 0; j < N * LANES; j += 64 / (int)sizeof(W)) __builtin_prefetch(w + ahead + j);
+            fetch<M, W>(ahead, i / 32, i % 32, 32);
             F columns[N];
             for (int j = 0; j < N; j++) columns[j] = load(w + LANES * j);
             for (int m = 0; m < M; m++) {
@@ -392,11 +399,12 @@ template <int M, int N, class W> INLINE void sums(F (&y)[M][N], const Linear &l,
     }
 }
 /// `M` rows from `row` on times one group of 32 columns.
-template <class W, int M> INLINE void tile(const Linear &l, int group, const Step &s, Rows in, int row, int rows, float *out, int stride, int after) {
+template <class W, int M> INLINE void tile(const Linear &l, int group, const Step &s, Rows in, int row, Ahead &ahead, float *out, int stride, int after) {
     constexpr int AT_ONCE = M == 1 ? 32 / LANES : 2;  // registers of columns; a single row takes its weights in one run
     for (int first = 0; first < 32; first += AT_ONCE * LANES) {
         F y[M][AT_ONCE] = {};
-        sums(y, l, group, first, s, in, row, row + M == rows, (const W *)l.weight);
+        sums(y, l, group, first, s, in, row, ahead, (const W *)l.weight);
+        ahead.next += (size_t)l.blocks * ahead.bytes;
         for (int j = 0; j < AT_ONCE; j++) {
             const int column = 32 * group + first + LANES * j;
             F bias = l.bias ? load(l.bias + column) : F{};
@@ -407,9 +415,9 @@ template <class W, int M> INLINE void tile(const Linear &l, int group, const Ste
         }
     }
 }
-template <class W, int M> INLINE void rows_of(const Linear &l, int group, const Step &s, Rows in, int row, int rows, float *out, int stride, int after) {
-    for (; row + M <= rows; row += M) tile<W, M>(l, group, s, in, row, rows, out, stride, after);
-    if constexpr (M > 1) rows_of<W, M - 1>(l, group, s, in, row, rows, out, stride, after);
+template <class W, int M> INLINE void rows_of(const Linear &l, int group, const Step &s, Rows in, int row, int rows, Ahead &ahead, float *out, int stride, int after) {
+    for (; row + M <= rows; row += M) tile<W, M>(l, group, s, in, row, ahead, out, stride, after);
+    if constexpr (M > 1) rows_of<W, M - 1>(l, group, s, in, row, rows, ahead, out, stride, after);
 }
 /// out (rows, stride) = after(in x weight + bias). All threads of the team call it together, as all `omp for` below.
 template <class W> static void linear(const Linear &l, const Step &s, Rows in, int rows, float *out, int stride, int after) {
@@ -417,8 +425,12 @@ template <class W> static void linear(const Linear &l, const Step &s, Rows in, i
     int chunk = l.groups / (8 * s.threads) + 1;
 #pragma omp for collapse(2) schedule(dynamic, chunk)
     for (int row = 0; row < rows; row += HIGH)
-        for (int group = 0; group < l.groups; group++)
-            rows_of<W, ROWS>(l, group, s, in, row, row + HIGH < rows ? row + HIGH : rows, out, stride, after);
+        for (int group = 0; group < l.groups; group++) {
+            const int end = row + HIGH < rows ? row + HIGH : rows, passes = (end - row + ROWS - 1) / ROWS * PARTS;
+            const char *next = (const char *)((const W *)l.weight + (size_t)(group + 1) * l.blocks * 1024);
+            Ahead ahead{next, padded(1024 * (int)sizeof(W) / passes, 64)};
+            rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out, stride, after);
+        }
 }
 
 /// Row `row` of `quants` [k / 32][rows][32], `scales` and `offsets` [k / 32][rows] from k floats (a multiple of 32).
