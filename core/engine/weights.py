@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import json
 import math
 import re
@@ -88,24 +87,12 @@ class Tensors(MutableMapping[str, Tensor]):
         self._bytes_read = math.inf
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._rows(name, 0, None)
-
-    def parts(self, name: str, rows: int) -> Iterator[Tensor]:
-        """So many rows of it at a time: of a large one, the whole need not be in memory. Let go of each part."""
-        for first in itertools.count(0, rows):
-            part = self._rows(name, first, first + rows)
-            if not len(part):
-                return
-            yield part
-            del part  # it would keep the mapping it came from
-
-    def _rows(self, name: str, first: int, last: int | None) -> Tensor:
         if (tensor := self._set[name]) is not None:
-            return tensor if last is None else tensor[first:last]
+            return tensor
         if self._bytes_read > REMAP:
             self._mapped, self._bytes_read = self._remap(), 0
             trim()
-        tensor = self._mapped[name][first:last]
+        tensor = self._mapped[name]
         self._bytes_read += tensor.nbytes
         _check_finite(name, tensor, self._source)
         return tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,8 @@ BLOCK = 32
 WEIGHTS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
 """step.cpp's number of each precision."""
 
-SLICE = 1 << 18
-"""Numbers that are packed at a time: what that needs in between stays small enough to be used again and again, where
-larger memory would come from the system each time, which takes longer than the packing."""
+SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""step.cpp's number of what a checkpoint may store; anything else becomes float32 first."""
 
 ACTIVATION = {"relu": 2, "tanh": 3, "none": 4}
 """step.cpp's number of each value of `weights.ACTIVATIONS`; "none" is the exact GELU."""
@@ -93,19 +92,12 @@ class NativeGPT2:
             return self._keep(padded(tensors.pop(name)))
 
         def linear(name: str) -> c.Linear:
-            weight = tensors.pop(f"{name}.weight").T.contiguous()  # turned at once: slice by slice it takes longer
-            return self._linear(weight.shape, torch.split(weight, rows(weight.shape)), vector(f"{name}.bias"))
-
-        def embedding(name: str) -> c.Linear:
-            shape = config.vocab_size, config.n_embd
-            packed = self._linear(shape, tensors.parts(name, rows(shape)))
-            del tensors[name]
-            return packed
+            return self._linear(tensors.pop(f"{name}.weight").T, vector(f"{name}.bias"))
 
         def norm(name: str) -> c.Norm:
             return c.Norm(vector(f"{name}.weight"), vector(f"{name}.bias"))
 
-        wte = embedding("wte.weight")
+        wte = self._linear(tensors.pop("wte.weight"))
         scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         self._layers = (c.Layer * config.n_layer)(
             *(
@@ -124,7 +116,7 @@ class NativeGPT2:
         self._model = c.Model(
             self._layers,
             wte,
-            embedding("lm_head.weight") if "lm_head.weight" in tensors else wte,
+            self._linear(tensors.pop("lm_head.weight")) if "lm_head.weight" in tensors else wte,
             self._keep(tensors.pop("wpe.weight").float().clone()),
             norm("ln_f"),
             config.n_layer,
@@ -186,34 +178,27 @@ class NativeGPT2:
             self._offsets = torch.zeros(rows, self.wide // BLOCK, dtype=torch.int32)
         self._scores = torch.zeros(threads, 4, round_up(self.config.n_positions, 16))
 
-    def _linear(self, shape: Sequence[int], parts: Iterable[Tensor], bias: int | None = None) -> c.Linear:
-        """Of a weight of `shape` (out, in), that comes in parts of `rows(shape)`."""
-        groups, blocks = (round_up(size, BLOCK) // BLOCK for size in shape)
-        if self.dtype is torch.int8:
-            packed = torch.empty(groups, blocks, 8, 32, dtype=torch.int32)  # four numbers in each
-            scales = torch.empty(groups, blocks, 32, dtype=torch.bfloat16)
-        else:
-            packed, scales = torch.empty(groups, 32 * blocks, 32, dtype=self.dtype), torch.empty(0)
-        step = rows(shape) // BLOCK
-        for part, first in zip(parts, range(0, groups, step), strict=True):
-            to = slice(first, first + step)
-            if self.dtype is torch.int8:
-                quants, scale = quantise(part)
-                fours = (quants.view(torch.uint8) ^ 128).view(torch.int32)  # 0 becomes 128
-                packed[to] = fours.view(-1, 32, blocks, 8).permute(0, 2, 3, 1)
-                scales[to] = scale.view(-1, 32, blocks).transpose(1, 2)
-            else:
-                packed[to] = whole(part).view(-1, 32, 32 * blocks).transpose(1, 2)
+    def _linear(self, weight: Tensor, bias: int | None = None) -> c.Linear:
+        """Of a weight (out, in)."""
+        source = weight if weight.dtype in SOURCES else weight.float()
+        groups, blocks = (round_up(size, BLOCK) // BLOCK for size in source.shape)
+        packed = torch.empty(groups, blocks, 32 * 32, dtype=torch.uint8 if self.dtype is torch.int8 else self.dtype)
+        scales = torch.empty(groups, blocks, 32 if self.dtype is torch.int8 else 0, dtype=torch.bfloat16)
+        self.native.palaver_pack(
+            source.data_ptr(),
+            SOURCES[source.dtype],
+            *source.stride(),
+            *source.shape,
+            packed.data_ptr(),
+            scales.data_ptr(),
+            WEIGHTS[self.dtype],
+            torch.get_num_threads(),
+        )
         return c.Linear(self._keep(packed), self._keep(scales), bias, blocks, groups)
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
-
-
-def rows(shape: Sequence[int]) -> int:
-    """How many rows of an (out, in) weight are packed at a time: a multiple of 32."""
-    return max(1, SLICE // (BLOCK * shape[1])) * BLOCK
 
 
 def padded(vector: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import platform
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ ARM = platform.machine() in ("aarch64", "arm64")
 PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX512-VNNI"]
 """By number; a CPU that runs one runs those before it."""
 
-LAYOUT = 2
-"""Goes up, here and in step.cpp, whenever a structure or a layout changes."""
+LAYOUT = 3
+"""Goes up, here and in step.cpp, whenever a structure, a layout or a function changes."""
 
 
 class Linear(Structure):
@@ -79,6 +79,10 @@ def load(file: Path) -> Any:
     library = ctypes.CDLL(str(file))
     if library.palaver_layout() != LAYOUT:
         raise OSError("it was built from another version of step.cpp")
+    library.palaver_pack.argtypes = [
+        c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32,
+    ]  # fmt: skip
+    library.palaver_pack.restype = None
     library.palaver_step.argtypes = [POINTER(Model), POINTER(Step), c_int32]
     library.palaver_step.restype = None
     library.palaver_logsumexp.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_int32]

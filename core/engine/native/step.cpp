@@ -90,9 +90,61 @@ constexpr int QUERIES = 4;
 #define PATHS 1
 #endif
 
+// How weights are packed, once at start.
+namespace {
+using portable::keep;
+using portable::one;
+struct Half { uint16_t bits; };
+float one(const Half *p) {
+    const uint32_t bits = (uint32_t)(p->bits & 0x7FFF) << 13;
+    float v;
+    memcpy(&v, &bits, 4);
+    return (p->bits >> 15 ? -0x1p112f : 0x1p112f) * v;  // its exponent counts from elsewhere
+}
+/// A block of 32 numbers of 32 columns, x [number][column], as bytes of `fours`, and each column's scale: bfloat16, rounded up, so
+/// that no number is cut off.
+void pack_block(const float (&x)[32][32], uint32_t *fours, uint16_t *scales) {
+    float most[32] = {}, scale[32];
+    for (auto &row : x)
+        for (int i = 0; i < 32; i++) most[i] = fabsf(row[i]) > most[i] ? fabsf(row[i]) : most[i];
+    for (int i = 0; i < 32; i++) {
+        const float exact = most[i] / 127.0f;
+        keep(scales + i, exact);
+        if (one(scales + i) < exact) scales[i]++;
+        scale[i] = one(scales + i) > 1e-30f ? one(scales + i) : 1e-30f;
+    }
+    for (int j = 0; j < 32; j += 4)
+        for (int i = 0; i < 32; i++) {
+            uint32_t four = 0;
+            for (int b = 0; b < 4; b++) four |= (uint32_t)(int)((x[j + b][i] / scale[i] + 12582912.0f) - 12582784.0f) << 8 * b;
+            fours[j / 4 * 32 + i] = four;  // the nearest of each, + 128
+        }
+}
+template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k, int n, int k, void *packed, uint16_t *scales, int weights, int threads) {
+    (void)threads;
+    const int groups = (n + 31) / 32, blocks = (k + 31) / 32;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+    for (int tile = 0; tile < groups * blocks; tile++) {  // in the order in which the source stands
+        const int group = stride_n < stride_k ? tile % groups : tile / blocks, first_n = 32 * group;
+        const int block = stride_n < stride_k ? tile / groups : tile % blocks, first_k = 32 * block;
+        const size_t at = (size_t)group * blocks + block;
+        const int wide = std::min(32, n - first_n), high = std::min(32, k - first_k);
+        float x[32][32] = {};
+        for (int j = 0; j < high; j++) {
+            const S *from = source + first_n * stride_n + (first_k + j) * stride_k;
+            for (int i = 0; i < wide; i++) x[j][i] = one(from + i * stride_n);
+        }
+        if (weights == INT8) pack_block(x, (uint32_t *)packed + at * 256, scales + at * 32);
+        if (weights == FLOAT32) memcpy((float *)packed + at * 1024, x, sizeof x);
+        if (weights == BFLOAT16)
+            for (int i = 0; i < 1024; i++) keep((uint16_t *)packed + at * 1024 + i, x[i / 32][i % 32]);
+    }
+}
+}
+
 extern "C" {
-/// Which version of the structures and layouts this is.
-int palaver_layout() { return 2; }
+/// Which version of the structures, layouts and functions this is.
+int palaver_layout() { return 3; }
 
 /// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI; on Arm 1 is dotprod. All lower ones run too.
 int palaver_best_path() {
@@ -105,6 +157,14 @@ int palaver_best_path() {
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return 1;
 #endif
     return 0;
+}
+
+/// Pack a weight (n, k) of float32 (kind 0), bfloat16 (1) or float16 (2), all finite, whose number (i, j) stands at
+/// i * stride_n + j * stride_k, in a layout above; `scales` is for int8 alone.
+void palaver_pack(const void *source, int kind, int64_t stride_n, int64_t stride_k, int n, int k, void *packed, uint16_t *scales, int weights, int threads) {
+    if (kind == 0) pack((const float *)source, stride_n, stride_k, n, k, packed, scales, weights, threads);
+    if (kind == 1) pack((const uint16_t *)source, stride_n, stride_k, n, k, packed, scales, weights, threads);
+    if (kind == 2) pack((const Half *)source, stride_n, stride_k, n, k, packed, scales, weights, threads);
 }
 
 /// Write the rows' keys and values, and the logits of `wanted` rows. `path` is at most palaver_best_path().

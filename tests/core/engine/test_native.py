@@ -20,7 +20,7 @@ from core.engine import model_runner, weights
 from core.engine.base import BadCheckpoint
 from core.engine.model import GPT2, Batch, Model, Rows
 from core.engine.native import library
-from core.engine.native.gpt2 import NativeGPT2, dequantised, rounded
+from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
 
@@ -163,6 +163,32 @@ def test_quantised_weights_are_near_and_never_cut_off() -> None:
     step = weight.abs().max() / 127
     assert float((near - weight).abs().max()) < 0.51 * step
     assert float((near - weight)[5:].norm() / weight[5:].norm()) < 0.01
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (32, 64), (33, 95), (130, 40)])
+def test_weights_are_packed_as_torch_would(native: Any, n: int, k: int, stored: torch.dtype) -> None:
+    """Row after row, as an embedding stands, and column after column, as GPT-2's linear layers do."""
+    weight = (torch.randn(n, k, generator=torch.Generator().manual_seed(n)) ** 5).to(stored)
+    weight.view(-1)[::7] *= 1e-6  # below float16's normal numbers
+    weight[n // 2] = 0
+    weight[-1, -1] = -6e4
+    groups, blocks = -(-n // 32), -(-k // 32)
+    quants, scale = quantise(weight)
+    bytes_ = (quants.short() + 128).to(torch.uint8).view(groups, 32, blocks, 8, 4).permute(0, 2, 3, 1, 4)
+    columns = whole(weight).view(groups, 32, blocks, 32).permute(0, 2, 3, 1)
+    want = {torch.int8: bytes_, torch.bfloat16: columns.bfloat16(), torch.float32: columns}
+    for source in (weight, weight.T.contiguous().T):
+        for dtype, packed in want.items():
+            got = torch.empty(packed.shape, dtype=packed.dtype)
+            scales = torch.empty(groups, blocks, 32, dtype=torch.bfloat16)
+            native.palaver_pack(
+                *(source.data_ptr(), SOURCES[stored], *source.stride(), n, k),
+                *(got.data_ptr(), scales.data_ptr(), WEIGHTS[dtype], 2),
+            )
+            assert torch.equal(got, packed)
+            if dtype is torch.int8:
+                assert torch.equal(scales, scale.view(groups, 32, blocks).transpose(1, 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -92,27 +92,6 @@ def test_only_what_somebody_holds_takes_memory(checkpoint: Make, monkeypatch: py
     assert not tensors
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_a_large_tensor_comes_in_parts(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    if sys.platform != "linux":
-        pytest.skip("asks /proc")
-    monkeypatch.setattr(weights, "REMAP", 1 << 20)
-    folder = checkpoint("plain", n_layer=1, n_embd=256, vocab_size=20_000, form=form)
-    want = weights.load(folder).tensors.pop("wte.weight").clone()
-    tensors = weights.load(folder).tensors
-    weights.trim()
-    before = most = resident()
-    seen = 0
-    for part in tensors.parts("wte.weight", 96):
-        assert len(part) == min(96, 20_000 - seen) and torch.equal(part, want[seen : seen + len(part)])
-        seen += len(part)
-        most = max(most, resident())
-        del part
-    assert seen == 20_000 and most - before < want.nbytes // 3
-    tensors["wte.weight"] = want[:192]
-    assert torch.equal(torch.cat(list(tensors.parts("wte.weight", 96))), want[:192])
-
-
 def resident() -> int:
     """Bytes."""
     return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
