@@ -100,6 +100,7 @@ async def stop_when_full(folder: Path, seed: int, waiting: int) -> Tally:
         await town.news("telegram", town.sends("telegram") + 1)
         tally.stops.append(await town.stop())
         await town.start()
+        town.say(town.places[0])  # all others may have been answered before the stop; this one needs the next start
         await close(town, tally)
     return tally
 
