@@ -66,10 +66,11 @@ async def test_memory_does_not_grow_with_messages(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(window, "REMEMBERED", 100)  # full soon, as it is after a day
     gc.freeze()  # what other tests have left is not counted, nor looked through again and again
     try:
-        sizes = [objects for objects, _ in await growth(tmp_path, waves=5, count=300, seed=1)]
+        sizes = [objects for objects, _ in await growth(tmp_path, waves=6, count=300, seed=1)]
     finally:
         gc.unfreeze()
-    assert max(sizes[2:]) - sizes[1] < 300, f"{sizes}: less than one object for three messages"
+    grown = min(sizes[3:]) - min(sizes[:3])  # what leaks stays, while timers and weak references come and go
+    assert grown < 300, f"{sizes}: less than one object for three messages"
 
 
 async def test_everything_at_once_for_a_while(tmp_path: Path, silence: None) -> None:
