@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from core.engine import weights
@@ -18,8 +16,8 @@ from core.evaluation import fidelity
 from core.evaluation.fidelity import BAR, compare, main, perplexity, read_examples
 from core.training.datasets import write_tsv
 from core.training.tiny import dialogues
+from tests.checkpoints import EMBEDDED, make_outlying
 
-EMBEDDED = Path(__file__).parents[3] / "core/models/tiny"
 CPU = torch.device("cpu")
 
 
@@ -56,19 +54,8 @@ def test_int8_is_within_the_bar_of_float32(held_out: Path) -> None:
 
 
 def test_int8_bears_a_channel_twenty_times_the_others(held_out: Path, tmp_path: Path) -> None:
-    """As large GPT-2 models have them: in every norm one channel is larger, and the weights that read it smaller, so
-    that float32 computes the same. A scale for a whole row would be spoiled by it; ours is for 32 numbers.
-    """
-    tensors = {name: tensor.float() for name, tensor in load_file(EMBEDDED / "model.safetensors").items()}
-    for layer in range(4):
-        for norm, linear in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_fc")):
-            here, channel = f"transformer.h.{layer}", 11 + 37 * layer
-            tensors[f"{here}.{norm}.weight"][channel] *= 20
-            tensors[f"{here}.{norm}.bias"][channel] *= 20
-            tensors[f"{here}.{linear}.weight"][channel] /= 20
-    for name in ("config.json", "tokenizer.json"):
-        shutil.copy(EMBEDDED / name, tmp_path)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    """A scale for a whole row would be spoiled by it; ours is for 32 numbers."""
+    make_outlying(tmp_path, 20)
     examples = read_examples(EMBEDDED, held_out, 25)
     [(_, plain)] = compare(EMBEDDED, examples, [])
     (_, exact), (_, int8) = compare(tmp_path, examples, ["int8"])
