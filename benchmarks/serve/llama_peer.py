@@ -73,7 +73,9 @@ class Llama(Worker):
         params.n_seq_max = channels
         params.n_batch = params.n_ubatch = ROWS
         params.n_threads = params.n_threads_batch = self.threads
-        params.kv_unified = channels > 1
+        params.kv_unified = (
+            False  # in one pool, B does a quarter fewer replies a second: attention looks at all channels
+        )
         self._ctx = llama_cpp.llama_init_from_model(self._model, params)
         self._memory = llama_cpp.llama_get_memory(self._ctx)
         self._idle = [Slot(number) for number in range(channels)]  # least recently used first
