@@ -150,8 +150,8 @@ def _bars(path: Path, result: dict[str, Any]) -> Path:
                 limits.setdefault(row[title], []).append(precision)
         for limit, names in limits.items():
             axis.axvline(limit, linestyle=":", color="#c1121f", linewidth=1)
-            axis.text(limit, len(peers) - 0.4, ", ".join(names), fontsize=6, color="#c1121f", rotation=45)
-        axis.set_title(f"{title}\n({'more' if MEASURES[title][2] else 'less'} is better)", fontsize=9, pad=18)
+            axis.text(limit, len(peers) - 0.4, ", ".join(names), fontsize=6, color="#c1121f", rotation=30)
+        axis.set_title(f"{title}\n({'more' if MEASURES[title][2] else 'less'} is better)", fontsize=9, pad=30)
         axis.tick_params(labelsize=8)
         if axis is not axes[0][0]:
             axis.set_yticklabels([])
