@@ -12,6 +12,7 @@ from torch import Tensor
 from core.engine.kv_cache import round_up
 from core.engine.model import TILE, Batch
 from core.engine.native import library as c
+from core.engine.native.pages import Arena, zeros
 from core.engine.weights import Checkpoint
 
 BLOCK = 32
@@ -84,6 +85,7 @@ class NativeGPT2:
         self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)
         name = str(dtype).removeprefix("torch.")
         self.how = f"cpu, {name}, native {c.PATHS[self.path]}"
+        self._arena = Arena()
         self._kept: list[Tensor] = []
         self._rows = 0
         tensors = checkpoint.tensors
@@ -132,7 +134,7 @@ class NativeGPT2:
         """(layer, key/value, head, position, head_width); step.cpp says how keys stand in it."""
         config = self.config
         shape = config.n_layer, 2, config.n_head, round_up(capacity, TILE), self.head_width
-        return torch.zeros(shape, dtype=self.kv_dtype)
+        return zeros(shape, self.kv_dtype)
 
     def copy_kv(self, source: Tensor, target: Tensor, count: int) -> None:
         count = round_up(count, 16)
@@ -158,9 +160,9 @@ class NativeGPT2:
             self._x.data_ptr(),
             self._wide.data_ptr(),
             self._mixed.data_ptr(),
-            self._scores.data_ptr(),
             logits.data_ptr(),
-            self._quants.data_ptr(),
+            self._scratch.data_ptr(),
+            self._narrow.data_ptr(),
             self._scales.data_ptr(),
             self._offsets.data_ptr(),
         )
@@ -173,17 +175,18 @@ class NativeGPT2:
             self._rows = rows = round_up(rows, 16)
             self._x, self._mixed = torch.zeros(rows, self.width), torch.zeros(rows, self.width)
             self._wide = torch.zeros(rows, self.wide)
-            self._quants = torch.zeros(rows, self.wide, dtype=torch.int8)
+            self._narrow = torch.zeros(rows, self.wide, dtype=torch.bfloat16)
             self._scales = torch.zeros(rows, self.wide // BLOCK)
             self._offsets = torch.zeros(rows, self.wide // BLOCK, dtype=torch.int32)
-        self._scores = torch.zeros(threads, 4, round_up(self.config.n_positions, 16))
+        self._scratch = torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width)
 
     def _linear(self, weight: Tensor, bias: int | None = None) -> c.Linear:
         """Of a weight (out, in)."""
         source = weight if weight.dtype in SOURCES else weight.float()
         groups, blocks = (round_up(size, BLOCK) // BLOCK for size in source.shape)
-        packed = torch.empty(groups, blocks, 32 * 32, dtype=torch.uint8 if self.dtype is torch.int8 else self.dtype)
-        scales = torch.empty(groups, blocks, 32 if self.dtype is torch.int8 else 0, dtype=torch.bfloat16)
+        is_int8 = self.dtype is torch.int8
+        packed = self._arena.empty((groups, blocks, 32 * 32), torch.uint8 if is_int8 else self.dtype)
+        scales = self._arena.empty((groups, blocks, 32), torch.bfloat16) if is_int8 else torch.empty(0)
         self.native.palaver_pack(
             source.data_ptr(),
             SOURCES[source.dtype],

@@ -14,10 +14,10 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 ARM = platform.machine() in ("aarch64", "arm64")
-PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX512-VNNI"]
+PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX512-VNNI", "AVX512-BF16"]
 """By number; a CPU that runs one runs those before it."""
 
-LAYOUT = 3
+LAYOUT = 4
 """Goes up, here and in step.cpp, whenever a structure, a layout or a function changes."""
 
 
@@ -57,8 +57,8 @@ class Step(Structure):
         ("spans", POINTER(Span)), ("ids", POINTER(c_int32)), ("positions", POINTER(c_int32)),
         ("wanted", POINTER(c_int32)),
         ("n_spans", c_int32), ("rows", c_int32), ("n_wanted", c_int32), ("threads", c_int32),
-        ("x", c_void_p), ("wide", c_void_p), ("mixed", c_void_p), ("scores", c_void_p), ("logits", c_void_p),
-        ("quants", c_void_p), ("scales", c_void_p), ("offsets", c_void_p),
+        ("x", c_void_p), ("wide", c_void_p), ("mixed", c_void_p), ("logits", c_void_p), ("scratch", c_void_p),
+        ("narrow", c_void_p), ("scales", c_void_p), ("offsets", c_void_p),
     ]  # fmt: skip
 
 

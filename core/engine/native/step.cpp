@@ -3,17 +3,19 @@
 //
 // A row's numbers are the same bits alone, in any batch, with its prompt cut anyhow, on any number of threads: integers
 // add up exactly, and floats are added lane by lane in an order that only the row's own position decides. The paths
-// below agree too, but for the portable one with float weights: it has no fused multiply-add (and nothing is fused that
-// is not written so: build with -ffp-contract=off). What is not finite stays so: in int8 a block with such a number gets
-// the scale NaN, and so do all logits of its row, and of its row alone.
+// below agree too, but for two: the portable one has no fused multiply-add (and nothing is fused that is not written so:
+// build with -ffp-contract=off), and AVX512-BF16 rounds to bfloat16 what meets bfloat16. What is not finite stays so: in
+// int8 a block with such a number gets the scale NaN, and so do all logits of its row, and of its row alone.
 //
-// Layouts, all padded with zeros; a group of 32 columns is read in one run:
-//   weight   [n / 32][k][32 columns]             float32 or bfloat16
+// Layouts, all padded with zeros; a group of 32 columns is read in one run. PER numbers share 32 bits: 1 of float32, 2 of
+// bfloat16:
+//   weight   [n / 32][k / PER][32 columns][PER]  float32 or bfloat16
 //            [n / 32][k / 32][8][32 columns][4]  int8: w + 128 as uint8
 //   scale    [n / 32][k / 32][32 columns]        bfloat16, int8 only: w = (byte - 128) * scale
 //   kv       [layer][2][head][capacity][width]   float32 beside float32 weights, else bfloat16; width is head_dim rounded
 //                                                up to 16; keys stand transposed in tiles of 16 positions
-//                                                ([capacity / 16][width][16]), values plainly
+//                                                ([capacity / 16][width / PER][16][PER]), values as
+//                                                [capacity / PER][width][PER]
 //
 // The lower half of the file is compiled once for each path, by including itself; `PATH` names the path.
 #ifndef PATH
@@ -47,8 +49,9 @@ struct Model {
 struct Span { void *kv; int32_t capacity, start, count, row; };  // `count` rows of a sequence, from `row` of the batch
 struct Step {
     const Span *spans; const int32_t *ids, *positions, *wanted; int32_t n_spans, rows, n_wanted, threads;
-    float *x, *wide, *mixed, *scores, *logits;              // rows x e, rows x wide, rows x e, threads x 4 x positions
-    int8_t *quants; float *scales; int32_t *offsets;        // rows x wide; and for each block of 32 of it
+    float *x, *wide, *mixed, *logits;                       // rows x e, rows x wide, rows x e
+    float *scratch;                                         // threads x 4 x (positions + head width)
+    void *narrow; float *scales; int32_t *offsets;          // rows x wide, as products read them; int8: for each block of 32
 };
 }
 
@@ -56,6 +59,7 @@ namespace {
 enum Weights { INT8, BFLOAT16, FLOAT32 };
 enum After { STORE, ADD, RELU, TANH, ERF };
 constexpr int QUERIES = 4;
+template <class K> constexpr int PER = 4 / sizeof(K);
 }
 #define INLINE static inline __attribute__((always_inline))
 
@@ -63,7 +67,7 @@ constexpr int QUERIES = 4;
 #include "step.cpp"
 #undef PATH
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PATHS 3
+#define PATHS 4
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define PATH avx2
@@ -74,6 +78,11 @@ constexpr int QUERIES = 4;
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni")
 #define PATH avx512vnni
 #define PATH_AVX512
+#include "step.cpp"
+#undef PATH
+#pragma GCC target("avx512bf16")
+#define PATH avx512bf16
+#define PATH_BF16
 #include "step.cpp"
 #undef PATH
 #pragma GCC pop_options
@@ -137,21 +146,23 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
         if (weights == INT8) pack_block(x, (uint32_t *)packed + at * 256, scales + at * 32);
         if (weights == FLOAT32) memcpy((float *)packed + at * 1024, x, sizeof x);
         if (weights == BFLOAT16)
-            for (int i = 0; i < 1024; i++) keep((uint16_t *)packed + at * 1024 + i, x[i / 32][i % 32]);
+            for (int i = 0; i < 1024; i++) keep((uint16_t *)packed + at * 1024 + i, x[i / 64 * 2 + i % 2][i % 64 / 2]);
     }
 }
 }
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 3; }
+int palaver_layout() { return 4; }
 
-/// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI; on Arm 1 is dotprod. All lower ones run too.
+/// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI, 3 AVX512-BF16; on Arm 1 is dotprod. All lower
+/// ones run too.
 int palaver_best_path() {
-#if PATHS == 3
+#if PATHS == 4
     __builtin_cpu_init();
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-    if (wide && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) return 2;
+    if (wide && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #elif PATHS == 2
     if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return 1;
@@ -169,7 +180,8 @@ void palaver_pack(const void *source, int kind, int64_t stride_n, int64_t stride
 
 /// Write the rows' keys and values, and the logits of `wanted` rows. `path` is at most palaver_best_path().
 void palaver_step(const Model *model, const Step *step, int path) {
-#if PATHS == 3
+#if PATHS == 4
+    if (path == 3) return avx512bf16::run(*model, *step);
     if (path == 2) return avx512vnni::run(*model, *step);
     if (path == 1) return avx2::run(*model, *step);
 #elif PATHS == 2
@@ -223,13 +235,13 @@ template <typename F, typename I> INLINE double logsumexp(const float *x, int n)
 }
 typedef float Floats4 __attribute__((vector_size(16)));
 typedef int32_t Integers4 __attribute__((vector_size(16)));
-#if PATHS == 3
+#if PATHS == 4
 typedef float Floats8 __attribute__((vector_size(32)));
 typedef int32_t Integers8 __attribute__((vector_size(32)));
 __attribute__((target("avx2"))) double logsumexp_avx2(const float *x, int n) { return logsumexp<Floats8, Integers8>(x, n); }
 #endif
 double logsumexp_of(const float *x, int n, int path) {
-#if PATHS == 3
+#if PATHS == 4
     if (path > 0) return logsumexp_avx2(x, n);
 #endif
     (void)path;
@@ -291,7 +303,9 @@ typedef int8_t B __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 INLINE F load(const float *p) { return *(const F *)p; }
 INLINE void store(float *p, F v) { *(F *)p = v; }
-#if defined(PATH_AVX2)  // what GCC 12 makes of the line below takes four instructions more
+#if defined(PATH_AVX512)  // what GCC 12 makes of the last of these takes four instructions more
+INLINE F load(const uint16_t *p) { return (F)((I)_mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256((const __m256i *)p)) << 16); }
+#elif defined(PATH_AVX2)
 INLINE F load(const uint16_t *p) { return (F)((I)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)) << 16); }
 #else
 INLINE F load(const uint16_t *p) { return (F)(__builtin_convertvector(*(const H *)p, I) << 16); }
@@ -325,6 +339,35 @@ INLINE F fused(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t
 #else
 INLINE F fused(F a, F b, F c) { return a * b + c; }
 #endif
+
+/// Words of 32 bits with PER numbers each, and the numbers they are multiplied with: Met<W>. sum + word j . x[0 .. PER)
+template <class W> struct Meets { typedef float Number; };
+template <> struct Meets<uint8_t> { typedef int8_t Number; };
+INLINE F words(const float *p) { return *(const F *)p; }
+INLINE I words(const uint16_t *p) { return *(const I *)p; }
+INLINE F plus(F sum, F word, const float *x) { return fused(word, all(*x), sum); }
+#if defined(PATH_BF16)
+template <> struct Meets<uint16_t> { typedef uint16_t Number; };
+INLINE F plus(F sum, I word, const uint16_t *x) {
+    int32_t two;
+    memcpy(&two, x, 4);
+    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)word, (__m512bh)_mm512_set1_epi32(two));
+}
+INLINE void put(uint16_t *to, F v) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+#else
+INLINE F plus(F sum, I word, const float *x) {
+    return fused((F)(word & -0x10000), all(x[1]), fused((F)(word << 16), all(x[0]), sum));
+}
+INLINE void put(uint16_t *to, F v) {
+    for (int i = 0; i < LANES; i++) keep(to + i, v[i]);
+}
+#endif
+template <class W> using Met = typename Meets<W>::Number;
+/// The first number of each word alone.
+INLINE F first(F word) { return word; }
+INLINE I first(I word) { return word & 0xFFFF; }
+INLINE void put(float *to, F v) { store(to, v); }
+
 /// from, from + 1, ...
 INLINE I count(int from) {
     I v;
@@ -367,7 +410,7 @@ INLINE F activate(F y, int after) {
 
 /// dot4: sum[j] += the 4 bytes of column j . x[0..3], exactly.
 #if defined(PATH_AVX512)
-constexpr int ROWS = 5;  // of a tile: what the registers hold
+constexpr int ROWS = 8;  // of a tile
 INLINE I dots_from(int32_t offset) { return I{} + offset; }
 INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
     sum = (I)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
@@ -399,18 +442,15 @@ INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
 #endif
 #endif
 
-/// What a product reads: rows of floats, or the step's quants, which were made of them.
+/// What a product reads: rows of floats, or what `narrow` has of them.
 struct Rows { const float *x; int stride; };
 
-/// The next group's weights come near while this one's are multiplied: an even share, `bytes`, with each block of 32
-/// numbers of each tile. A single row only reads, and takes all that is next; floats come faster when left alone.
+/// Where a tile takes a group in parts, and so reads with gaps, the next group's weights are fetched while this one's are
+/// multiplied: an even share, `bytes`, with each block of 32 numbers of each tile. What is read in one run comes by itself.
 struct Ahead { const char *next; int bytes; };
-template <int M, class W> INLINE void fetch(const Ahead &ahead, int block, int step, int steps) {
-    constexpr int ALL = 1024 * sizeof(W);
-    if (M > 1)
+template <int M> INLINE void fetch(const Ahead &ahead, int block, int step, int steps) {
+    if (PARTS > 1 && M > 1)
         for (int i = 64 * step; i < ahead.bytes; i += 64 * steps) __builtin_prefetch(ahead.next + (size_t)block * ahead.bytes + i);
-    else if (sizeof(W) < 4)
-        for (int i = 0; i < ALL / steps; i += 64) __builtin_prefetch(ahead.next + (size_t)block * ALL + step * (ALL / steps) + i);
 }
 
 /// y += rows x columns `first`, first + 1, ... of a group.
@@ -419,12 +459,12 @@ template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int grou
     w += (size_t)group * l.blocks * 1024 + 4 * first;
     for (int b = 0; b < l.blocks; b++, w += 1024, scale += 32) {
         const size_t at = (size_t)b * s.rows + row;
-        const int8_t *x = s.quants + 32 * at;
+        const int8_t *x = (const int8_t *)s.narrow + 32 * at;
         I dots[M][N];
         for (int m = 0; m < M; m++)
             for (int j = 0; j < N; j++) dots[m][j] = dots_from(s.offsets[at + m]);
         for (int i = 0; i < 8; i++, x += 4) {
-            fetch<M, uint8_t>(ahead, b, i, 8);
+            fetch<M>(ahead, b, i, 8);
             for (int m = 0; m < M; m++) {
                 int32_t four;
                 memcpy(&four, x + 32 * m, 4);
@@ -438,21 +478,19 @@ template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int grou
     }
 }
 /// W is float, or uint16_t for bfloat16.
-template <int M, int N, class W> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &, Rows rows, int row, const Ahead &ahead, const W *w) {
-    constexpr int RUN = 256;  // one long sum would lose more
+template <int M, int N, class W> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows rows, int row, const Ahead &ahead, const W *w) {
+    constexpr int RUN = 256, STEPS = 32 / PER<W>;  // one long sum would lose more
     const int k = 32 * l.blocks;
-    const float *x = rows.x + (size_t)row * rows.stride;
-    w += (size_t)group * k * 32 + first;
+    const Met<W> *x = (sizeof(Met<W>) == 4 ? (const Met<W> *)rows.x : (const Met<W> *)s.narrow) + (size_t)row * rows.stride;
+    w += (size_t)group * k * 32 + first * PER<W>;
     for (int from = 0; from < k; from += RUN) {
         F part[M][N] = {};
-        for (int i = from; i < k && i < from + RUN; i++, w += 32) {
-            fetch<M, W>(ahead, i / 32, i % 32, 32);
-            F columns[N];
-            for (int j = 0; j < N; j++) columns[j] = load(w + LANES * j);
-            for (int m = 0; m < M; m++) {
-                const F number = all(x[(size_t)m * rows.stride + i]);
-                for (int j = 0; j < N; j++) part[m][j] = fused(columns[j], number, part[m][j]);
-            }
+        for (int i = from; i < k && i < from + RUN; i += PER<W>, w += 32 * PER<W>) {
+            fetch<M>(ahead, i / 32, i % 32 / PER<W>, STEPS);
+            decltype(words(w)) columns[N];
+            for (int j = 0; j < N; j++) columns[j] = words(w + LANES * PER<W> * j);
+            for (int m = 0; m < M; m++)
+                for (int j = 0; j < N; j++) part[m][j] = plus(part[m][j], columns[j], x + (size_t)m * rows.stride + i);
         }
         for (int m = 0; m < M; m++)
             for (int j = 0; j < N; j++) y[m][j] += part[m][j];
@@ -493,8 +531,13 @@ template <class W> static void linear(const Linear &l, const Step &s, Rows in, i
         }
 }
 
-/// Row `row` of `quants` [k / 32][rows][32], `scales` and `offsets` [k / 32][rows] from k floats (a multiple of 32).
-INLINE void quantise(const float *x, int k, const Step &s, int row) {
+/// Row `row` of `narrow`, if products read that, from k floats (a multiple of 32), as they stand: int8 [k / 32][rows][32]
+/// with `scales` and `offsets` [k / 32][rows], bfloat16 [rows][k].
+INLINE void narrow(const float *, int, const Step &, int, const float *) {}
+INLINE void narrow(const float *x, int k, const Step &s, int row, const uint16_t *) {
+    for (int i = 0; i < k; i += LANES) put((uint16_t *)s.narrow + (size_t)row * k + i, load(x + i));
+}
+INLINE void narrow(const float *x, int k, const Step &s, int row, const int8_t *) {
     for (int b = 0; b < k / 32; b++, x += 32) {
         I sizes[PARTS] = {};  // floats above 0 compare as their bits do, infinity and NaN above all
         for (int i = 0; i < 32; i += LANES) {
@@ -510,7 +553,7 @@ INLINE void quantise(const float *x, int k, const Step &s, int row) {
         I totals{};
         for (int i = 0; i < 32; i += LANES) {
             I q = (I)(load(x + i) * inverse + 12582912.0f) - 0x4B400000;
-            *(B *)(s.quants + at * 32 + i) = __builtin_convertvector(q, B);
+            *(B *)((int8_t *)s.narrow + at * 32 + i) = __builtin_convertvector(q, B);
             totals += q;
         }
         for (int i = 0; i < LANES; i++) total += totals[i];
@@ -539,14 +582,14 @@ template <class W> static void norm_rows(const Norm &n, const Model &m, const St
     for (int row = 0; row < s.rows; row++) {
         float *out = s.mixed + (size_t)row * width;
         norm(s.x + (size_t)row * width, n, m, out);
-        if (sizeof(W) == 1) quantise(out, width, s, row);
+        narrow(out, width, s, row, (const Met<W> *)nullptr);
     }
 }
 /// Before a product reads `x` (rows, k).
 template <class W> static void ready(const float *x, int k, const Step &s) {
-    if (sizeof(W) > 1) return;
+    if (sizeof(Met<W>) == 4) return;
 #pragma omp for
-    for (int row = 0; row < s.rows; row++) quantise(x + (size_t)row * k, k, s, row);
+    for (int row = 0; row < s.rows; row++) narrow(x + (size_t)row * k, k, s, row, (const Met<W> *)nullptr);
 }
 
 /// Number `i` of row `n` of a weight.
@@ -555,7 +598,7 @@ INLINE float unpacked(const Linear &l, int n, int i, const uint8_t *w) {
     return (float)(w[block * 1024 + i % 32 / 4 * 128 + n % 32 * 4 + i % 4] - 128) * one(l.scale + block * 32 + n % 32);
 }
 template <class W> INLINE float unpacked(const Linear &l, int n, int i, const W *w) {
-    return one(w + ((size_t)(n / 32) * l.blocks * 32 + i) * 32 + n % 32);
+    return one(w + ((size_t)(n / 32) * l.blocks * 32 + i / PER<W> * PER<W>) * 32 + n % 32 * PER<W> + i % PER<W>);
 }
 /// x = wte[id] + wpe[position]; the embedding is read back from its packed form.
 template <class W> static void embed(const Model &m, const Step &s) {
@@ -568,66 +611,97 @@ template <class W> static void embed(const Model &m, const Step &s) {
         }
 }
 
-template <class K> struct Head { const float *qkv; const K *keys, *values; float *out, *scores; int stride, dim, width, out_stride; float scale; };
+template <class K> struct Head { const float *qkv; const K *keys, *values; float *out, *scratch; int stride, dim, width, out_stride, room; float scale; };
 
-/// `Q` queries of one head, the first at `position` and row `row` of the span; each sees the keys up to its own.
-template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int row, int room) {
-    const int end = padded(position + Q, 16);
-    F best[Q][PARTS], total[Q][PARTS] = {};
-    for (int q = 0; q < Q; q++)
-        for (int j = 0; j < PARTS; j++) best[q][j] = all(-INFINITY);
-    for (int t = 0; t < end; t += 16) {
-        F dots[Q][PARTS] = {};
-        for (int d = 0; d < h.dim; d++)
+/// Sums at a time that do not wait for each other, of one query or of several.
+template <int Q> constexpr int APART = LANES == 16 || Q == 1 ? 4 : 1;
+
+/// Scores of `Q` queries, the first at `position`, for 16 * T keys from `t` on; `best` is the highest of each.
+template <int Q, int T, class K> INLINE void score(const Head<K> &h, const Met<K> *queries, int position, int t, F (&best)[Q][PARTS]) {
+    F dots[T][Q][PARTS] = {};
+    for (int d = 0; d < h.dim; d += PER<K>)
+        for (int i = 0; i < T; i++)
             for (int j = 0; j < PARTS; j++) {
-                F key = load(h.keys + (size_t)t * h.width + 16 * d + LANES * j);
-                for (int q = 0; q < Q; q++) dots[q][j] += key * h.qkv[(size_t)(row + q) * h.stride + d];
+                const auto keys = words(h.keys + (size_t)(t + 16 * i) * h.width + 16 * d + LANES * PER<K> * j);
+                for (int q = 0; q < Q; q++) dots[i][q][j] = plus(dots[i][q][j], keys, queries + q * h.width + d);
             }
+    for (int i = 0; i < T; i++)
         for (int q = 0; q < Q; q++)
             for (int j = 0; j < PARTS; j++) {
-                F score = count(t + LANES * j) <= position + q ? dots[q][j] * h.scale : all(-INFINITY);
-                store(h.scores + q * room + t + LANES * j, score);
+                const int at = t + 16 * i + LANES * j;
+                F score = count(at) <= position + q ? dots[i][q][j] * h.scale : all(-INFINITY);
+                store(h.scratch + q * h.room + at, score);
                 best[q][j] = score > best[q][j] ? score : best[q][j];
             }
-    }
+}
+/// 16 * D numbers from `d` on of the values, each times its weight, which stand `room` floats apart for each query.
+template <int Q, int D, class K> INLINE void blend(const Head<K> &h, const float *weights, int position, int row, int d, const float (&scale)[Q]) {
+    F mixed[Q][D][PARTS] = {};
+    const Met<K> *x[Q];
+    for (int q = 0; q < Q; q++) x[q] = (const Met<K> *)(weights + q * h.room);
+    const K *values = h.values + d * PER<K>;
+    int p = 0;
+    for (; p + PER<K> <= position + 1; p += PER<K>)  // what all queries see
+        for (int i = 0; i < D; i++)
+            for (int j = 0; j < PARTS; j++) {
+                const auto value = words(values + (size_t)p * h.width + (16 * i + LANES * j) * PER<K>);
+                for (int q = 0; q < Q; q++) mixed[q][i][j] = plus(mixed[q][i][j], value, x[q] + p);
+            }
+    for (int q = 0; q < Q; q++)  // what is left, up to its own: 0 times a value that is not finite would be NaN
+        for (int own = p; own <= position + q; own += PER<K>)
+            for (int i = 0; i < D; i++)
+                for (int j = 0; j < PARTS; j++) {
+                    auto value = words(values + (size_t)own * h.width + (16 * i + LANES * j) * PER<K>);
+                    if (own == position + q) value = first(value);
+                    mixed[q][i][j] = plus(mixed[q][i][j], value, x[q] + own);
+                }
+    for (int q = 0; q < Q; q++)
+        for (int i = 0; i < D; i++) {
+            for (int j = 0; j < PARTS; j++) mixed[q][i][j] *= scale[q];
+            const int left = h.dim - d - 16 * i;
+            if (left > 0) memcpy(h.out + (size_t)(row + q) * h.out_stride + d + 16 * i, mixed[q][i], sizeof(float) * (left < 16 ? left : 16));
+        }
+}
+/// `Q` queries of one head, the first at `position` and row `row` of the span; each sees the keys up to its own.
+template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int row) {
+    constexpr int T = APART<Q>, D = APART<Q>;
+    const int end = padded(position + Q, 16);
+    float *weights = h.scratch, scale[Q];
+    Met<K> *queries = (Met<K> *)(weights + QUERIES * h.room);
+    for (int q = 0; q < Q; q++)
+        for (int d = 0; d < h.width; d += LANES)
+            put(queries + q * h.width + d, count(d) < h.dim ? load(h.qkv + (size_t)(row + q) * h.stride + d) : F{});
+    F best[Q][PARTS];
+    for (int q = 0; q < Q; q++)
+        for (int j = 0; j < PARTS; j++) best[q][j] = all(-INFINITY);
+    int t = 0;
+    for (; t + 16 * T <= end; t += 16 * T) score<Q, T>(h, queries, position, t, best);
+    for (; t < end; t += 16) score<Q, 1>(h, queries, position, t, best);
     for (int q = 0; q < Q; q++) {
         const float top = max<float>(best[q]);
-        for (int t = 0; t < end; t += 16)
-            for (int j = 0; j < PARTS; j++) {
-                float *at = h.scores + q * room + t + LANES * j;
-                F weight = exp(load(at) - top);
-                weight = count(t + LANES * j) <= position + q ? weight : F{};
-                store(at, weight);
-                total[q][j] += weight;
-            }
-    }
-    for (int d = 0; d < h.width; d += 16) {
-        F mixed[Q][PARTS] = {};
-        for (int p = 0; p <= position; p++)
-            for (int j = 0; j < PARTS; j++) {
-                F value = load(h.values + (size_t)p * h.width + d + LANES * j);
-                for (int q = 0; q < Q; q++) mixed[q][j] += value * h.scores[q * room + p];
-            }
-        for (int i = 1; i < Q; i++)  // not for the queries before: 0 times a value that is not finite is NaN
-            for (int j = 0; j < PARTS; j++) {
-                F value = load(h.values + (size_t)(position + i) * h.width + d + LANES * j);
-                for (int q = i; q < Q; q++) mixed[q][j] += value * h.scores[q * room + position + i];
-            }
-        for (int q = 0; q < Q; q++) {
-            const float scale = 1.0f / sum(total[q]);
-            for (int j = 0; j < PARTS; j++) mixed[q][j] *= scale;
-            memcpy(h.out + (size_t)(row + q) * h.out_stride + d, mixed[q], sizeof(float) * (h.dim - d < 16 ? h.dim - d : 16));
+        float *from = weights + q * h.room;
+        F total[PARTS] = {};
+        for (t = 0; t < end; t += LANES) {  // a weight may be half as wide as its score, whose place it takes
+            F weight = exp(load(from + t) - top);
+            weight = count(t) <= position + q ? weight : F{};
+            put((Met<K> *)from + t, weight);
+            total[t / LANES % PARTS] += weight;
         }
+        scale[q] = 1.0f / sum(total);
     }
+    int d = 0;
+    for (; d + 16 * D <= h.width; d += 16 * D) blend<Q, D>(h, weights, position, row, d, scale);
+    for (; d < h.width; d += 16) blend<Q, 1>(h, weights, position, row, d, scale);
 }
-template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &span, int i, int room) {
-    for (; i + Q <= span.count; i += Q) attend<Q>(h, span.start + i, i, room);
-    if constexpr (Q > 1) queries_of<Q - 1>(h, span, i, room);
+template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &span, int i) {
+    for (; i + Q <= span.count; i += Q) attend<Q>(h, span.start + i, i);
+    if constexpr (Q > 1) queries_of<Q - 1>(h, span, i);
 }
 /// Write keys and values of every sequence, then attend; a head of a sequence is one thread's.
-template <class K> static void attention(const Model &m, const Step &s, int layer, float *scores) {
+template <class K> static void attention(const Model &m, const Step &s, int layer) {
     const int e = m.n_embd, dim = e / m.n_head, width = padded(dim, 16), room = padded(m.n_positions, 16);
     const int stride = padded(3 * e, 32), out_stride = padded(e, 32);
+    float *scratch = s.scratch + (size_t)omp_get_thread_num() * QUERIES * (room + width);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int i = 0; i < s.n_spans; i++)
         for (int head = 0; head < m.n_head; head++) {
@@ -635,32 +709,33 @@ template <class K> static void attention(const Model &m, const Step &s, int laye
             const size_t plane = (size_t)span.capacity * width;
             K *keys = (K *)span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
             const float *qkv = s.wide + (size_t)span.row * stride + head * dim;
-            for (int r = 0; r < span.count; r++)
-                for (int d = 0; d < dim; d++) {
-                    const int p = span.start + r;
-                    keep(keys + (size_t)(p / 16 * 16) * width + 16 * d + p % 16, qkv[(size_t)r * stride + e + d]);
-                    keep(values + (size_t)p * width + d, qkv[(size_t)r * stride + 2 * e + d]);
-                }
+            for (int r = 0; r < span.count; r++) {
+                const int p = span.start + r;
+                const float *key = qkv + (size_t)r * stride + e, *value = key + e;
+                K *to = keys + (size_t)(p / 16 * 16) * width + p % 16 * PER<K>;
+                for (int d = 0; d < padded(dim, PER<K>); d++) keep(to + d / PER<K> * 16 * PER<K> + d % PER<K>, d < dim ? key[d] : 0);
+                to = values + (size_t)(p / PER<K> * PER<K>) * width + p % PER<K>;
+                for (int d = 0; d < dim; d++) keep(to + d * PER<K>, value[d]);
+            }
             float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
-            Head<K> h{qkv, keys, values, out, scores, stride, dim, width, out_stride, m.layers[layer].attention_scale};
-            queries_of<QUERIES>(h, span, 0, room);
+            Head<K> h{qkv, keys, values, out, scratch, stride, dim, width, out_stride, room, m.layers[layer].attention_scale};
+            queries_of<QUERIES>(h, span, 0);
         }
 }
 
 /// W: weights as they are kept, K: keys and values.
 template <class W, class K> static void forward(const Model &m, const Step &s) {
-    const int width = padded(m.n_embd, 32), room = padded(m.n_positions, 16);
+    const int width = padded(m.n_embd, 32);
     const Rows mixed{s.mixed, width};
 #pragma omp parallel num_threads(s.threads)
     {
-        float *scores = s.scores + (size_t)omp_get_thread_num() * QUERIES * room;
         embed<W>(m, s);
         for (int i = 0; i < m.n_layer; i++) {
             const Layer &h = m.layers[i];
             const int wide = 32 * h.c_fc.groups;
             norm_rows<W>(h.ln_1, m, s);
             linear<W>(h.c_attn, s, mixed, s.rows, s.wide, 32 * h.c_attn.groups, STORE);
-            attention<K>(m, s, i, scores);
+            attention<K>(m, s, i);
             ready<W>(s.mixed, width, s);
             linear<W>(h.attn_c_proj, s, mixed, s.rows, s.x, width, ADD);
             norm_rows<W>(h.ln_2, m, s);
@@ -671,7 +746,7 @@ template <class W, class K> static void forward(const Model &m, const Step &s) {
 #pragma omp for
         for (int i = 0; i < s.n_wanted; i++) {
             norm(s.x + (size_t)s.wanted[i] * width, m.ln_f, m, s.mixed + (size_t)i * width);
-            if (sizeof(W) == 1) quantise(s.mixed + (size_t)i * width, width, s, i);
+            narrow(s.mixed + (size_t)i * width, width, s, i, (const Met<W> *)nullptr);
         }
         linear<W>(m.lm_head, s, mixed, s.n_wanted, s.logits, 32 * m.lm_head.groups, STORE);
     }

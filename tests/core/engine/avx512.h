@@ -31,7 +31,44 @@ WRITTEN_OUT __m512i written_set1(int value) {
     for (int i = 0; i < 16; i++) all[i] = value;
     return written_loadu(all);
 }
+/// Sixteen numbers of 16 bits as ones of 32, where `mask` has a bit.
+WRITTEN_OUT __m512i written_widen(unsigned short mask, __m256i v) {
+    unsigned short from[16];
+    unsigned to[16];
+    __builtin_memcpy(from, &v, 32);
+    for (int i = 0; i < 16; i++) to[i] = mask >> i & 1 ? from[i] : 0;
+    return written_loadu(to);
+}
+/// sum + two products of bfloat16 in each 32 bits, the upper ones first. (Numbers below the normal ones stay here.)
+WRITTEN_OUT __m512 written_dpbf16(__m512 sum, __m512i a, __m512i b) {
+    unsigned x[16], y[16];
+    __builtin_memcpy(x, &a, 64);
+    __builtin_memcpy(y, &b, 64);
+    for (int half = 1; half >= 0; half--)
+        for (int i = 0; i < 16; i++) {
+            unsigned bits[2] = {half ? x[i] & 0xFFFF0000u : x[i] << 16, half ? y[i] & 0xFFFF0000u : y[i] << 16};
+            float one[2];
+            __builtin_memcpy(one, bits, 8);
+            sum[i] = __builtin_fmaf(one[0], one[1], sum[i]);
+        }
+    return sum;
+}
+/// The nearest bfloat16 of each float; NaN stays NaN.
+WRITTEN_OUT __m256i written_narrow(__m512 v) {
+    unsigned bits[16];
+    unsigned short to[16];
+    __builtin_memcpy(bits, &v, 64);
+    for (int i = 0; i < 16; i++)
+        to[i] = (bits[i] & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (bits[i] + 0x7FFF + (bits[i] >> 16 & 1)) >> 16;
+    __m256i all;
+    __builtin_memcpy(&all, to, 32);
+    return all;
+}
 
+#define __m512bh __m512i
+#define _mm512_dpbf16_ps written_dpbf16
+#define _mm512_cvtneps_pbh written_narrow
+#define _mm512_maskz_cvtepu16_epi32 written_widen
 #define _mm512_fmadd_ps written_fmadd
 #define _mm512_dpbusd_epi32 written_dpbusd
 #define _mm512_loadu_si512 written_loadu

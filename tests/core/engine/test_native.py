@@ -60,16 +60,20 @@ def native(built: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def paths(native: Any, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, int]]:
-    """A library and a path of it: AVX512-VNNI's with its instructions written out for AVX2, then all this CPU runs."""
+    """A library and a path of it: AVX512's two with their instructions written out for AVX2, then all this CPU runs."""
     own = [(native, path) for path in range(native.palaver_best_path() + 1)]
     if library.ARM or len(own) == 1:
         return own
     folder = tmp_path_factory.mktemp("avx512")
-    parts = SOURCE.read_text().split("avx512f,avx512bw,avx512vl,avx512vnni")
-    assert len(parts) == 2, "only the path's target names its instructions"
-    (folder / "step.cpp").write_text("avx2,fma".join(parts))
+    text = SOURCE.read_text()
+    for target in ("avx512f,avx512bw,avx512vl,avx512vnni", "avx512bf16"):
+        parts = text.split(f'target("{target}")')
+        assert len(parts) == 2, "only the path's target names its instructions"
+        text = 'target("avx2,fma")'.join(parts)
+    (folder / "step.cpp").write_text(text)
     more = "-include", str(Path(__file__).with_name("avx512.h")), "-O1", "-Wno-maybe-uninitialized"
-    return [(library.load(compiled(folder / "step.cpp", folder / "step.so", *more)), 2), *own]
+    written_out = library.load(compiled(folder / "step.cpp", folder / "step.so", *more))
+    return [(written_out, 2), (written_out, 3), *own]
 
 
 def run(model: Model, ids: list[int], counts: list[int], mates: Callable[[], int] = lambda: 0) -> Tensor:
@@ -95,13 +99,18 @@ def test_every_path_batch_cut_and_thread_count_gives_the_same_bits(
     models = [NativeGPT2(weights.load(checkpoint(shape)), native, dtype, path) for native, path in paths]
     config = models[0].config
     [ids] = prompts([min(config.n_positions, 170)], config.vocab_size)
-    reached = run(models[-1], ids, [len(ids)])
+    reached = run(next((m for m in models if m.path == 1), models[-1]), ids, [len(ids)])
+    exact = run(NativeGPT2(weights.load(checkpoint(shape)), paths[-1][0], torch.float32), ids, [len(ids)])
     assert reached.isfinite().all() and reached.std() > 0.1
     rng = random.Random(shape)
     for model in models:
         whole = run(model, ids, [len(ids)])
-        if model.path == 0 and dtype is not torch.int8 and not library.ARM:  # without fused multiply-adds
-            assert float((whole - reached).std() / reached.std()) < (0.01 if dtype is torch.bfloat16 else 1e-5)
+        rounds_more = model.path == 3 and dtype is not torch.float32
+        if (
+            model.path == 0 and not library.ARM
+        ) or rounds_more:  # no fused multiply-adds, or bfloat16 as they are given
+            far = {torch.float32: 1e-5, torch.bfloat16: 0.03, torch.int8: 0.06}
+            assert float((whole - exact).std() / exact.std()) < far[dtype]
         else:
             assert torch.equal(whole, reached)
         for rows in range(1, 21):
@@ -177,7 +186,8 @@ def test_weights_are_packed_as_torch_would(native: Any, n: int, k: int, stored: 
     quants, scale = quantise(weight)
     bytes_ = (quants.short() + 128).to(torch.uint8).view(groups, 32, blocks, 8, 4).permute(0, 2, 3, 1, 4)
     columns = whole(weight).view(groups, 32, blocks, 32).permute(0, 2, 3, 1)
-    want = {torch.int8: bytes_, torch.bfloat16: columns.bfloat16(), torch.float32: columns}
+    pairs = whole(weight).bfloat16().view(groups, 32, blocks, 16, 2).permute(0, 2, 3, 1, 4)
+    want = {torch.int8: bytes_, torch.bfloat16: pairs, torch.float32: columns}
     for source in (weight, weight.T.contiguous().T):
         for dtype, packed in want.items():
             got = torch.empty(packed.shape, dtype=packed.dtype)
