@@ -101,7 +101,7 @@ def largest(scores: Row, k: int) -> Ids:
     if not native:
         return np.flatnonzero(scores >= np.partition(scores, -k)[-k])
     ids = np.empty(len(scores), np.int32)
-    return ids[: native.palaver_largest(address(scores), len(scores), k, address(ids))]
+    return ids[: native.palaver_largest(address(scores), len(scores), k, address(ids), native.palaver_best_path())]
 
 
 def address(array: Row | NDArray[np.int32]) -> int:

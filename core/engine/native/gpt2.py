@@ -87,7 +87,7 @@ class NativeGPT2:
         self.how = f"cpu, {name}, native {c.PATHS[self.path]}"
         self._arena = Arena()
         self._kept: list[Tensor] = []
-        self._rows = 0
+        self._rows = self._threads = 0
         tensors = checkpoint.tensors
 
         def vector(name: str) -> Any:
@@ -178,7 +178,9 @@ class NativeGPT2:
             self._narrow = torch.zeros(rows, self.wide, dtype=torch.bfloat16)
             self._scales = torch.zeros(rows, self.wide // BLOCK)
             self._offsets = torch.zeros(rows, self.wide // BLOCK, dtype=torch.int32)
-        self._scratch = torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width)
+        if threads > self._threads:
+            self._threads = threads
+            self._scratch = torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width)
 
     def _linear(self, weight: Tensor, bias: int | None = None) -> c.Linear:
         """Of a weight (out, in)."""

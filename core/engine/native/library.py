@@ -87,7 +87,7 @@ def load(file: Path) -> Any:
     library.palaver_step.restype = None
     library.palaver_logsumexp.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_int32]
     library.palaver_logsumexp.restype = None
-    library.palaver_largest.argtypes = [c_void_p, c_int32, c_int32, c_void_p]
+    library.palaver_largest.argtypes = [c_void_p, c_int32, c_int32, c_void_p, c_int32]
     return library
 
 

@@ -178,112 +178,26 @@ void palaver_pack(const void *source, int kind, int64_t stride_n, int64_t stride
     if (kind == 2) pack((const Half *)source, stride_n, stride_k, n, k, packed, scales, weights, threads);
 }
 
-/// Write the rows' keys and values, and the logits of `wanted` rows. `path` is at most palaver_best_path().
-void palaver_step(const Model *model, const Step *step, int path) {
 #if PATHS == 4
-    if (path == 3) return avx512bf16::run(*model, *step);
-    if (path == 2) return avx512vnni::run(*model, *step);
-    if (path == 1) return avx2::run(*model, *step);
+#define ON(path, call) (path == 3 ? avx512bf16::call : path == 2 ? avx512vnni::call : path == 1 ? avx2::call : portable::call)
 #elif PATHS == 2
-    if (path == 1) return dotprod::run(*model, *step);
+#define ON(path, call) (path == 1 ? dotprod::call : portable::call)
+#else
+#define ON(path, call) ((void)path, portable::call)
 #endif
-    (void)path;
-    portable::run(*model, *step);
-}
-}
+/// Write the rows' keys and values, and the logits of `wanted` rows. `path` is at most palaver_best_path().
+void palaver_step(const Model *model, const Step *step, int path) { ON(path, run(*model, *step)); }
 
-// What drawing a token asks of a row of logits.
-namespace {
-/// log(sum(e^x)); NaN where a number is not finite. Sums run in 16 lanes, and every 256 numbers into a double: the same
-/// bits on every path. F and I are registers of floats and of int32.
-template <typename F, typename I> INLINE double logsumexp(const float *x, int n) {
-    constexpr int LANES = sizeof(F) / sizeof(float), PARTS = 16 / LANES;
-    float last[16];  // what is left over after whole sixteens
-    std::fill(last, last + 16, -3e38f);
-    std::copy(x + n / 16 * 16, x + n, last);
-    F v, tops[PARTS], spoiled[PARTS] = {};
-    for (F &some : tops) some = F{} - 3e38f;
-    for (int i = 0; i < n; i += 16)
-        for (int j = 0; j < PARTS; j++) {
-            memcpy(&v, (i + 16 <= n ? x + i : last) + LANES * j, sizeof v);
-            tops[j] = v > tops[j] ? v : tops[j];
-            spoiled[j] += v - v;  // 0, or NaN for good
-        }
-    float top = tops[0][0];
-    for (int j = 0; j < PARTS; j++)
-        for (int i = 0; i < LANES; i++) {
-            if (spoiled[j][i] != 0) return NAN;
-            top = tops[j][i] > top ? tops[j][i] : top;
-        }
-    double total = 0;
-    for (int block = 0; block < n; block += 256) {
-        F sums[PARTS] = {};
-        for (int i = block; i < n && i < block + 256; i += 16)
-            for (int j = 0; j < PARTS; j++) {
-                memcpy(&v, (i + 16 <= n ? x + i : last) + LANES * j, sizeof v);
-                F y = (v - top) * 1.44269504f;
-                y = y > -125.0f ? y : F{} - 125.0f;
-                const F whole = y + 12582912.0f, r = y - (whole - 12582912.0f);  // its lowest bits are y's nearest integer
-                const F p = ((((r * 1.326472725e-3f + 9.671512688e-3f) * r + 5.550733744e-2f) * r + 2.402224208e-1f) * r +
-                             6.931469776e-1f) * r + 1.0f;  // 2^r, relative error below 1e-7
-                sums[j] += (F)((I)p + ((I)whole << 23));
-            }
-        for (const F &some : sums)
-            for (int i = 0; i < LANES; i++) total += some[i];
-    }
-    return top + log(total);
-}
-typedef float Floats4 __attribute__((vector_size(16)));
-typedef int32_t Integers4 __attribute__((vector_size(16)));
-#if PATHS == 4
-typedef float Floats8 __attribute__((vector_size(32)));
-typedef int32_t Integers8 __attribute__((vector_size(32)));
-__attribute__((target("avx2"))) double logsumexp_avx2(const float *x, int n) { return logsumexp<Floats8, Integers8>(x, n); }
-#endif
-double logsumexp_of(const float *x, int n, int path) {
-#if PATHS == 4
-    if (path > 0) return logsumexp_avx2(x, n);
-#endif
-    (void)path;
-    return logsumexp<Floats4, Integers4>(x, n);
-}
-
-/// Of `count` ids of `x`, those of the k largest and of all that tie with the last of them, `least`, move to the front.
-int keep_largest(const float *x, int k, int32_t *ids, int count, float &least) {
-    std::vector<float> values(count);
-    for (int i = 0; i < count; i++) values[i] = x[ids[i]];
-    std::nth_element(values.begin(), values.begin() + k - 1, values.end(), std::greater<float>());
-    least = values[k - 1];
-    return (int)(std::remove_if(ids, ids + count, [&](int32_t id) { return x[id] < least; }) - ids);
-}
-}
-
-extern "C" {
 /// For each row of x [rows][stride] log(sum(e^x)) of its first n numbers; NaN where one of them is not finite.
 void palaver_logsumexp(const float *x, int rows, int stride, int n, double *sums, int threads, int path) {
     (void)threads;
-#pragma omp parallel for num_threads(threads)
-    for (int i = 0; i < rows; i++) sums[i] = logsumexp_of(x + (size_t)i * stride, n, path);
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (int i = 0; i < rows; i++) sums[i] = ON(path, logsumexp(x + (size_t)i * stride, n));
 }
 
 /// Ids, ascending, of the k (1 <= k <= n) largest of x (n), none NaN, and of all that tie with the last of them; returns
 /// how many. `ids` has room for n.
-int palaver_largest(const float *x, int n, int k, int32_t *ids) {
-    float least = -INFINITY;  // what is smaller is not among them; it rises while the numbers pass by
-    int count = 0, many = 2 * k;
-    for (int i = 0; i < n; i += 64) {
-        int some = i + 64 > n;
-        if (!some)
-            for (int j = 0; j < 64; j++) some |= x[i + j] >= least;
-        if (!some) continue;
-        for (int j = i; j < n && j < i + 64; j++)
-            if (x[j] >= least) ids[count++] = j;
-        if (count < many) continue;
-        count = keep_largest(x, k, ids, count, least);
-        many = 2 * count;
-    }
-    return keep_largest(x, k, ids, count, least);
-}
+int palaver_largest(const float *x, int n, int k, int32_t *ids, int path) { return ON(path, largest(x, n, k, ids)); }
 }
 #else  // ------------------------------------------------------------------------------------------- once for each path
 
@@ -406,6 +320,67 @@ INLINE F activate(F y, int after) {
     if (after == ERF)
         for (int i = 0; i < LANES; i++) y[i] = 0.5f * y[i] * (1.0f + erff(y[i] * 0.70710678f));
     return y;
+}
+
+/// log(sum(e^x)); NaN where a number is not finite. Sums run in 16 lanes, and every 256 numbers into a double: the same
+/// bits on every path.
+static double logsumexp(const float *x, int n) {
+    float last[16];  // what is left over after whole sixteens
+    std::fill(last, last + 16, -3e38f);
+    std::copy(x + n / 16 * 16, x + n, last);
+    F tops[PARTS], spoiled[PARTS] = {};
+    for (F &some : tops) some = all(-3e38f);
+    for (int i = 0; i < n; i += 16)
+        for (int j = 0; j < PARTS; j++) {
+            const F v = load((i + 16 <= n ? x + i : last) + LANES * j);
+            tops[j] = v > tops[j] ? v : tops[j];
+            spoiled[j] += v - v;  // 0, or NaN for good
+        }
+    for (const F &some : spoiled)
+        for (int i = 0; i < LANES; i++)
+            if (some[i] != 0) return NAN;
+    const float top = max<float>(tops);
+    double total = 0;
+    for (int block = 0; block < n; block += 256) {
+        F sums[PARTS] = {};
+        for (int i = block; i < n && i < block + 256; i += 16)
+            for (int j = 0; j < PARTS; j++) sums[j] += exp(load((i + 16 <= n ? x + i : last) + LANES * j) - top);
+        for (const F &some : sums)
+            for (int i = 0; i < LANES; i++) total += some[i];
+    }
+    return top + log(total);
+}
+
+/// The k-th largest of `values`, which it puts in disorder.
+static float kth_largest(std::vector<float> &values, int k) {
+    std::nth_element(values.begin(), values.begin() + k - 1, values.end(), std::greater<float>());
+    return values[k - 1];
+}
+static int largest(const float *x, int n, int k, int32_t *ids) {
+    constexpr int BLOCK = 64;
+    std::vector<float> tops, some;  // the largest of each block; the k-th of those is no larger than that of all numbers
+    for (int i = 0; i < n; i += BLOCK) {
+        F top[PARTS];
+        for (F &lanes : top) lanes = all(-INFINITY);
+        int j = i;
+        for (; j + 16 <= n && j < i + BLOCK; j += 16)
+            for (int part = 0; part < PARTS; part++) {
+                const F v = load(x + j + LANES * part);
+                top[part] = v > top[part] ? v : top[part];
+            }
+        tops.push_back(max<float>(top));
+        for (; j < n && j < i + BLOCK; j++) tops.back() = std::max(tops.back(), x[j]);
+    }
+    float least = -INFINITY;
+    if (k <= (int)tops.size()) least = kth_largest(some = tops, k);
+    int count = 0;
+    for (int i = 0; i < n; i += BLOCK)
+        for (int j = i; tops[i / BLOCK] >= least && j < n && j < i + BLOCK; j++)
+            if (x[j] >= least) ids[count++] = j;
+    some.resize(count);
+    for (int i = 0; i < count; i++) some[i] = x[ids[i]];
+    least = kth_largest(some, k);
+    return (int)(std::remove_if(ids, ids + count, [&](int32_t id) { return x[id] < least; }) - ids);
 }
 
 /// dot4: sum[j] += the 4 bytes of column j . x[0..3], exactly.
