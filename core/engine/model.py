@@ -75,7 +75,8 @@ class Model(Protocol):
         ...
 
     def forward(self, batch: Batch) -> Tensor:
-        """Write the rows' KV; return the logits (len(batch.wanted), vocab_size), float32, on the CPU."""
+        """Write the rows' KV; return the logits (len(batch.wanted), vocab_size), float32, on the CPU, valid until the
+        next step."""
         ...
 
 

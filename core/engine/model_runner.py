@@ -226,7 +226,7 @@ def rows_agree(model: Model) -> bool:
             rows = [Rows(other, 0, len(strangers))] if strangers else []
             wanted = [len(strangers) + p - start for p in range(start, start + count) if p in looked_at]
             batch = Batch(strangers + ids[start : start + count], [*rows, Rows(kv, start, count)], wanted)
-            results.append(model.forward(batch))
+            results.append(model.forward(batch).clone())
             start += count
         return torch.cat(results)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -244,6 +245,7 @@ async def serve_engine(settings: Settings, address: str) -> int:
                 opening.cancel()
                 return 0
             server.engine, server.why = opening.result(), ""
+            gc.freeze()  # as in child.py
             stack.push_async_callback(server.engine.aclose)  # after the last request was answered
             info = server.engine.info
             print(f"engine ready at {_shown(sock)}: model {info.name}, {info.how}", flush=True)

@@ -88,6 +88,7 @@ class NativeGPT2:
         self._arena = Arena()
         self._kept: list[Tensor] = []
         self._rows = self._threads = 0
+        self._logits = torch.empty(0, 0)
         tensors = checkpoint.tensors
 
         def vector(name: str) -> Any:
@@ -142,12 +143,11 @@ class NativeGPT2:
 
     def forward(self, batch: Batch) -> Tensor:
         rows, wanted, threads = len(batch.ids), len(batch.wanted), torch.get_num_threads()
-        self._make_room(rows, threads)
+        self._make_room(rows, wanted, threads)
         spans, row = (c.Span * len(batch.rows))(), 0
         for span, r in zip(spans, batch.rows, strict=True):
             span.kv, span.capacity, span.start, span.count = r.kv.data_ptr(), r.kv.shape[3], r.start, r.count
             span.row, row = row, row + r.count
-        logits = torch.empty(wanted, round_up(self.config.vocab_size, BLOCK))
         step = c.Step(
             spans,
             integers(batch.ids),
@@ -160,16 +160,16 @@ class NativeGPT2:
             self._x.data_ptr(),
             self._wide.data_ptr(),
             self._mixed.data_ptr(),
-            logits.data_ptr(),
+            self._logits.data_ptr(),
             self._scratch.data_ptr(),
             self._narrow.data_ptr(),
             self._scales.data_ptr(),
             self._offsets.data_ptr(),
         )
         self.native.palaver_step(self._model, step, self.path)
-        return logits[:, : self.config.vocab_size]
+        return self._logits[:wanted, : self.config.vocab_size]
 
-    def _make_room(self, rows: int, threads: int) -> None:
+    def _make_room(self, rows: int, wanted: int, threads: int) -> None:
         """The step's own memory, kept from step to step."""
         if rows > self._rows:
             self._rows = rows = round_up(rows, 16)
@@ -178,6 +178,8 @@ class NativeGPT2:
             self._narrow = torch.zeros(rows, self.wide, dtype=torch.bfloat16)
             self._scales = torch.zeros(rows, self.wide // BLOCK)
             self._offsets = torch.zeros(rows, self.wide // BLOCK, dtype=torch.int32)
+        if wanted > len(self._logits):
+            self._logits = torch.empty(wanted, round_up(self.config.vocab_size, BLOCK))
         if threads > self._threads:
             self._threads = threads
             self._scratch = torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width)

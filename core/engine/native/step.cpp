@@ -284,9 +284,8 @@ INLINE void put(float *to, F v) { store(to, v); }
 
 /// from, from + 1, ...
 INLINE I count(int from) {
-    I v;
-    for (int i = 0; i < LANES; i++) v[i] = from + i;
-    return v;
+    static const int32_t steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return *(const I *)steps + from;
 }
 INLINE int padded(int n, int step) { return (n + step - 1) / step * step; }
 
@@ -297,12 +296,23 @@ INLINE float sum(const F *parts) {
         for (int i = 0; i < n; i++) a[i] += a[i + n];
     return a[0];
 }
-template <typename V> INLINE V max(const void *parts) {
-    V a[16];
+INLINE float max(const F *parts) {
+    float a[16];
     memcpy(a, parts, sizeof a);
     for (int n = 8; n; n /= 2)
         for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
     return a[0];
+}
+INLINE int32_t largest(I v) {
+    for (int n = LANES / 2; n; n /= 2) {
+        const I other = __builtin_shuffle(v, count(n));
+        v = other > v ? other : v;
+    }
+    return v[0];
+}
+INLINE int32_t total(I v) {
+    for (int n = LANES / 2; n; n /= 2) v += __builtin_shuffle(v, count(n));
+    return v[0];
 }
 /// e^x, relative error below 2e-7 (Cephes' polynomial); NaN stays NaN.
 INLINE F exp(F x) {
@@ -339,7 +349,7 @@ static double logsumexp(const float *x, int n) {
     for (const F &some : spoiled)
         for (int i = 0; i < LANES; i++)
             if (some[i] != 0) return NAN;
-    const float top = max<float>(tops);
+    const float top = max(tops);
     double total = 0;
     for (int block = 0; block < n; block += 256) {
         F sums[PARTS] = {};
@@ -368,7 +378,7 @@ static int largest(const float *x, int n, int k, int32_t *ids) {
                 const F v = load(x + j + LANES * part);
                 top[part] = v > top[part] ? v : top[part];
             }
-        tops.push_back(max<float>(top));
+        tops.push_back(max(top));
         for (; j < n && j < i + BLOCK; j++) tops.back() = std::max(tops.back(), x[j]);
     }
     float least = -INFINITY;
@@ -420,12 +430,11 @@ INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
 /// What a product reads: rows of floats, or what `narrow` has of them.
 struct Rows { const float *x; int stride; };
 
-/// Where a tile takes a group in parts, and so reads with gaps, the next group's weights are fetched while this one's are
-/// multiplied: an even share, `bytes`, with each block of 32 numbers of each tile. What is read in one run comes by itself.
+/// Where a group's weights are passed over more than once, the next group's come near meanwhile: an even share, `bytes`,
+/// with each block of 32 numbers of each pass. What is read once, in one run, comes by itself.
 struct Ahead { const char *next; int bytes; };
-template <int M> INLINE void fetch(const Ahead &ahead, int block, int step, int steps) {
-    if (PARTS > 1 && M > 1)
-        for (int i = 64 * step; i < ahead.bytes; i += 64 * steps) __builtin_prefetch(ahead.next + (size_t)block * ahead.bytes + i);
+INLINE void fetch(const Ahead &ahead, int block, int step, int steps) {
+    for (int i = 64 * step; i < ahead.bytes; i += 64 * steps) __builtin_prefetch(ahead.next + (size_t)block * ahead.bytes + i, 0, 2);
 }
 
 /// y += rows x columns `first`, first + 1, ... of a group.
@@ -439,7 +448,7 @@ template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int grou
         for (int m = 0; m < M; m++)
             for (int j = 0; j < N; j++) dots[m][j] = dots_from(s.offsets[at + m]);
         for (int i = 0; i < 8; i++, x += 4) {
-            fetch<M>(ahead, b, i, 8);
+            fetch(ahead, b, i, 8);
             for (int m = 0; m < M; m++) {
                 int32_t four;
                 memcpy(&four, x + 32 * m, 4);
@@ -461,7 +470,7 @@ template <int M, int N, class W> INLINE void sums(F (&y)[M][N], const Linear &l,
     for (int from = 0; from < k; from += RUN) {
         F part[M][N] = {};
         for (int i = from; i < k && i < from + RUN; i += PER<W>, w += 32 * PER<W>) {
-            fetch<M>(ahead, i / 32, i % 32 / PER<W>, STEPS);
+            fetch(ahead, i / 32, i % 32 / PER<W>, STEPS);
             decltype(words(w)) columns[N];
             for (int j = 0; j < N; j++) columns[j] = words(w + LANES * PER<W> * j);
             for (int m = 0; m < M; m++)
@@ -501,7 +510,7 @@ template <class W> static void linear(const Linear &l, const Step &s, Rows in, i
         for (int group = 0; group < l.groups; group++) {
             const int end = row + HIGH < rows ? row + HIGH : rows, passes = (end - row + ROWS - 1) / ROWS * PARTS;
             const char *next = (const char *)((const W *)l.weight + (size_t)(group + 1) * l.blocks * 1024);
-            Ahead ahead{next, padded(1024 * (int)sizeof(W) / passes, 64)};
+            Ahead ahead{next, passes > 1 ? padded(1024 * (int)sizeof(W) / passes, 64) : 0};
             rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out, stride, after);
         }
 }
@@ -514,26 +523,24 @@ INLINE void narrow(const float *x, int k, const Step &s, int row, const uint16_t
 }
 INLINE void narrow(const float *x, int k, const Step &s, int row, const int8_t *) {
     for (int b = 0; b < k / 32; b++, x += 32) {
-        I sizes[PARTS] = {};  // floats above 0 compare as their bits do, infinity and NaN above all
+        I sizes{}, totals{};  // floats above 0 compare as their bits do, infinity and NaN above all
         for (int i = 0; i < 32; i += LANES) {
-            I bits = (I)load(x + i) & 0x7FFFFFFF, &most = sizes[i / LANES % PARTS];
-            most = bits > most ? bits : most;
+            const I size = (I)load(x + i) & 0x7FFFFFFF;
+            sizes = size > sizes ? size : sizes;
         }
-        int32_t bits = max<int32_t>(sizes), total = 0;
+        const int32_t bits = largest(sizes);
         float most;
         memcpy(&most, &bits, 4);
         const bool finite = bits < 0x7F800000, some = finite && most > 1e-30f;
         const float inverse = some ? 127.0f / most : 0.0f;
         const size_t at = (size_t)b * s.rows + row;
-        I totals{};
         for (int i = 0; i < 32; i += LANES) {
             I q = (I)(load(x + i) * inverse + 12582912.0f) - 0x4B400000;
             *(B *)((int8_t *)s.narrow + at * 32 + i) = __builtin_convertvector(q, B);
             totals += q;
         }
-        for (int i = 0; i < LANES; i++) total += totals[i];
         s.scales[at] = some ? most / 127.0f : finite ? 0.0f : NAN;
-        s.offsets[at] = -128 * total;
+        s.offsets[at] = -128 * total(totals);
     }
 }
 INLINE void norm(const float *x, const Norm &n, const Model &m, float *out) {
@@ -653,7 +660,7 @@ template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int
     for (; t + 16 * T <= end; t += 16 * T) score<Q, T>(h, queries, position, t, best);
     for (; t < end; t += 16) score<Q, 1>(h, queries, position, t, best);
     for (int q = 0; q < Q; q++) {
-        const float top = max<float>(best[q]);
+        const float top = max(best[q]);
         float *from = weights + q * h.room;
         F total[PARTS] = {};
         for (t = 0; t < end; t += LANES) {  // a weight may be half as wide as its score, whose place it takes

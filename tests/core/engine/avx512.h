@@ -64,7 +64,6 @@ WRITTEN_OUT __m256i written_narrow(__m512 v) {
     __builtin_memcpy(&all, to, 32);
     return all;
 }
-
 #define __m512bh __m512i
 #define _mm512_dpbf16_ps written_dpbf16
 #define _mm512_cvtneps_pbh written_narrow
