@@ -25,6 +25,7 @@ PEERS = {
     "palaver-bfloat16": "palaver:Palaver",
     "palaver-int8": "palaver:Palaver",
     "palaver-int8-torch": "palaver:Palaver",
+    "palaver-bfloat16-torch": "palaver:Palaver",
     "transformers-float32": "transformers_peer:Serial",
     "transformers-bfloat16": "transformers_peer:Serial",
     "transformers-static": "transformers_peer:Static",

@@ -144,18 +144,17 @@ def _bars(path: Path, result: dict[str, Any]) -> Path:
         for height, peer in enumerate(peers):
             dots = values(runs[peer], title)
             axis.plot(dots, [height] * len(dots), ".", color="black", markersize=4)
-        limits: dict[float, list[str]] = {}
-        for precision, row in result["roofline"].items():
+        for (precision, row), style in zip(result["roofline"].items(), (":", "--", "-."), strict=False):
             if title in row and row[title] < 1.5 * max(medians):
-                limits.setdefault(row[title], []).append(precision)
-        for limit, names in limits.items():
-            axis.axvline(limit, linestyle=":", color="#c1121f", linewidth=1)
-            axis.text(limit, len(peers) - 0.4, ", ".join(names), fontsize=6, color="#c1121f", rotation=30)
-        axis.set_title(f"{title}\n({'more' if MEASURES[title][2] else 'less'} is better)", fontsize=9, pad=30)
+                axis.axvline(row[title], linestyle=style, color="#c1121f", linewidth=1, label=f"limit, {precision}")
+        axis.set_title(f"{title}\n({'more' if MEASURES[title][2] else 'less'} is better)", fontsize=9)
         axis.tick_params(labelsize=8)
         if axis is not axes[0][0]:
             axis.set_yticklabels([])
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    lines = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=len(lines), fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import shutil
 import subprocess
 import tomllib
@@ -21,6 +22,7 @@ from core.engine.base import BadCheckpoint
 from core.engine.model import GPT2, Batch, Model, Rows
 from core.engine.native import library
 from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
+from core.engine.native.pages import ARENA, Arena, zeros
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
 
@@ -300,3 +302,20 @@ def test_what_cannot_be_loaded_is_told_and_left_out(
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     monkeypatch.setenv("NATIVE", "0")
     assert open_fresh() is None
+
+
+def test_memory_is_ones_own_and_asks_for_large_pages() -> None:
+    arena = Arena()
+    sizes = [3, 1000, ARENA + 1, 5]
+    tensors = [arena.empty((size,), torch.uint8).fill_(i) for i, size in enumerate(sizes)]
+    assert all(bool((tensor == i).all()) for i, tensor in enumerate(tensors))  # none lies on another
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+    kv = zeros((3, 5, 1 << 18), torch.bfloat16)
+    assert not kv.any()
+    maps = re.findall(r"^(\w+)-(\w+) (\S+).*?^VmFlags: ([^\n]*)", Path("/proc/self/smaps").read_text(), re.M | re.S)
+    for tensor in (kv, tensors[2]):
+        [(access, flags)] = [
+            (access, flags) for a, b, access, flags in maps if int(a, 16) <= tensor.data_ptr() < int(b, 16)
+        ]
+        assert access == "rw-p", "shared memory has no large pages, as a rule"
+        assert "hg" in flags.split() or not Path("/sys/kernel/mm/transparent_hugepage").exists()
