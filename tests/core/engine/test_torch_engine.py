@@ -207,7 +207,7 @@ async def test_neighbours_that_leave_change_nothing(engine: Open, checkpoint: Ma
 async def test_a_request_nobody_waits_for_stops_at_the_next_step(engine: Open) -> None:
     e = await engine("deep", max_running=1)
     long = SamplingParams(temperature=0, max_tokens=1000, no_repeat_ngram=1)
-    tasks = [asyncio.create_task(ask(e, prompts([30], 256, seed=i)[0], long)) for i in range(3)]
+    tasks = [asyncio.create_task(ask(e, prompts([30], 256, seed=i)[0], long)) for i in range(40)]  # seconds of work
     await asyncio.sleep(0.1)
     assert len(e.core.scheduler.requests) >= 2
     for task in tasks:
