@@ -61,7 +61,7 @@ async def _serve(options: dict[str, Any], parent: TextIO) -> None:
     try:
         with bound(options["address"]) as sock:
             engine = await open_local(**options["engine"])
-            gc.freeze()  # what is here now stays: looking through it for garbage takes a tenth of a second
+            gc.freeze()  # what is here now stays: nobody need look through it for garbage
             async with Server(engine, "").listening(sock):
                 tell({"info": asdict(engine.info)})
                 await asyncio.Event().wait()

@@ -87,8 +87,8 @@ class NativeGPT2:
         self.how = f"cpu, {name}, native {c.PATHS[self.path]}"
         self._arena = Arena()
         self._kept: list[Tensor] = []
-        self._rows = self._threads = 0
-        self._logits = torch.empty(0, 0)
+        self._rows = 0
+        self._logits = self._scratch = torch.empty(0, 0)
         tensors = checkpoint.tensors
 
         def vector(name: str) -> Any:
@@ -180,8 +180,7 @@ class NativeGPT2:
             self._offsets = torch.zeros(rows, self.wide // BLOCK, dtype=torch.int32)
         if wanted > len(self._logits):
             self._logits = torch.empty(wanted, round_up(self.config.vocab_size, BLOCK))
-        if threads > self._threads:
-            self._threads = threads
+        if threads > len(self._scratch):
             self._scratch = torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width)
 
     def _linear(self, weight: Tensor, bias: int | None = None) -> c.Linear:

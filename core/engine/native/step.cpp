@@ -3,9 +3,10 @@
 //
 // A row's numbers are the same bits alone, in any batch, with its prompt cut anyhow, on any number of threads: integers
 // add up exactly, and floats are added lane by lane in an order that only the row's own position decides. The paths
-// below agree too, but for two: the portable one has no fused multiply-add (and nothing is fused that is not written so:
-// build with -ffp-contract=off), and AVX512-BF16 rounds to bfloat16 what meets bfloat16. What is not finite stays so: in
-// int8 a block with such a number gets the scale NaN, and so do all logits of its row, and of its row alone.
+// below agree too, but for two: the portable one with float weights, for it has no fused multiply-add (and nothing is
+// fused that is not written so: build with -ffp-contract=off), and AVX512-BF16, which rounds to bfloat16 what meets
+// bfloat16. What is not finite stays so: in int8 a block with such a number gets the scale NaN, and so do all logits of
+// its row, and of its row alone.
 //
 // Layouts, all padded with zeros; a group of 32 columns is read in one run. PER numbers share 32 bits: 1 of float32, 2 of
 // bfloat16:
@@ -259,7 +260,9 @@ template <class W> struct Meets { typedef float Number; };
 template <> struct Meets<uint8_t> { typedef int8_t Number; };
 INLINE F words(const float *p) { return *(const F *)p; }
 INLINE I words(const uint16_t *p) { return *(const I *)p; }
+/// `plus` is for products; `add`, for attention, rounds before it adds: so int8 agrees where nothing can be fused.
 INLINE F plus(F sum, F word, const float *x) { return fused(word, all(*x), sum); }
+INLINE F add(F sum, F word, const float *x) { return sum + word * all(*x); }
 #if defined(PATH_BF16)
 template <> struct Meets<uint16_t> { typedef uint16_t Number; };
 INLINE F plus(F sum, I word, const uint16_t *x) {
@@ -267,11 +270,13 @@ INLINE F plus(F sum, I word, const uint16_t *x) {
     memcpy(&two, x, 4);
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)word, (__m512bh)_mm512_set1_epi32(two));
 }
+INLINE F add(F sum, I word, const uint16_t *x) { return plus(sum, word, x); }
 INLINE void put(uint16_t *to, F v) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
 #else
 INLINE F plus(F sum, I word, const float *x) {
     return fused((F)(word & -0x10000), all(x[1]), fused((F)(word << 16), all(x[0]), sum));
 }
+INLINE F add(F sum, I word, const float *x) { return (sum + (F)(word << 16) * x[0]) + (F)(word & -0x10000) * x[1]; }
 INLINE void put(uint16_t *to, F v) {
     for (int i = 0; i < LANES; i++) keep(to + i, v[i]);
 }
@@ -605,7 +610,7 @@ template <int Q, int T, class K> INLINE void score(const Head<K> &h, const Met<K
         for (int i = 0; i < T; i++)
             for (int j = 0; j < PARTS; j++) {
                 const auto keys = words(h.keys + (size_t)(t + 16 * i) * h.width + 16 * d + LANES * PER<K> * j);
-                for (int q = 0; q < Q; q++) dots[i][q][j] = plus(dots[i][q][j], keys, queries + q * h.width + d);
+                for (int q = 0; q < Q; q++) dots[i][q][j] = add(dots[i][q][j], keys, queries + q * h.width + d);
             }
     for (int i = 0; i < T; i++)
         for (int q = 0; q < Q; q++)
@@ -627,7 +632,7 @@ template <int Q, int D, class K> INLINE void blend(const Head<K> &h, const float
         for (int i = 0; i < D; i++)
             for (int j = 0; j < PARTS; j++) {
                 const auto value = words(values + (size_t)p * h.width + (16 * i + LANES * j) * PER<K>);
-                for (int q = 0; q < Q; q++) mixed[q][i][j] = plus(mixed[q][i][j], value, x[q] + p);
+                for (int q = 0; q < Q; q++) mixed[q][i][j] = add(mixed[q][i][j], value, x[q] + p);
             }
     for (int q = 0; q < Q; q++)  // what is left, up to its own: 0 times a value that is not finite would be NaN
         for (int own = p; own <= position + q; own += PER<K>)
@@ -635,7 +640,7 @@ template <int Q, int D, class K> INLINE void blend(const Head<K> &h, const float
                 for (int j = 0; j < PARTS; j++) {
                     auto value = words(values + (size_t)own * h.width + (16 * i + LANES * j) * PER<K>);
                     if (own == position + q) value = first(value);
-                    mixed[q][i][j] = plus(mixed[q][i][j], value, x[q] + own);
+                    mixed[q][i][j] = add(mixed[q][i][j], value, x[q] + own);
                 }
     for (int q = 0; q < Q; q++)
         for (int i = 0; i < D; i++) {
