@@ -218,6 +218,17 @@ typedef int8_t B __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 INLINE F load(const float *p) { return *(const F *)p; }
 INLINE void store(float *p, F v) { *(F *)p = v; }
+/// `n` numbers, or as many as a register has; zeros beyond.
+INLINE F load(const float *p, int n) {
+    if (n >= LANES) return load(p);
+    F v{};
+    for (int i = 0; i < n; i++) v[i] = p[i];
+    return v;
+}
+INLINE void store(float *p, F v, int n) {
+    if (n >= LANES) return store(p, v);
+    for (int i = 0; i < n; i++) p[i] = v[i];
+}
 #if defined(PATH_AVX512)  // what GCC 12 makes of the last of these takes four instructions more
 INLINE F load(const uint16_t *p) { return (F)((I)_mm512_maskz_cvtepu16_epi32(-1, _mm256_loadu_si256((const __m256i *)p)) << 16); }
 #elif defined(PATH_AVX2)
@@ -489,7 +500,9 @@ template <int M, int N, class W> INLINE void sums(F (&y)[M][N], const Linear &l,
 template <class W, int M> INLINE void tile(const Linear &l, int group, const Step &s, Rows in, int row, Ahead &ahead, float *out, int stride, int after) {
     constexpr int AT_ONCE = M == 1 ? 32 / LANES : 2;  // registers of columns; a single row takes its weights in one run
     for (int first = 0; first < 32; first += AT_ONCE * LANES) {
-        F y[M][AT_ONCE] = {};
+        F y[M][AT_ONCE];
+        for (auto &of_row : y)  // one by one: as a whole, GCC has memory cleared
+            for (F &of : of_row) of = F{};
         sums(y, l, group, first, s, in, row, ahead, (const W *)l.weight);
         ahead.next += (size_t)l.blocks * ahead.bytes;
         for (int j = 0; j < AT_ONCE; j++) {
@@ -643,11 +656,11 @@ template <int Q, int D, class K> INLINE void blend(const Head<K> &h, const float
                     mixed[q][i][j] = add(mixed[q][i][j], value, x[q] + own);
                 }
     for (int q = 0; q < Q; q++)
-        for (int i = 0; i < D; i++) {
-            for (int j = 0; j < PARTS; j++) mixed[q][i][j] *= scale[q];
-            const int left = h.dim - d - 16 * i;
-            if (left > 0) memcpy(h.out + (size_t)(row + q) * h.out_stride + d + 16 * i, mixed[q][i], sizeof(float) * (left < 16 ? left : 16));
-        }
+        for (int i = 0; i < D; i++)
+            for (int j = 0; j < PARTS; j++) {
+                const int at = d + 16 * i + LANES * j;
+                store(h.out + (size_t)(row + q) * h.out_stride + at, mixed[q][i][j] * scale[q], h.dim - at);
+            }
 }
 /// `Q` queries of one head, the first at `position` and row `row` of the span; each sees the keys up to its own.
 template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int row) {
@@ -657,7 +670,7 @@ template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int
     Met<K> *queries = (Met<K> *)(weights + QUERIES * h.room);
     for (int q = 0; q < Q; q++)
         for (int d = 0; d < h.width; d += LANES)
-            put(queries + q * h.width + d, count(d) < h.dim ? load(h.qkv + (size_t)(row + q) * h.stride + d) : F{});
+            put(queries + q * h.width + d, load(h.qkv + (size_t)(row + q) * h.stride + d, h.dim - d));
     F best[Q][PARTS];
     for (int q = 0; q < Q; q++)
         for (int j = 0; j < PARTS; j++) best[q][j] = all(-INFINITY);
@@ -696,13 +709,18 @@ template <class K> static void attention(const Model &m, const Step &s, int laye
             const size_t plane = (size_t)span.capacity * width;
             K *keys = (K *)span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
             const float *qkv = s.wide + (size_t)span.row * stride + head * dim;
+            K *key = (K *)(scratch + QUERIES * room), *value = key + width;
             for (int r = 0; r < span.count; r++) {
                 const int p = span.start + r;
-                const float *key = qkv + (size_t)r * stride + e, *value = key + e;
+                for (int d = 0; d < dim; d += LANES) {
+                    const float *from = qkv + (size_t)r * stride + e + d;
+                    put(key + d, load(from, dim - d));
+                    put(value + d, load(from + e, dim - d));
+                }
                 K *to = keys + (size_t)(p / 16 * 16) * width + p % 16 * PER<K>;
-                for (int d = 0; d < padded(dim, PER<K>); d++) keep(to + d / PER<K> * 16 * PER<K> + d % PER<K>, d < dim ? key[d] : 0);
+                for (int d = 0; d < dim; d += PER<K>) memcpy(to + 16 * d, key + d, sizeof(K) * PER<K>);
                 to = values + (size_t)(p / PER<K> * PER<K>) * width + p % PER<K>;
-                for (int d = 0; d < dim; d++) keep(to + d * PER<K>, value[d]);
+                for (int d = 0; d < dim; d++) to[d * PER<K>] = value[d];
             }
             float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
             Head<K> h{qkv, keys, values, out, scratch, stride, dim, width, out_stride, room, m.layers[layer].attention_scale};
