@@ -3,8 +3,7 @@
 Same rules as Transformers' processors: repetition penalty, no repeated n-gram, no eos as the first token; then top_k,
 temperature, top_p. (Transformers divides by the temperature first, which leaves the k largest what they are.)
 
-The native library, where there is one, passes over the whole vocabulary; the few ids that are left are numpy's, which
-does small things in a fraction of torch's time.
+The native library, where there is one, sums up rows and draws among the top_k; else torch and numpy do.
 """
 
 from __future__ import annotations
@@ -45,9 +44,13 @@ def draw(
     scores = process(logits, tokens, params, banned=eos_id if is_first else None)
     if params.temperature == 0:
         return int(scores.argmax())
+    chance, native = rng.random(), library.open_library()
+    if native and 0 < params.top_k < len(scores):
+        knobs = params.top_k, params.temperature, params.top_p, chance
+        return int(native.palaver_draw(address(scores), len(scores), *knobs, native.palaver_best_path()))
     ids, weights = distribution(scores, params)
-    reached = weights.cumsum(dtype=np.float64)
-    at = int(reached.searchsorted(rng.random() * reached[-1], side="right"))
+    reached = weights.cumsum()
+    at = int(reached.searchsorted(chance * reached[-1], side="right"))
     return int(ids[min(at, len(ids) - 1)])
 
 
@@ -75,7 +78,7 @@ def distribution(scores: Row, params: SamplingParams) -> tuple[Ids, Row]:
     ids = largest(scores, params.top_k) if 0 < params.top_k < len(scores) else None
     if ids is not None:
         scores = scores[ids]
-    weights = np.exp((scores - scores.max()) / params.temperature)
+    weights = np.exp((scores - np.float64(scores.max())) / params.temperature)
     if params.top_p < 1:
         inside = nucleus(weights, params.top_p)
         ids, weights = inside if ids is None else ids[inside], weights[inside]
@@ -97,14 +100,10 @@ def nucleus(weights: Row, top_p: float) -> Ids:
 
 def largest(scores: Row, k: int) -> Ids:
     """Ids of the k largest scores and of all that tie with the last of them, ascending."""
-    native = library.open_library()
-    if not native:
-        return np.flatnonzero(scores >= np.partition(scores, -k)[-k])
-    ids = np.empty(len(scores), np.int32)
-    return ids[: native.palaver_largest(address(scores), len(scores), k, address(ids), native.palaver_best_path())]
+    return np.flatnonzero(scores >= np.partition(scores, -k)[-k])
 
 
-def address(array: Row | NDArray[np.int32]) -> int:
+def address(array: Row) -> int:
     """Of its first number, for C."""
     assert array.flags.c_contiguous
     start: int = array.__array_interface__["data"][0]

@@ -87,8 +87,9 @@ class NativeGPT2:
         self.how = f"cpu, {name}, native {c.PATHS[self.path]}"
         self._arena = Arena()
         self._kept: list[Tensor] = []
-        self._rows = 0
-        self._logits = self._scratch = torch.empty(0, 0)
+        self._step = c.Step()
+        self._memory: dict[str, Tensor] = {}
+        self._room: tuple[int, ...] = (0, 0, 0)
         tensors = checkpoint.tensors
 
         def vector(name: str) -> Any:
@@ -148,40 +149,32 @@ class NativeGPT2:
         for span, r in zip(spans, batch.rows, strict=True):
             span.kv, span.capacity, span.start, span.count = r.kv.data_ptr(), r.kv.shape[3], r.start, r.count
             span.row, row = row, row + r.count
-        step = c.Step(
-            spans,
-            integers(batch.ids),
-            integers(batch.positions),
-            integers(batch.wanted),
-            len(spans),
-            rows,
-            wanted,
-            threads,
-            self._x.data_ptr(),
-            self._wide.data_ptr(),
-            self._mixed.data_ptr(),
-            self._logits.data_ptr(),
-            self._scratch.data_ptr(),
-            self._narrow.data_ptr(),
-            self._scales.data_ptr(),
-            self._offsets.data_ptr(),
-        )
+        step = self._step
+        step.spans, step.ids, step.positions = spans, integers(batch.ids), integers(batch.positions)
+        step.wanted = integers(batch.wanted)
+        step.n_spans, step.rows, step.n_wanted, step.threads = len(spans), rows, wanted, threads
         self.native.palaver_step(self._model, step, self.path)
         return self._logits[:wanted, : self.config.vocab_size]
 
     def _make_room(self, rows: int, wanted: int, threads: int) -> None:
         """The step's own memory, kept from step to step."""
-        if rows > self._rows:
-            self._rows = rows = round_up(rows, 16)
-            self._x, self._mixed = torch.zeros(rows, self.width), torch.zeros(rows, self.width)
-            self._wide = torch.zeros(rows, self.wide)
-            self._narrow = torch.zeros(rows, self.wide, dtype=torch.bfloat16)
-            self._scales = torch.zeros(rows, self.wide // BLOCK)
-            self._offsets = torch.zeros(rows, self.wide // BLOCK, dtype=torch.int32)
-        if wanted > len(self._logits):
-            self._logits = torch.empty(wanted, round_up(self.config.vocab_size, BLOCK))
-        if threads > len(self._scratch):
-            self._scratch = torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width)
+        if rows <= self._room[0] and wanted <= self._room[1] and threads <= self._room[2]:
+            return
+        rows, wanted, threads = self._room = tuple(map(max, self._room, (round_up(rows, 16), wanted, threads)))
+        width, wide = self.width, self.wide
+        self._logits = torch.empty(wanted, round_up(self.config.vocab_size, BLOCK))
+        self._memory = {
+            "x": torch.zeros(rows, width),
+            "wide": torch.zeros(rows, wide),
+            "mixed": torch.zeros(rows, width),
+            "logits": self._logits,
+            "scratch": torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width),
+            "narrow": torch.zeros(rows, wide, dtype=torch.bfloat16),
+            "scales": torch.zeros(rows, wide // BLOCK),
+            "offsets": torch.zeros(rows, wide // BLOCK, dtype=torch.int32),
+        }
+        for name, tensor in self._memory.items():
+            setattr(self._step, name, tensor.data_ptr())
 
     def _linear(self, weight: Tensor, bias: int | None = None) -> c.Linear:
         """Of a weight (out, in)."""

@@ -154,7 +154,7 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 4; }
+int palaver_layout() { return 5; }
 
 /// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI, 3 AVX512-BF16; on Arm 1 is dotprod. All lower
 /// ones run too.
@@ -196,9 +196,32 @@ void palaver_logsumexp(const float *x, int rows, int stride, int n, double *sums
     for (int i = 0; i < rows; i++) sums[i] = ON(path, logsumexp(x + (size_t)i * stride, n));
 }
 
-/// Ids, ascending, of the k (1 <= k <= n) largest of x (n), none NaN, and of all that tie with the last of them; returns
-/// how many. `ids` has room for n.
-int palaver_largest(const float *x, int n, int k, int32_t *ids, int path) { return ON(path, largest(x, n, k, ids)); }
+/// An id of x (n), of which none is NaN and one finite: drawn from the k (1 <= k <= n) largest and all that tie with the last
+/// of them; of these from the likeliest that make up top_p of the sum of e^(x / temperature). `chance` is in [0, 1).
+int palaver_draw(const float *x, int n, int k, double temperature, double top_p, double chance, int path) {
+    struct Choice { int32_t id; double weight; };
+    static thread_local std::vector<int32_t> ids;
+    static thread_local std::vector<Choice> choices;
+    ON(path, largest(x, n, k, ids));
+    double top = -INFINITY, total = 0, reached = 0;
+    for (int32_t id : ids) top = std::max(top, (double)x[id]);
+    choices.clear();
+    for (int32_t id : ids) {
+        choices.push_back({id, exp((x[id] - top) / temperature)});
+        total += choices.back().weight;
+    }
+    if (top_p < 1) {
+        std::stable_sort(choices.begin(), choices.end(), [](const Choice &a, const Choice &b) { return a.weight > b.weight; });
+        size_t kept = 0;
+        while (kept < choices.size() && reached < top_p * total) reached += choices[kept++].weight;
+        choices.resize(kept);
+        total = reached;
+    }
+    reached = 0;
+    for (const Choice &choice : choices)
+        if ((reached += choice.weight) > chance * total) return choice.id;
+    return choices.back().id;
+}
 }
 #else  // ------------------------------------------------------------------------------------------- once for each path
 
@@ -382,7 +405,8 @@ static float kth_largest(std::vector<float> &values, int k) {
     std::nth_element(values.begin(), values.begin() + k - 1, values.end(), std::greater<float>());
     return values[k - 1];
 }
-static int largest(const float *x, int n, int k, int32_t *ids) {
+/// Ids, ascending, of the k largest and of all that tie with the last of them.
+static void largest(const float *x, int n, int k, std::vector<int32_t> &ids) {
     constexpr int BLOCK = 64;
     std::vector<float> tops, some;  // the largest of each block; the k-th of those is no larger than that of all numbers
     for (int i = 0; i < n; i += BLOCK) {
@@ -399,14 +423,14 @@ static int largest(const float *x, int n, int k, int32_t *ids) {
     }
     float least = -INFINITY;
     if (k <= (int)tops.size()) least = kth_largest(some = tops, k);
-    int count = 0;
+    ids.clear();
     for (int i = 0; i < n; i += BLOCK)
         for (int j = i; tops[i / BLOCK] >= least && j < n && j < i + BLOCK; j++)
-            if (x[j] >= least) ids[count++] = j;
-    some.resize(count);
-    for (int i = 0; i < count; i++) some[i] = x[ids[i]];
+            if (x[j] >= least) ids.push_back(j);
+    some.clear();
+    for (int32_t id : ids) some.push_back(x[id]);
     least = kth_largest(some, k);
-    return (int)(std::remove_if(ids, ids + count, [&](int32_t id) { return x[id] < least; }) - ids);
+    ids.erase(std::remove_if(ids.begin(), ids.end(), [&](int32_t id) { return x[id] < least; }), ids.end());
 }
 
 /// dot4: sum[j] += the 4 bytes of column j . x[0..3], exactly.

@@ -126,23 +126,29 @@ def test_the_nucleus_is_what_sorting_everything_finds(
     order=st.sampled_from(["any", "rising", "falling"]),
     coarse=st.booleans(),
     forbidden=st.floats(0, 1),
+    temperature=st.floats(0.1, 3),
+    top_p=st.one_of(st.just(1.0), st.floats(1e-6, 1)),
 )
 @settings(max_examples=300, deadline=None)
-def test_the_largest_are_those_that_sorting_finds_natively_and_without(
-    seed: int, size: int, k: int, order: str, coarse: bool, forbidden: float
+def test_the_same_is_drawn_natively_and_without(
+    seed: int, size: int, k: int, order: str, coarse: bool, forbidden: float, temperature: float, top_p: float
 ) -> None:
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=size, scale=4).astype(np.float32)
     scores = scores.round() if coarse else scores  # among them 0 and -0
     scores = {"any": scores, "rising": np.sort(scores), "falling": np.sort(scores)[::-1].copy()}[order]
-    scores[rng.random(size) < forbidden] = -np.inf
-    k = min(k, size)
-    least = sorted(scores.tolist())[-k]
-    want = [i for i, score in enumerate(scores.tolist()) if score >= least]
-    assert largest(scores, k).tolist() == want
+    scores[rng.random(size) < forbidden * (np.arange(size) > 0)] = -np.inf
+    least = sorted(scores.tolist())[-min(k, size)]
+    assert largest(scores, min(k, size)).tolist() == [i for i, score in enumerate(scores.tolist()) if score >= least]
+    params = SamplingParams(temperature, k, top_p)
+
+    def drawn() -> list[int]:
+        return [draw(scores, [0], params, random.Random(i), eos_id=0, is_first=False) for i in range(20)]
+
+    native = drawn()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "open_library", lambda: None)
-        assert largest(scores, k).tolist() == want
+        assert drawn() == native
 
 
 @pytest.mark.parametrize("native", [True, False])
