@@ -353,19 +353,26 @@ INLINE int32_t total(I v) {
     for (int n = LANES / 2; n; n /= 2) v += __builtin_shuffle(v, count(n));
     return v[0];
 }
+/// Where the numbers of W or K meet bfloat16 products, bits are this path's own.
+#if defined(PATH_BF16)
+template <class W> constexpr bool OWN = sizeof(W) < 4;
+#else
+template <class W> constexpr bool OWN = false;
+#endif
 /// e^x, relative error below 2e-7 (Cephes' polynomial); NaN stays NaN.
-INLINE F exp(F x) {
+template <class W> INLINE F exp(F x) {
+    const auto term = [](F a, F b, F c) { return OWN<W> ? fused(a, b, c) : a * b + c; };
     x = x < -87.0f ? all(-87.0f) : x;
     x = x > 88.0f ? all(88.0f) : x;
-    F n = (x * 1.44269504f + 12582912.0f) - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    F p = ((((r * 1.9875691500e-4f + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
-             1.6666665459e-1f) * r + 5.0000001201e-1f;
-    I power = (__builtin_convertvector(n, I) + 127) << 23;
-    return (p * r * r + r + 1.0f) * (F)power;
+    const F shifted = term(x, all(1.44269504f), all(12582912.0f)), n = shifted - 12582912.0f;  // n in its lowest bits
+    const F r = term(n, all(2.12194440e-4f), term(n, all(-0.693359375f), x));
+    F p = all(1.9875691500e-4f);
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = term(p, r, all(next));
+    return (term(p * r, r, r) + 1.0f) * (F)(((I)shifted << 23) + (127 << 23));
 }
-INLINE F activate(F y, int after) {
+template <class W> INLINE F activate(F y, int after) {
     if (after == RELU) return y < 0.0f ? all(0) : y;
-    if (after == TANH) return y / (exp(-1.5957691216f * (y + 0.044715f * y * y * y)) + 1.0f);  // 1 + tanh, written out
+    if (after == TANH) return y / (exp<W>(-1.5957691216f * (y + 0.044715f * y * y * y)) + 1.0f);  // 1 + tanh, written out
     if (after == ERF)
         for (int i = 0; i < LANES; i++) y[i] = 0.5f * y[i] * (1.0f + erff(y[i] * 0.70710678f));
     return y;
@@ -393,7 +400,7 @@ static double logsumexp(const float *x, int n) {
     for (int block = 0; block < n; block += 256) {
         F sums[PARTS] = {};
         for (int i = block; i < n && i < block + 256; i += 16)
-            for (int j = 0; j < PARTS; j++) sums[j] += exp(load((i + 16 <= n ? x + i : last) + LANES * j) - top);
+            for (int j = 0; j < PARTS; j++) sums[j] += exp<float>(load((i + 16 <= n ? x + i : last) + LANES * j) - top);
         for (const F &some : sums)
             for (int i = 0; i < LANES; i++) total += some[i];
     }
@@ -534,7 +541,7 @@ template <class W, int M> INLINE void tile(const Linear &l, int group, const Ste
             F bias = l.bias ? load(l.bias + column) : F{};
             for (int m = 0; m < M; m++) {
                 float *to = out + (size_t)(row + m) * stride + column;
-                store(to, after == ADD ? load(to) + (y[m][j] + bias) : activate(y[m][j] + bias, after));
+                store(to, after == ADD ? load(to) + (y[m][j] + bias) : activate<W>(y[m][j] + bias, after));
             }
         }
     }
@@ -706,7 +713,7 @@ template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int
         float *from = weights + q * h.room;
         F total[PARTS] = {};
         for (t = 0; t < end; t += LANES) {  // a weight may be half as wide as its score, whose place it takes
-            F weight = exp(load(from + t) - top);
+            F weight = exp<K>(load(from + t) - top);
             weight = count(t) <= position + q ? weight : F{};
             put((Met<K> *)from + t, weight);
             total[t / LANES % PARTS] += weight;
