@@ -48,9 +48,9 @@ struct Model {
     int32_t n_layer, n_head, n_embd, n_positions, activation, weights; float epsilon;
 };
 struct Span { void *kv; int32_t capacity, start, count, row; };  // `count` rows of a sequence, from `row` of the batch
-struct Step {
+struct Step {                                               // `wanted` rows ascend
     const Span *spans; const int32_t *ids, *positions, *wanted; int32_t n_spans, rows, n_wanted, threads;
-    float *x, *wide, *mixed, *logits;                       // rows x e, rows x wide, rows x e
+    float *x, *wide, *mixed, *logits;                       // rows x e, rows x wide, rows x e, wanted x vocabulary
     float *scratch;                                         // threads x 4 x (positions + head width)
     void *narrow; float *scales; int32_t *offsets;          // rows x wide, as products read them; int8: for each block of 32
 };
@@ -728,7 +728,8 @@ template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &s
     for (; i + Q <= span.count; i += Q) attend<Q>(h, span.start + i, i);
     if constexpr (Q > 1) queries_of<Q - 1>(h, span, i);
 }
-/// Write keys and values of every sequence, then attend; a head of a sequence is one thread's.
+/// Write keys and values of every sequence, then attend, in the last layer for `wanted` rows alone; a head of a sequence is
+/// one thread's.
 template <class K> static void attention(const Model &m, const Step &s, int layer) {
     const int e = m.n_embd, dim = e / m.n_head, width = padded(dim, 16), room = padded(m.n_positions, 16);
     const int stride = padded(3 * e, 32), out_stride = padded(e, 32);
@@ -755,23 +756,38 @@ template <class K> static void attention(const Model &m, const Step &s, int laye
             }
             float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
             Head<K> h{qkv, keys, values, out, scratch, stride, dim, width, out_stride, room, m.layers[layer].attention_scale};
-            queries_of<QUERIES>(h, span, 0);
+            if (layer + 1 < m.n_layer) {
+                queries_of<QUERIES>(h, span, 0);
+                continue;
+            }
+            for (int w = 0; w < s.n_wanted; w++)
+                if (const int i = s.wanted[w] - span.row; 0 <= i && i < span.count) attend<1>(h, span.start + i, i);
         }
 }
 
+/// Nobody reads the last layer's other rows: `wanted` ones come together at the top.
+static void gather(const Step &s, int width) {
+#pragma omp single
+    for (int i = 0; i < s.n_wanted; i++)
+        for (float *x : {s.x, s.mixed}) memmove(x + (size_t)i * width, x + (size_t)s.wanted[i] * width, sizeof(float) * width);
+}
 /// W: weights as they are kept, K: keys and values.
-template <class W, class K> static void forward(const Model &m, const Step &s) {
+template <class W, class K> static void forward(const Model &m, const Step &all) {
     const int width = padded(m.n_embd, 32);
-    const Rows mixed{s.mixed, width};
-#pragma omp parallel num_threads(s.threads)
+    const Rows mixed{all.mixed, width};
+    Step wanted = all;
+    wanted.rows = all.n_wanted;
+#pragma omp parallel num_threads(all.threads)
     {
-        embed<W>(m, s);
+        embed<W>(m, all);
         for (int i = 0; i < m.n_layer; i++) {
             const Layer &h = m.layers[i];
             const int wide = 32 * h.c_fc.groups;
-            norm_rows<W>(h.ln_1, m, s);
-            linear<W>(h.c_attn, s, mixed, s.rows, s.wide, 32 * h.c_attn.groups, STORE);
-            attention<K>(m, s, i);
+            norm_rows<W>(h.ln_1, m, all);
+            linear<W>(h.c_attn, all, mixed, all.rows, all.wide, 32 * h.c_attn.groups, STORE);
+            attention<K>(m, all, i);
+            if (i + 1 == m.n_layer) gather(all, width);
+            const Step &s = i + 1 == m.n_layer ? wanted : all;
             ready<W>(s.mixed, width, s);
             linear<W>(h.attn_c_proj, s, mixed, s.rows, s.x, width, ADD);
             norm_rows<W>(h.ln_2, m, s);
@@ -779,12 +795,8 @@ template <class W, class K> static void forward(const Model &m, const Step &s) {
             ready<W>(s.wide, wide, s);
             linear<W>(h.mlp_c_proj, s, Rows{s.wide, wide}, s.rows, s.x, width, ADD);
         }
-#pragma omp for
-        for (int i = 0; i < s.n_wanted; i++) {
-            norm(s.x + (size_t)s.wanted[i] * width, m.ln_f, m, s.mixed + (size_t)i * width);
-            narrow(s.mixed + (size_t)i * width, width, s, i, (const Met<W> *)nullptr);
-        }
-        linear<W>(m.lm_head, s, mixed, s.n_wanted, s.logits, 32 * m.lm_head.groups, STORE);
+        norm_rows<W>(m.ln_f, m, wanted);
+        linear<W>(m.lm_head, wanted, mixed, wanted.rows, wanted.logits, 32 * m.lm_head.groups, STORE);
     }
 }
 static void run(const Model &m, const Step &s) {

@@ -123,6 +123,26 @@ def test_every_path_batch_cut_and_thread_count_gives_the_same_bits(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_have_the_logits_that_they_have_among_all(
+    checkpoint: Make, paths: list[tuple[Any, int]], dtype: torch.dtype
+) -> None:
+    """The last layer computes wanted rows alone, but everybody's keys and values."""
+    [ids] = prompts([23], 301)
+    for native, path in paths:
+        model = NativeGPT2(weights.load(checkpoint("odd")), native, dtype, path)
+
+        def step(wanted: list[int], model: NativeGPT2 = model) -> tuple[Tensor, Tensor]:
+            kvs = [model.new_kv(16) for _ in range(3)]
+            rows = [Rows(kv, 0, count) for kv, count in zip(kvs, (9, 1, 13), strict=True)]
+            return model.forward(Batch(ids, rows, wanted)).clone(), torch.stack(kvs)
+
+        whole, kv = step(list(range(23)))
+        for wanted in [], [8], [9], [22], [8, 9, 22], [0, 3, 4, 5, 6, 10, 11, 12, 13, 14]:
+            logits, same_kv = step(wanted)
+            assert torch.equal(logits, whole[wanted]) and torch.equal(same_kv, kv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_forked_sequence_goes_on_with_the_same_bits(checkpoint: Make, native: Any, dtype: torch.dtype) -> None:
     model = NativeGPT2(weights.load(checkpoint("odd")), native, dtype)
     [ids] = prompts([60], 301)
