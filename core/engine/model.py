@@ -177,17 +177,27 @@ class GPT2:
         return self._launch(batch, lambda layer, qkv: self._attend(layer, qkv, placed))
 
     def _launch(self, batch: Batch, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
-        x = self.hidden(self._padded(batch.ids), self._padded(batch.positions), attend)
+        x = self.hidden(self._padded(batch.ids), self._padded(batch.positions), attend, self._padded(batch.wanted))
         if not batch.wanted:
             return torch.empty(0, self.config.vocab_size)
-        return self.logits(x[self._padded(batch.wanted)])[: len(batch.wanted)].float().cpu()
+        return self.logits(x)[: len(batch.wanted)].float().cpu()
 
-    def hidden(self, ids: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """(T,), (T,) -> (T, E); `attend` takes a layer's number and its (T, 3 E), and gives (T, E)."""
+    def hidden(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        attend: Callable[[int, Tensor], Tensor],
+        wanted: Tensor | slice = slice(None),
+    ) -> Tensor:
+        """(T,), (T,) -> (T, E) or what is `wanted` of it; `attend` takes a layer's number and its (T, 3 E), and gives
+        (T, E)."""
         x = F.embedding(ids, self.wte).float() + F.embedding(positions, self.wpe)  # (T, E)
         for i, block in enumerate(self.h):
             qkv = block.c_attn(self._norm(x, block.ln_1))  # (T, 3 E)
-            x = x + block.attn_c_proj(attend(i, qkv))
+            mixed = attend(i, qkv)
+            if block is self.h[-1]:  # nobody reads its other rows
+                x, mixed = x[wanted], mixed[wanted]
+            x = x + block.attn_c_proj(mixed)
             x = x + block.mlp_c_proj(block.c_fc(self._norm(x, block.ln_2)))
         return x
 
@@ -238,7 +248,7 @@ class GPT2:
         return torch.tensor(values + [0] * (self._height(len(values)) - len(values)), device=self.device)
 
     def _height(self, rows: int) -> int:
-        return round_up(rows, self.block) if self.block else max(rows, MIN_ROWS)
+        return round_up(max(rows, 1), self.block) if self.block else max(rows, MIN_ROWS)
 
 
 @dataclass(frozen=True, slots=True)
