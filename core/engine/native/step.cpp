@@ -266,7 +266,6 @@ INLINE float one(const uint16_t *p) {
     memcpy(&v, &bits, 4);
     return v;
 }
-INLINE void keep(float *p, float v) { *p = v; }
 /// The nearest bfloat16; NaN stays NaN.
 INLINE void keep(uint16_t *p, float v) {
     uint32_t bits;
