@@ -40,8 +40,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: `ids` of all rows in order, the sequences they belong to, and the rows whose logits are wanted, which
-    ascend."""
+    """One step: `ids` of all rows in order, the sequences they belong to, and the rows whose logits are wanted."""
 
     ids: list[int]
     rows: Sequence[Rows]

@@ -154,20 +154,21 @@ class NativeGPT2:
         step.wanted = integers(batch.wanted)
         step.n_spans, step.rows, step.n_wanted, step.threads = len(spans), rows, wanted, threads
         self.native.palaver_step(self._model, step, self.path)
-        return self._logits[:wanted, : self.config.vocab_size]
+        return self._memory["logits"][:wanted, : self.config.vocab_size]
 
     def _make_room(self, rows: int, wanted: int, threads: int) -> None:
         """The step's own memory, kept from step to step."""
         if rows <= self._room[0] and wanted <= self._room[1] and threads <= self._room[2]:
             return
-        rows, wanted, threads = self._room = tuple(map(max, self._room, (round_up(rows, 16), wanted, threads)))
+        rows, wanted, threads = self._room = tuple(
+            map(max, self._room, (round_up(rows, 16), round_up(wanted, 16), threads))
+        )
         width, wide = self.width, self.wide
-        self._logits = torch.empty(wanted, round_up(self.config.vocab_size, BLOCK))
         self._memory = {
             "x": torch.zeros(rows, width),
             "wide": torch.zeros(rows, wide),
             "mixed": torch.zeros(rows, width),
-            "logits": self._logits,
+            "logits": torch.empty(wanted, round_up(self.config.vocab_size, BLOCK)),
             "scratch": torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width),
             "narrow": torch.zeros(rows, wide, dtype=torch.bfloat16),
             "scales": torch.zeros(rows, wide // BLOCK),

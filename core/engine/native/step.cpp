@@ -48,7 +48,7 @@ struct Model {
     int32_t n_layer, n_head, n_embd, n_positions, activation, weights; float epsilon;
 };
 struct Span { void *kv; int32_t capacity, start, count, row; };  // `count` rows of a sequence, from `row` of the batch
-struct Step {                                               // `wanted` rows ascend
+struct Step {
     const Span *spans; const int32_t *ids, *positions, *wanted; int32_t n_spans, rows, n_wanted, threads;
     float *x, *wide, *mixed, *logits;                       // rows x e, rows x wide, rows x e, wanted x vocabulary
     float *scratch;                                         // threads x 4 x (positions + head width)
@@ -764,11 +764,13 @@ template <class K> static void attention(const Model &m, const Step &s, int laye
         }
 }
 
-/// Nobody reads the last layer's other rows: `wanted` ones come together at the top.
+/// Nobody reads the last layer's other rows: `wanted` ones come together at the top, by way of `wide`.
 static void gather(const Step &s, int width) {
 #pragma omp single
-    for (int i = 0; i < s.n_wanted; i++)
-        for (float *x : {s.x, s.mixed}) memmove(x + (size_t)i * width, x + (size_t)s.wanted[i] * width, sizeof(float) * width);
+    for (float *x : {s.x, s.mixed}) {
+        for (int i = 0; i < s.n_wanted; i++) memcpy(s.wide + (size_t)i * width, x + (size_t)s.wanted[i] * width, sizeof(float) * width);
+        memcpy(x, s.wide, sizeof(float) * width * s.n_wanted);
+    }
 }
 /// W: weights as they are kept, K: keys and values.
 template <class W, class K> static void forward(const Model &m, const Step &all) {
