@@ -63,14 +63,17 @@ def draw(shape: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A real checkpoint in float32, its end of text moved to the id that its last layer's bias likes least.
 
-    Which id that is changes no shape; a reply that ends early all the same stops the run.
+    Which id that is changes no shape; a reply that ends early all the same stops the run. bos stays what ended a turn:
+    with it between turns as before, nothing the model reads teaches it to say the new one.
     """
     found, c = load(source), read_config(source / "config.json")
     tensors = {f"transformer.{name}": tensor.float().contiguous().clone() for name, tensor in found.tensors.items()}
     if "transformer.lm_head.weight" in tensors:
         raise SystemExit(f"{source} has an output layer of its own, which not every peer can load")
-    eos = int((tensors["transformer.wte.weight"] @ tensors["transformer.ln_f.bias"]).argmin())
-    return tensors, _config(c.n_layer, c.n_embd, c.n_head, c.n_positions, c.vocab_size, eos)
+    liked = tensors["transformer.wte.weight"] @ tensors["transformer.ln_f.bias"]
+    liked[c.eos_id] = torch.inf
+    config = _config(c.n_layer, c.n_embd, c.n_head, c.n_positions, c.vocab_size, int(liked.argmin()))
+    return tensors, config | {"bos_token_id": c.eos_id}
 
 
 def _config(layers: int, width: int, heads: int, positions: int, vocab: int, eos: int) -> dict[str, Any]:

@@ -33,7 +33,8 @@ async def measure(
 
     def script(letter: str) -> Script:
         room = config["n_positions"] - REPLY
-        return Script(config["vocab_size"], config["eos_token_id"], min(WINDOWS[letter], room), stride, pause, text)
+        ids = config["vocab_size"], config["eos_token_id"], config["bos_token_id"]
+        return Script(*ids, min(WINDOWS[letter], room), stride, pause, text)
 
     await peer.expect(1, 256)
     first = await Talk(script("A"), 0).say(peer)

@@ -35,6 +35,9 @@ class Script:
 
     vocab: int
     eos: int
+    """Nobody ever says it."""
+    end: int
+    """Stands after each turn."""
     window: int
     stride: int
     pause: float = 0.0
@@ -91,7 +94,7 @@ class Talk:
         if self.cycle and len(self.turns) >= 2 * self.cycle:
             self.start_anew()
         self._add("user", self.script.message(self.rng, USER))
-        window = Window(_ids, self.script.eos, self.script.window, self.script.stride)
+        window = Window(_ids, self.script.end, self.script.window, self.script.stride)
         prompt = window.prompt(self.turns)
         known = common_prefix(self.before, prompt)
         began = time.perf_counter()

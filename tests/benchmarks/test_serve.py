@@ -15,7 +15,7 @@ from benchmarks.serve.peers import Asked, Batcher
 from benchmarks.serve.workloads import REPLY, USER, Script, Talk, crowd, single
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Script(vocab=500, eos=499, window=256, stride=4)
+SCRIPT = Script(vocab=500, eos=499, end=498, window=256, stride=4)
 
 
 class Parrot:
@@ -63,8 +63,9 @@ async def test_one_user_grows_then_slides_and_the_prefix_stays() -> None:
     found = await single(parrot, SCRIPT, turns=12)
     prompts = [prompt for prompt, _ in parrot.asked]
     assert len(prompts[0]) == USER + 1 and len(prompts[1]) == 2 * (USER + 1) + REPLY + 1
-    assert prompts[1][: len(prompts[0])] == prompts[0] and prompts[0][-1] == SCRIPT.eos
+    assert prompts[1][: len(prompts[0])] == prompts[0] and prompts[0][-1] == SCRIPT.end
     assert max(map(len, prompts)) <= 256
+    assert not any(SCRIPT.eos in prompt for prompt in prompts)
     new = [new for _, new in found["asked"]]
     assert new[1:9] == [14] * 8  # the reply's end, the message and its end
     assert new[9:] == [223, 14, 223]
@@ -129,7 +130,8 @@ def test_the_machine_is_described_and_measured() -> None:
 async def test_the_embedded_model_takes_a_turn(tmp_path: Path) -> None:
     """The whole way: a checkpoint is made, a child loads it through the bots' port and answers."""
     folder = checkpoints.make("tiny", None, tmp_path)
-    assert json.loads((folder / "config.json").read_text())["eos_token_id"] != 4095
+    config = json.loads((folder / "config.json").read_text())
+    assert config["eos_token_id"] != config["bos_token_id"] == 4095, "it would learn from what it reads to end"
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "benchmarks.serve.child", "palaver-float32", str(folder), "AC", "1", "1", "4", "0"),
         cwd=ROOT,
