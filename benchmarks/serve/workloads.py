@@ -35,7 +35,7 @@ class Script:
 
     vocab: int
     eos: int
-    """Nobody ever says it."""
+    """Ends a reply early; nobody says it."""
     end: int
     """Stands after each turn."""
     window: int
