@@ -41,16 +41,17 @@ def main() -> None:
     limits: list[dict[str, float]] = []
     loads: list[float] = []
     order = deque(name for name in PEERS if name in wanted.peers)
+    turn = [wanted.workloads, wanted.seconds, wanted.threads, wanted.stride, wanted.pause, *filter(None, [text])]
+    for name in order:
+        print(f"making ready what {name} loads", flush=True)
+        left_out(name, ask(name, folder, wanted), absent)
     for number in range(wanted.rounds):
         limits.append(machine.limits(wanted.threads or cores()))
         for name in [name for name in order if name not in absent]:
             loads.append(os.getloadavg()[0])
             began = time.monotonic()
-            found = ask(name, folder, wanted, text)
-            if "absent" in found:
-                absent[name] = found["absent"]
-                print(f"{name} is left out: {absent[name]}", flush=True)
-            else:
+            found = ask(name, folder, wanted, *turn)
+            if not left_out(name, found, absent):
                 runs.setdefault(name, []).append(found)
                 print(f"round {number + 1}: {name} took {time.monotonic() - began:.0f} s  {brief(found)}", flush=True)
         order.rotate(-3)
@@ -112,16 +113,17 @@ def quotes(tokenizer: Path | None, work: Path) -> Path | None:
     return path
 
 
-def ask(name: str, folder: Path, wanted: argparse.Namespace, text: Path | None) -> dict[str, Any]:
-    """The peer's turn; what goes wrong with it leaves it out and is said."""
-    command = [sys.executable, "-m", "benchmarks.serve.child", name, str(folder), wanted.workloads]
-    command += [
-        str(wanted.seconds),
-        str(wanted.threads),
-        str(wanted.stride),
-        str(wanted.pause),
-        *([str(text)] if text else []),
-    ]
+def left_out(name: str, found: dict[str, Any], absent: dict[str, str]) -> bool:
+    """Has it no result? Then say why and note it."""
+    if "absent" in found:
+        absent[name] = found["absent"]
+        print(f"{name} is left out: {absent[name]}", flush=True)
+    return name in absent
+
+
+def ask(name: str, folder: Path, wanted: argparse.Namespace, *turn: object) -> dict[str, Any]:
+    """What the peer's child found in its turn, or in making its files; what goes wrong leaves it out and is said."""
+    command = [sys.executable, "-m", "benchmarks.serve.child", name, str(folder), *map(str, turn)]
     environment = os.environ | {"OMP_NUM_THREADS": str(wanted.threads or cores()), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         try:

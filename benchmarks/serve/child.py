@@ -1,6 +1,7 @@
 """One peer's turn, in a process of its own so that no two libraries' threads meet. The last line it prints is JSON.
 
 python -m benchmarks.serve.child PEER FOLDER WORKLOADS SECONDS THREADS STRIDE PAUSE [TEXT]
+python -m benchmarks.serve.child PEER FOLDER    only makes the files that the peer loads
 """
 
 from __future__ import annotations
@@ -48,14 +49,28 @@ async def measure(
     return found
 
 
+def convert(name: str, folder: Path) -> dict[str, Any]:
+    """{"absent": why} or how long it took."""
+    began = time.perf_counter()
+    try:
+        peers.make(name, folder, 0).convert()
+    except peers.Absent as error:
+        return {"absent": str(error)}
+    return {"seconds": time.perf_counter() - began}
+
+
 def main() -> None:
-    name, folder, workloads, seconds, threads, stride, pause, *text = sys.argv[1:]
+    name, folder, *rest = sys.argv[1:]
     out = os.dup(1)
     os.dup2(2, 1)  # libraries may say what they like
-    ids = json.loads(Path(text[0]).read_text("utf-8")) if text else []
-    found = asyncio.run(
-        measure(name, Path(folder), workloads, float(seconds), int(threads), int(stride), float(pause), ids)
-    )
+    if rest:
+        workloads, seconds, threads, stride, pause, *text = rest
+        ids = json.loads(Path(text[0]).read_text("utf-8")) if text else []
+        found = asyncio.run(
+            measure(name, Path(folder), workloads, float(seconds), int(threads), int(stride), float(pause), ids)
+        )
+    else:
+        found = convert(name, Path(folder))
     os.write(out, json.dumps(found).encode() + b"\n")
     os._exit(0)  # some libraries' threads never end
 

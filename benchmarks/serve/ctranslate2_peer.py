@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import ctranslate2
 
@@ -10,11 +11,17 @@ from benchmarks.serve.peers import SAMPLING, Asked, Batcher
 
 
 class CTranslate2(Batcher):
-    def load(self) -> str:
-        path = self.folder / f"ctranslate2-{self.kind}"
-        if not (path / "model.bin").is_file():
+    def convert(self) -> None:
+        if not (self.path / "model.bin").is_file():
             converter = ctranslate2.converters.TransformersConverter(str(self.folder))
-            converter.convert(str(path), quantization=self.kind, force=True)
+            converter.convert(str(self.path), quantization=self.kind, force=True)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"ctranslate2-{self.kind}"
+
+    def load(self) -> str:
+        path = self.path
         self._words: list[str] = json.loads((path / "vocabulary.json").read_text("utf-8"))
         self._model = ctranslate2.Generator(
             str(path), device="cpu", compute_type=self.kind, inter_threads=1, intra_threads=self.threads

@@ -11,11 +11,15 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 from safetensors.numpy import load_file
 
 
-def gguf(folder: Path, kind: str) -> Path:
-    """The checkpoint as llama.cpp reads it; matrices as f32, bf16 or q8_0, all else f32."""
-    path = folder / f"{kind}.gguf"
+def gguf_path(folder: Path, kind: str) -> Path:
+    return folder / f"{kind}.gguf"
+
+
+def gguf(folder: Path, kind: str) -> None:
+    """Write the checkpoint as llama.cpp reads it; matrices as f32, bf16 or q8_0, all else f32."""
+    path = gguf_path(folder, kind)
     if path.is_file():
-        return path
+        return
     c = json.loads((folder / "config.json").read_text("utf-8"))
     part = path.with_suffix(".part")
     writer = GGUFWriter(part, "gpt2")
@@ -40,7 +44,6 @@ def gguf(folder: Path, kind: str) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     shutil.move(part, path)
-    return path
 
 
 def _gguf_name(name: str) -> tuple[str, bool]:

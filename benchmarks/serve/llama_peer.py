@@ -13,7 +13,7 @@ from typing import Any
 
 import llama_cpp
 
-from benchmarks.serve.gguf_file import gguf
+from benchmarks.serve.gguf_file import gguf, gguf_path
 from benchmarks.serve.peers import SAMPLING, Asked, Worker
 from core.engine.kv_cache import common_prefix
 
@@ -43,8 +43,11 @@ class Job:
 class Llama(Worker):
     caches = True
 
+    def convert(self) -> None:
+        gguf(self.folder, self.kind)
+
     def load(self) -> str:
-        path = gguf(self.folder, self.kind)
+        path = gguf_path(self.folder, self.kind)
         llama_cpp.llama_log_set(_SILENT, None)
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.serve.peers import SAMPLING
+from benchmarks.serve.peers import SAMPLING, Peer
 from core.app import open_engine
 from core.engine.base import Engine
 from core.settings import Settings
 
 
-class Palaver:
+class Palaver(Peer):
     caches = True
 
     def __init__(self, kind: str, folder: Path, threads: int) -> None:

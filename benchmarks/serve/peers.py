@@ -51,6 +51,10 @@ class Peer(Protocol):
         """`folder`: the checkpoint; `threads`: 0 is as many as are best."""
         ...
 
+    def convert(self) -> None:
+        """Write beside the checkpoint what this peer loads in its place, unless it is there: once, and not measured."""
+        return None
+
     async def open(self) -> str:
         """Load; one line on how it runs. Raises Absent."""
         ...

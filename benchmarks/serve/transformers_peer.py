@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.serve.peers import SAMPLING, Absent, Asked, Batcher
+from benchmarks.serve.peers import SAMPLING, Absent, Asked, Batcher, Peer
 from core.engine.machine import cores
 
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ class Static(Serial):
         return super().load().replace("one request at a time", "batches of up to 16")
 
 
-class Continuous:
+class Continuous(Peer):
     """Its paged cache and its scheduler (`init_continuous_batching`), float32."""
 
     caches = True

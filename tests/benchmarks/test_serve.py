@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,8 @@ class Parrot:
         self.asked: list[tuple[list[int], str]] = []
         self.cut = cut
         self.there = self.highest = 0
+
+    def convert(self) -> None: ...
 
     async def open(self) -> str:
         return "parrot"
@@ -132,14 +135,17 @@ async def test_the_embedded_model_takes_a_turn(tmp_path: Path) -> None:
     folder = checkpoints.make("tiny", None, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     assert config["eos_token_id"] != config["bos_token_id"] == 4095, "it would learn from what it reads to end"
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.serve.child", "palaver-float32", str(folder), "AC", "1", "1", "4", "0"),
-        cwd=ROOT,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    async with asyncio.timeout(120):
-        output, _ = await child.communicate()
-    found = json.loads(output.splitlines()[-1])
+
+    async def child(*turn: str) -> Any:
+        command = sys.executable, "-m", "benchmarks.serve.child", "palaver-float32", str(folder), *turn
+        child = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
+        async with asyncio.timeout(120):
+            output, _ = await child.communicate()
+        return json.loads(output.splitlines()[-1])
+
+    files = sorted(folder.iterdir())
+    assert (await child())["seconds"] >= 0 and sorted(folder.iterdir()) == files, "it loads the checkpoint as it is"
+    found = await child("AC", "1", "1", "4", "0")
     assert "float32" in found["how"] and found["A"]["mean_ms"] > 0
     assert len(found["A"]["asked"]) == 12 and len(found["C"]["asked"]) == 6
     assert max(length for length, _ in found["C"]["asked"]) <= 240
