@@ -53,7 +53,7 @@ class Peer(Protocol):
 
     def convert(self) -> None:
         """Write beside the checkpoint what this peer loads in its place, unless it is there: once, and not measured."""
-        return None
+        return
 
     async def open(self) -> str:
         """Load; one line on how it runs. Raises Absent."""
