@@ -37,6 +37,8 @@ LARGE = 1_000_000
 """Parameters from which on int8 is worth what it rounds off: the embedded model has 4 million, DialoGPT-small 124."""
 SHARED = 30_000_000
 """Parameters from which on threads share a step; below, they would wait for each other longer than they compute."""
+DRAFTED = 30_000_000
+"""Parameters from which on a step of one row is as long as its weights take to read, and a copy in int8 saves time."""
 
 FAR = 0.03
 """Nats by which int8 may differ from float32 for DTYPE=auto to keep it: the embedded model's 0.005 cost it 0.04 % of
@@ -52,6 +54,8 @@ class ModelRunner:
     def __init__(self, model: Model, folder: Path) -> None:
         self.model = model
         self.folder = folder
+        self.draft: Model | None = None
+        """The same in int8, where that pays (core.engine.draft)."""
 
     def run(self, spans: Sequence[Span]) -> list[list[tuple[int, float]] | None]:
         """For each span that is_last its next (token, log-probability), more than one where its guess was right; None
@@ -73,7 +77,7 @@ class ModelRunner:
             if math.isnan(total):
                 break
             is_first = len(tokens) == s.prompt_len
-            tokens.append(draw(logits, tokens, s.params, s.random, eos_id=eos_id, is_first=is_first))
+            tokens.append(draw(logits, tokens, s.params, s.seed, eos_id=eos_id, is_first=is_first))
             drawn.append((tokens[-1], float(logits[tokens[-1]]) - total))
             if tokens[-1] != guessed:
                 break
@@ -87,19 +91,22 @@ class ModelRunner:
             self.model.forward(Batch([0] * count, [Rows(kv, 0, count)], [count - 1]))
 
     @torch.inference_mode()
-    def price(self, rows: int) -> float:
-        """How much longer a step of `rows` tokens of one sequence takes than a step of one, as a share of that one."""
+    def price(self, guess: int) -> float:
+        """How much longer each of `guess` guessed tokens makes a step of one, as a share of that one."""
+        rows = 1 + guess
         kv = self.model.new_kv(2 * rows)
 
-        def seconds(count: int) -> float:
+        def seconds(model: Model, count: int) -> float:
             step, times = Batch([0] * count, [Rows(kv, rows, count)], list(range(count))), list[float]()
-            while len(times) < 2 or sum(times) < 0.01:  # where a step is short, chance weighs more
+            while len(times) < 3 or sum(times) < 0.01:  # where a step is short, chance weighs more
                 begin = perf_counter()
-                self.model.forward(step).sum().item()  # a GPU has finished when the number is there
+                model.forward(step).sum().item()  # a GPU has finished when the number is there
                 times.append(perf_counter() - begin)
             return min(times)
 
-        return max(0.0, seconds(rows) / seconds(1) - 1)
+        alone = seconds(self.model, 1)
+        more = (seconds(self.model, rows) - alone) / guess + (seconds(self.draft, 1) if self.draft else 0)
+        return max(0.0, more / alone)
 
     @staticmethod
     def _batch(spans: Sequence[Span]) -> Batch:
@@ -123,16 +130,26 @@ class ModelRunner:
 
 
 def open_runner(
-    model: str | Path, revision: str | None, device: str, dtype: str, threads: int, cache_bytes: int = 0
+    model: str | Path,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    threads: int,
+    cache_bytes: int = 0,
+    draft: bool = False,
 ) -> ModelRunner:
-    """Resolve, load, choose, check, warm up. Raises BadCheckpoint, or ValueError for a setting that cannot be."""
+    """Resolve, load, choose, check, warm up; with a `draft` where one may pay. Raises BadCheckpoint, or ValueError for
+    a setting that cannot be."""
     folder = hub.resolve(model, revision)
     place = choose_device(device)
     if place.type == "cpu":
         torch.set_num_threads(threads or (cores() if parameters(folder) >= SHARED else 1))
     with torch.inference_mode():
         runner = ModelRunner(choose(folder, place, dtype, cache_bytes), folder)
+        runner.draft = copy_in_int8(runner.model, folder) if draft else None
         runner.warm_up()
+    if runner.draft:
+        runner.model.how += ", guesses in int8"
     if place.type == "cpu":
         count = torch.get_num_threads()
         runner.model.how += f", {count} thread{'s' if count > 1 else ''}"
@@ -166,6 +183,15 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: i
             model = graphed(eager, cache_tokens(eager, cache_bytes))
     weights.trim()
     return model
+
+
+def copy_in_int8(model: Model, folder: Path) -> Model | None:
+    """To guess for a large model of another precision; it takes the same keys and values."""
+    if not isinstance(model, gpt2.NativeGPT2) or model.dtype is torch.int8 or parameters(folder) < DRAFTED:
+        return None
+    draft = gpt2.NativeGPT2(weights.load(folder), model.native, torch.int8, kv_dtype=model.kv_dtype)
+    weights.trim()
+    return draft
 
 
 def graphed(eager: GPT2, tokens: int) -> GPT2:

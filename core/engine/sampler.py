@@ -3,13 +3,17 @@
 Same rules as Transformers' processors: repetition penalty, no repeated n-gram, no eos as the first token; then top_k,
 temperature, top_p. (Transformers divides by the temperature first, which leaves the k largest what they are.)
 
+What is left is drawn as a race: id i runs for -log(u_i) / weight_i, where u_i in (0, 1) is a function of the seed, the
+position and i alone, and the first there is drawn, with a probability of its share of the weights (Efraimidis and
+Spirakis 2006, "Weighted random sampling with a reservoir"; over logits it is the Gumbel-max trick). So two models that
+nearly agree nearly always draw the same.
+
 The native library, where there is one, sums up rows and draws among the top_k; else torch and numpy do.
 """
 
 from __future__ import annotations
 
 import math
-import random
 
 import numpy as np
 import torch
@@ -37,21 +41,36 @@ def logsumexp(logits: Tensor) -> list[float]:
     return sums.tolist()
 
 
-def draw(
-    logits: Row, tokens: list[int], params: SamplingParams, rng: random.Random, *, eos_id: int, is_first: bool
-) -> int:
-    """The next token after `tokens`. `logits` (vocab,) are all finite."""
+def draw(logits: Row, tokens: list[int], params: SamplingParams, seed: int, *, eos_id: int, is_first: bool) -> int:
+    """The next token after `tokens`. `logits` (vocab,) are all finite. The same seed draws the same."""
     scores = process(logits, tokens, params, banned=eos_id if is_first else None)
     if params.temperature == 0:
         return int(scores.argmax())
-    chance, native = rng.random(), library.open_library()
+    native = library.open_library()
     if native and 0 < params.top_k < len(scores):
-        knobs = params.top_k, params.temperature, params.top_p, chance
-        return int(native.palaver_draw(address(scores), len(scores), *knobs, native.palaver_best_path()))
+        place = address(scores), len(scores)
+        knobs = params.top_k, params.temperature, params.top_p, seed % 2**64, len(tokens)
+        return int(native.palaver_draw(*place, *knobs, native.palaver_best_path()))
     ids, weights = distribution(scores, params)
-    reached = weights.cumsum()
-    at = int(reached.searchsorted(chance * reached[-1], side="right"))
-    return int(ids[min(at, len(ids) - 1)])
+    return int(ids[(weights / exponential(seed, len(tokens), ids)).argmax()])
+
+
+def exponential(seed: int, position: int, ids: Ids) -> NDArray[np.floating]:
+    """-log(u) of each id, above 0."""
+    [mixed] = noise(np.uint64(seed % 2**64), np.zeros(1, np.uint64))
+    [key] = noise(mixed, np.array([position], np.uint64))
+    u = ((noise(key, ids.astype(np.uint64)) >> np.uint64(12)) + 0.5) * 2.0**-52
+    times: NDArray[np.floating] = -np.log(u)
+    return times
+
+
+def noise(key: np.uint64, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Of the stream `key` the numbers that `numbers` counts, 64 bits each (splitmix64: Steele, Lea and Flood 2014,
+    "Fast splittable pseudorandom number generators")."""
+    x = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
 
 
 def process(logits: Row, tokens: list[int], params: SamplingParams, banned: int | None = None) -> Row:

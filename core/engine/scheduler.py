@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 
 from core.engine.base import Cancelled, EngineError, Failed, PromptTooLong, QueueFull, SamplingParams
+from core.engine.guesses import Guesses, Phrases
 from core.engine.kv_cache import KVCache
-from core.engine.phrases import Phrases
 from core.engine.sequence import Request, Sequence, Span
 
 PIECE = 16
 """Rows of a step that prepares: who comes meanwhile waits about as long as for one token beside others."""
 
-GUESS = 3
+GUESS = 4
 """Rows that a lone sequence's step may have beside the one it needs; they share its reading of the weights."""
 
 Drawn = list[tuple[int, float]]
@@ -45,9 +45,9 @@ class Scheduler:
         max_waiting: int,
         draw_seed: Callable[[], int] | None = None,
         guess: int = GUESS,
-        price: float = 0.0,
+        guesses: Guesses | None = None,
     ) -> None:
-        """At most `guess` tokens are guessed at once, while they are worth their `price` (core.engine.phrases)."""
+        """At most `guess` tokens are guessed at once; None: from what was said before."""
         self.cache = cache
         self.max_positions = max_positions
         self.eos_id = eos_id
@@ -59,7 +59,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.requests: set[Request] = set()
         self.guess = guess
-        self.phrases = Phrases(price)
+        self.guesses = guesses or Phrases()
         self.preparing: dict[str, Sequence] = {}
         """By session, oldest first: what its next prompt will begin with."""
 
@@ -95,7 +95,7 @@ class Scheduler:
     def forget(self, session: str) -> None:
         """Nothing of the session stays, nor of what it waits for now. (Whose the phrases are, nobody knows.)"""
         self.preparing.pop(session, None)
-        self.phrases.clear()
+        self.guesses.clear()
         for request in self.requests:
             request.session = "" if request.session == session else request.session
         self.cache.forget(session)
@@ -106,7 +106,7 @@ class Scheduler:
         decoding = [s for s in self.running if len(s.tokens) - s.computed == 1]
         prefilling = [s for s in self.running if len(s.tokens) - s.computed > 1]
         spans = [Span(s, s.computed, 1) for s in decoding]
-        if len(decoding) == 1:
+        if len(decoding) == len(self.running) == 1 and not self.waiting:
             spans = [self._with_guess(decoding[0])]
         budget = self.token_budget - sum(len(span.ids) for span in spans)
         for sequence in prefilling:
@@ -130,7 +130,7 @@ class Scheduler:
             for token, logprob in result:
                 sequence.append(token, logprob, self.eos_id)
             if span.guess:
-                self.phrases.judge(right)
+                self.guesses.judge(right, len(span.guess))
             if sequence.finish_reason:
                 self._finish(sequence)
             elif sequence.max_new == 0:
@@ -206,13 +206,13 @@ class Scheduler:
     def _with_guess(self, sequence: Sequence) -> Span:
         """A step for one token, and for those that may follow it as far as they can still be drawn."""
         room = min(self.guess, self.token_budget - 1, sequence.prompt_len + sequence.max_new - len(sequence.tokens) - 1)
-        guess = self.phrases.after(sequence.tokens, room)
+        guess = self.guesses.after(sequence, room)
         return Span(sequence, sequence.computed, 1, tuple(token for token in guess if token != self.eos_id))
 
     def _finish(self, sequence: Sequence) -> None:
         self._leave(sequence, keep=True)
         closed = [self.eos_id] if sequence.finish_reason == "stop" else []
-        self.phrases.learn([*sequence.tokens[sequence.prompt_len - 1 :], *closed])
+        self.guesses.learn([*sequence.tokens[sequence.prompt_len - 1 :], *closed])
         request = sequence.request
         if all(s.finish_reason for s in request.sequences):
             self.requests.remove(request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -28,8 +27,7 @@ class Sequence:
         self.logprob = 0.0
         self.retried = False
         self.finish_reason: FinishReason | None = None
-        self.random = random.Random(seed)
-        """Its own: what a sequence says never depends on what is drawn beside it."""
+        self.seed = seed
 
     @property
     def computed(self) -> int:

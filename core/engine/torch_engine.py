@@ -29,7 +29,9 @@ from core.engine.base import (
     ModelInfo,
     SamplingParams,
 )
+from core.engine.draft import Draft
 from core.engine.futures import settle
+from core.engine.guesses import Phrases
 from core.engine.kv_cache import KVCache
 from core.engine.model_runner import ModelRunner, cache_tokens, open_runner
 from core.engine.scheduler import GUESS, Scheduler
@@ -210,8 +212,10 @@ async def open_torch_engine(
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
-        runner = open_runner(model, revision, device, dtype, threads, cache_bytes)
+        runner = open_runner(model, revision, device, dtype, threads, cache_bytes, draft=guess > 0)
         config = runner.model.config
+        guesses = Draft(runner.draft) if runner.draft else Phrases()
+        guesses.price = runner.price(guess) if guess and price is None else price or 0.0
         seeds = random.Random(seed) if seed is not None else random.SystemRandom()
         scheduler = Scheduler(
             KVCache(cache_tokens(runner.model, cache_bytes)),
@@ -222,7 +226,7 @@ async def open_torch_engine(
             max_waiting=max_waiting,
             draw_seed=lambda: seeds.getrandbits(62),
             guess=guess,
-            price=runner.price(1 + guess) if guess and price is None else price or 0.0,
+            guesses=guesses,
         )
         name = runner.folder.name if str(model) != "embedded" else "embedded"
         info = ModelInfo(

@@ -71,13 +71,19 @@ class NativeGPT2:
     """Satisfies `core.engine.model.Model`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, native: Any, dtype: torch.dtype = torch.int8, path: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        native: Any,
+        dtype: torch.dtype = torch.int8,
+        path: int | None = None,
+        kv_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """Takes the tensors out of `checkpoint` one by one. `path` indexes `library.PATHS`; None, the best."""
+        """Takes the tensors out of `checkpoint` one by one. `path` indexes `library.PATHS`; None, the best. `kv_dtype`,
+        bfloat16 or float32, is for int8 alone."""
         self.config = config = checkpoint.config
         self.native = native
         self.dtype = dtype
-        self.kv_dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16
+        self.kv_dtype = kv_dtype if dtype is torch.int8 else dtype
         self.path: int = native.palaver_best_path() if path is None else path
         self.head_width = round_up(config.n_embd // config.n_head, 16)
         self.token_bytes = self.kv_dtype.itemsize * 2 * config.n_layer * config.n_head * self.head_width
@@ -129,6 +135,7 @@ class NativeGPT2:
             config.n_positions,
             ACTIVATION[config.activation],
             WEIGHTS[dtype],
+            WEIGHTS[self.kv_dtype],
             config.layer_norm_epsilon,
         )
 

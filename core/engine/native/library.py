@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import platform
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ ARM = platform.machine() in ("aarch64", "arm64")
 PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX512-VNNI", "AVX512-BF16"]
 """By number; a CPU that runs one runs those before it."""
 
-LAYOUT = 5
+LAYOUT = 6
 """Goes up, here and in step.cpp, whenever a structure, a layout or a function changes."""
 
 
@@ -42,7 +42,7 @@ class Model(Structure):
     _fields_ = [
         ("layers", POINTER(Layer)), ("wte", Linear), ("lm_head", Linear), ("wpe", c_void_p), ("ln_f", Norm),
         ("n_layer", c_int32), ("n_head", c_int32), ("n_embd", c_int32), ("n_positions", c_int32),
-        ("activation", c_int32), ("weights", c_int32), ("epsilon", c_float),
+        ("activation", c_int32), ("weights", c_int32), ("keys", c_int32), ("epsilon", c_float),
     ]  # fmt: skip
 
 
@@ -87,7 +87,9 @@ def load(file: Path) -> Any:
     library.palaver_step.restype = None
     library.palaver_logsumexp.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_int32]
     library.palaver_logsumexp.restype = None
-    library.palaver_draw.argtypes = [c_void_p, c_int32, c_int32, c_double, c_double, c_double, c_int32]
+    library.palaver_draw.argtypes = [
+        c_void_p, c_int32, c_int32, c_double, c_double, c_uint64, c_int32, c_int32,
+    ]  # fmt: skip
     return library
 
 

@@ -13,8 +13,8 @@
 //   weight   [n / 32][k / PER][32 columns][PER]  float32 or bfloat16
 //            [n / 32][k / 32][8][32 columns][4]  int8: w + 128 as uint8
 //   scale    [n / 32][k / 32][32 columns]        bfloat16, int8 only: w = (byte - 128) * scale
-//   kv       [layer][2][head][capacity][width]   float32 beside float32 weights, else bfloat16; width is head_dim rounded
-//                                                up to 16; keys stand transposed in tiles of 16 positions
+//   kv       [layer][2][head][capacity][width]   float32 or bfloat16, beside float weights the same as they; width is
+//                                                head_dim rounded up to 16; keys stand transposed in tiles of 16 positions
 //                                                ([capacity / 16][width / PER][16][PER]), values as
 //                                                [capacity / PER][width][PER]
 //
@@ -45,7 +45,7 @@ struct Norm { const float *weight, *bias; };
 struct Layer { Norm ln_1, ln_2; Linear c_attn, attn_c_proj, c_fc, mlp_c_proj; float attention_scale; };
 struct Model {
     const Layer *layers; Linear wte, lm_head; const float *wpe; Norm ln_f;
-    int32_t n_layer, n_head, n_embd, n_positions, activation, weights; float epsilon;
+    int32_t n_layer, n_head, n_embd, n_positions, activation, weights, keys; float epsilon;
 };
 struct Span { void *kv; int32_t capacity, start, count, row; };  // `count` rows of a sequence, from `row` of the batch
 struct Step {
@@ -154,7 +154,7 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 5; }
+int palaver_layout() { return 6; }
 
 /// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI, 3 AVX512-BF16; on Arm 1 is dotprod. All lower
 /// ones run too.
@@ -196,9 +196,19 @@ void palaver_logsumexp(const float *x, int rows, int stride, int n, double *sums
     for (int i = 0; i < rows; i++) sums[i] = ON(path, logsumexp(x + (size_t)i * stride, n));
 }
 
-/// An id of x (n), of which none is NaN and one finite: drawn from the k (1 <= k <= n) largest and all that tie with the last
-/// of them; of these from the likeliest that make up top_p of the sum of e^(x / temperature). `chance` is in [0, 1).
-int palaver_draw(const float *x, int n, int k, double temperature, double top_p, double chance, int path) {
+/// The `i`-th number of 64 bits of the stream `key` (splitmix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+/// number generators").
+static uint64_t noise(uint64_t key, uint64_t i) {
+    uint64_t x = key + (i + 1) * 0x9E3779B97F4A7C15;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9;
+    x = (x ^ x >> 27) * 0x94D049BB133111EB;
+    return x ^ x >> 31;
+}
+
+/// An id of x (n), of which all are finite or -infinity, and one finite: drawn from the k (1 <= k <= n) largest and all that
+/// tie with the last of them; of these from the likeliest that make up top_p of the sum of e^(x / temperature). sampler.py
+/// says how the seed and the position decide.
+int palaver_draw(const float *x, int n, int k, double temperature, double top_p, uint64_t seed, int position, int path) {
     struct Choice { int32_t id; double weight; };
     static thread_local std::vector<int32_t> ids;
     static thread_local std::vector<Choice> choices;
@@ -215,12 +225,15 @@ int palaver_draw(const float *x, int n, int k, double temperature, double top_p,
         size_t kept = 0;
         while (kept < choices.size() && reached < top_p * total) reached += choices[kept++].weight;
         choices.resize(kept);
-        total = reached;
     }
-    reached = 0;
-    for (const Choice &choice : choices)
-        if ((reached += choice.weight) > chance * total) return choice.id;
-    return choices.back().id;
+    const uint64_t key = noise(noise(seed, 0), position);
+    Choice best = choices[0];
+    double most = -1;
+    for (const Choice &choice : choices) {
+        const double speed = choice.weight / -log(((double)(noise(key, choice.id) >> 12) + 0.5) * 0x1p-52);
+        if (speed > most) most = speed, best = choice;
+    }
+    return best.id;
 }
 }
 #else  // ------------------------------------------------------------------------------------------- once for each path
@@ -803,7 +816,7 @@ template <class W, class K> static void forward(const Model &m, const Step &all)
 static void run(const Model &m, const Step &s) {
     if (m.weights == FLOAT32) return forward<float, float>(m, s);
     if (m.weights == BFLOAT16) return forward<uint16_t, uint16_t>(m, s);
-    forward<uint8_t, uint16_t>(m, s);
+    m.keys == FLOAT32 ? forward<uint8_t, float>(m, s) : forward<uint8_t, uint16_t>(m, s);
 }
 }}  // namespace
 #endif

@@ -156,6 +156,33 @@ def test_a_forked_sequence_goes_on_with_the_same_bits(checkpoint: Make, native: 
         assert torch.equal(rest, whole[at:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_goes_on_with_what_another_precision_left(
+    checkpoint: Make, paths: list[tuple[Any, int]], dtype: torch.dtype
+) -> None:
+    """As the draft does: it stays near, with the same bits in any batch and on all paths whose rounding is one."""
+    folder, [ids] = checkpoint("deep"), prompts([90], 517)
+    results = {}
+    for native, path in paths:
+        model = NativeGPT2(weights.load(folder), native, dtype, path)
+        draft = NativeGPT2(weights.load(folder), native, torch.int8, path, dtype)
+        exact, whole, cut = (model.new_kv(90) for _ in range(3))
+        want = model.forward(Batch(ids, [Rows(exact, 0, 90)], list(range(70, 90)))).clone()
+        for kv in (whole, cut):
+            model.forward(Batch(ids[:70], [Rows(kv, 0, 70)], []))
+        got = draft.forward(Batch(ids[70:], [Rows(whole, 70, 20)], list(range(20)))).clone()
+        assert float((got - want).std() / want.std()) < 0.06
+        for start, count in (70, 1), (71, 2), (73, 17):
+            rows = Rows(draft.new_kv(3), 0, 3), Rows(cut, start, count)
+            batch = Batch(ids[:3] + ids[start : start + count], rows, list(range(3, 3 + count)))
+            assert torch.equal(draft.forward(batch), got[start - 70 : start - 70 + count])
+        model.forward(Batch(ids[70:], [Rows(whole, 70, 20)], []))
+        assert torch.equal(whole[:, :, :, :80], exact[:, :, :, :80]), "the model writes over what the draft wrote"
+        results[path] = got
+    if dtype is torch.float32:  # the portable path's bfloat16 and float32 differ by themselves
+        assert all(torch.equal(results[path], results[1]) for path in results if path == 2)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_close_to_transformers_and_to_torch_with_the_same_weights(
     checkpoint: Make, native: Any, shape: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -143,7 +142,7 @@ def test_the_same_is_drawn_natively_and_without(
     params = SamplingParams(temperature, k, top_p)
 
     def drawn() -> list[int]:
-        return [draw(scores, [0], params, random.Random(i), eos_id=0, is_first=False) for i in range(20)]
+        return [draw(scores, [0], params, i, eos_id=0, is_first=False) for i in range(20)]
 
     native = drawn()
     with pytest.MonkeyPatch.context() as patch:
@@ -190,22 +189,22 @@ def test_the_total_of_a_row_that_is_not_finite_is_nan(
 def test_greedy_is_argmax() -> None:
     logits = np.array([0, 3, 3, 1], np.float32)
     params = SamplingParams(temperature=0, repetition_penalty=2)
-    assert draw(logits, [1], params, random.Random(0), eos_id=3, is_first=False) == 2
-    assert draw(logits, [0], SamplingParams(temperature=0), random.Random(0), eos_id=3, is_first=False) == 1
+    assert draw(logits, [1], params, 0, eos_id=3, is_first=False) == 2
+    assert draw(logits, [0], SamplingParams(temperature=0), 0, eos_id=3, is_first=False) == 1
 
 
 def test_eos_is_never_first_and_free_afterwards() -> None:
     logits = np.array([0, 1, 50], np.float32)
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature=temperature)
-        assert all(draw(logits, [0], params, random.Random(i), eos_id=2, is_first=True) != 2 for i in range(50))
-        assert draw(logits, [0], params, random.Random(0), eos_id=2, is_first=False) == 2
+        assert all(draw(logits, [0], params, i, eos_id=2, is_first=True) != 2 for i in range(50))
+        assert draw(logits, [0], params, 0, eos_id=2, is_first=False) == 2
 
 
 def test_a_vocabulary_that_is_used_up_may_repeat() -> None:
     logits = np.array([0, 1, 2], np.float32)
     params = SamplingParams(temperature=0, no_repeat_ngram=1)
-    assert draw(logits, [0, 1, 2], params, random.Random(0), eos_id=2, is_first=True) == 1
+    assert draw(logits, [0, 1, 2], params, 0, eos_id=2, is_first=True) == 1
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -213,9 +212,8 @@ def test_draws_follow_the_distribution() -> None:
     logits = (torch.randn(60, generator=torch.Generator().manual_seed(3)) * 2).numpy()
     params = SamplingParams(temperature=0.9, top_k=20, top_p=0.9)
     expected = dense(logits, params)
-    rng = random.Random(1)
     n = 6_000
-    counts = Counter(draw(logits, [0], params, rng, eos_id=59, is_first=False) for _ in range(n))
+    counts = Counter(draw(logits, [0], params, seed, eos_id=59, is_first=False) for seed in range(n))
     assert set(counts) <= set(expected.nonzero()[:, 0].tolist())
     degrees = int((expected > 0).sum()) - 1
     chi = sum((counts[i] - n * float(p)) ** 2 / (n * float(p)) for i, p in enumerate(expected) if p > 0)

@@ -11,16 +11,16 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from core.engine.base import Cancelled, Completion, EngineError, Failed, QueueFull, SamplingParams
+from core.engine.guesses import MOST, PROBE, Phrases
 from core.engine.kv_cache import ROUND, KVCache, common_prefix
-from core.engine.phrases import MOST, PROBE, Phrases
 from core.engine.scheduler import PIECE, Drawn, Scheduler
-from core.engine.sequence import Request, Span
+from core.engine.sequence import Request, Sequence, Span
 
 EOS = 9
 
 
-def make_scheduler(total: int = 4 * ROUND, **options: int) -> Scheduler:
-    limits = {"max_running": 8, "token_budget": 64, "max_waiting": 100} | options
+def make_scheduler(total: int = 4 * ROUND, **options: Any) -> Scheduler:
+    limits: dict[str, Any] = {"max_running": 8, "token_budget": 64, "max_waiting": 100} | options
     return Scheduler(KVCache(total), max_positions=2 * ROUND, eos_id=EOS, draw_seed=lambda: 5, **limits)
 
 
@@ -406,27 +406,31 @@ def test_two_at_once_do_not_guess() -> None:
             assert not any(span.guess for span in spans)
 
 
+def said(*tokens: int) -> Sequence:
+    return Sequence(Request(tokens, SamplingParams(), "", None, lambda _: None), 0, 9)
+
+
 def test_bad_guesses_are_given_up_and_tried_again_now_and_then() -> None:
     phrases = Phrases(price=0.4)
     phrases.learn([1, 2, 3, 4, 5])
-    assert phrases.after([0, 1, 2, 3], 3) == [4, 5]
-    assert phrases.after([0, 1, 2, 3], 1) == [4]
-    assert phrases.after([2, 3], 3) == phrases.after([3, 2, 1], 3) == []
+    assert phrases.after(said(0, 1, 2, 3), 3) == [4, 5]
+    assert phrases.after(said(0, 1, 2, 3), 1) == [4]
+    assert phrases.after(said(2, 3), 3) == phrases.after(said(3, 2, 1), 3) == []
     for _ in range(30):
-        phrases.judge(0)
-    assert sum(bool(phrases.after([1, 2, 3], 3)) for _ in range(10 * PROBE)) == 10
+        phrases.judge(0, 2)
+    assert sum(bool(phrases.after(said(1, 2, 3), 3)) for _ in range(10 * PROBE)) == 10
     for _ in range(30):
-        phrases.judge(2)
-    assert phrases.after([1, 2, 3], 3) == [4, 5]
+        phrases.judge(1, 2)
+    assert phrases.after(said(1, 2, 3), 3) == [4, 5]
 
 
 def test_phrases_take_bounded_room_and_the_newest_stay() -> None:
     phrases = Phrases()
     phrases.learn(range(MOST + 100))
-    assert phrases.after([0, 1, 2], 1) == []
-    assert phrases.after([MOST, MOST + 1, MOST + 2], 1) == [MOST + 3]
+    assert phrases.after(said(0, 1, 2), 1) == []
+    assert phrases.after(said(MOST, MOST + 1, MOST + 2), 1) == [MOST + 3]
     phrases.clear()
-    assert phrases.after([MOST, MOST + 1, MOST + 2], 1) == []
+    assert phrases.after(said(MOST, MOST + 1, MOST + 2), 1) == []
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])

@@ -32,14 +32,22 @@ Make = Callable[..., Path]
 SAMPLED = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, max_tokens=24, seed=7)
 
 
-@pytest.fixture(params=["native", "torch", "graphs"])
+@pytest.fixture(params=["native", "guesses in int8", "torch", "graphs"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The ways to compute on a CPU, and the one for CUDA without its capture."""
-    if request.param != "native":
+    if request.param == "guesses in int8":
+        drafted(monkeypatch)
+    elif request.param != "native":
         monkeypatch.setattr(library, "open_library", lambda: None)
     if request.param == "graphs":
         monkeypatch.setattr(model_runner, "build", graphed)
     return str(request.param)
+
+
+def drafted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models have a copy that guesses, too, and their guesses cost nothing."""
+    monkeypatch.setattr(model_runner, "DRAFTED", 0)
+    monkeypatch.setattr(ModelRunner, "price", lambda *_: 0.0)
 
 
 def graphed(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: int) -> GraphedGPT2:
@@ -267,10 +275,69 @@ async def test_guessing_changes_steps_and_nothing_else(engine: Open, dtype: str)
     assert steps[1][0] < 0.8 * steps[0][0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_copy_in_int8_guesses_and_changes_nothing_else(
+    engine: Open, checkpoint: Make, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same replies to the last bit of the log-probability, of which most tokens were guessed."""
+    drafted(monkeypatch)
+    likely = greedy(checkpoint("odd"), prompts([60], 301)[0])[7]
+    folder = checkpoint("odd", eos_token_id=likely)
+    plain, guessing = [await engine(folder, dtype=dtype, guess=guess) for guess in (0, 4)]
+    assert plain.core.runner.draft is None and guessing.core.runner.draft
+    sampled = dataclasses.replace(SAMPLED, max_tokens=40)
+    ways = [
+        dataclasses.replace(GREEDY, max_tokens=40),
+        sampled,
+        dataclasses.replace(sampled, repetition_penalty=1.3, no_repeat_ngram=3),
+        dataclasses.replace(sampled, top_k=0, top_p=0.5),
+        dataclasses.replace(sampled, n=3),
+    ]
+    said = []
+    for e in (plain, guessing):
+        asked = itertools.product(ways, enumerate(prompts([1, 5, 60, 140], 301)))
+        got = [await e.generate(p, dataclasses.replace(way, seed=s), session=str(s)) for way, (s, p) in asked]
+        said.append([[(c.token_ids, c.logprob, c.finish_reason) for c in cs] for cs in got])
+    assert said[0] == said[1]
+    assert {reason for cs in said[0] for _, _, reason in cs} == {"stop", "length"}
+    steps = []
+    for e in (plain, guessing):
+        counted = Faulty(e, lambda _: None)
+        for seed, prompt in enumerate(prompts([5, 60], 301)):
+            await ask(e, prompt, dataclasses.replace(sampled, seed=seed))
+        steps.append(counted.steps)
+    assert steps[1] < 0.5 * steps[0]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+async def test_a_bad_copy_costs_no_reply(
+    engine: Open, checkpoint: Make, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One with wrong weights is given up; one whose numbers are not finite guesses nothing."""
+    drafted(monkeypatch)
+    e = await engine("odd", dtype="float32")
+    draft, guesses, calls = cast("Any", e.core.runner.draft), e.core.scheduler.guesses, list[Batch]()
+    forward, guesses.price = draft.forward, 0.3
+
+    def spoilt(batch: Batch) -> torch.Tensor:
+        calls.append(batch)
+        logits = forward(batch)
+        return torch.rand_like(logits) if wrong else torch.full_like(logits, float("nan"))
+
+    draft.forward = spoilt
+    for _ in range(4):
+        for prompt in prompts([5, 60], 301):
+            assert (await ask(e, prompt)).token_ids == greedy(checkpoint("odd"), prompt)
+    assert guesses.right < 0.3 if wrong else guesses.right == 1.0
+    count = len(calls)
+    await ask(e, prompts([30], 301)[0])
+    assert wrong == (len(calls) == count), "wrong guesses were not given up"
+
+
 async def test_a_guess_is_priced_where_there_are_guesses(engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ModelRunner, "price", lambda _, rows: float(rows))
+    monkeypatch.setattr(ModelRunner, "price", lambda _, guess: float(guess))
     engines = [await engine("odd", guess=guess) for guess in (0, 3)]
-    assert [e.core.scheduler.phrases.price for e in engines] == [0.0, 4.0]
+    assert [e.core.scheduler.guesses.price for e in engines] == [0.0, 3.0]
 
 
 def test_guesses_leave_the_distribution_as_it_is() -> None:
@@ -278,11 +345,11 @@ def test_guesses_leave_the_distribution_as_it_is() -> None:
     rows = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
     runner = ModelRunner(cast("Model", SimpleNamespace(config=SimpleNamespace(eos_id=11))), Path())
     request = Request([1, 2], SamplingParams(temperature=1.0, top_k=0, top_p=1.0), "", None, lambda _: None)
-    sequence = Sequence(request, 5, 10)
-    sequence.append(3, 0.0, 11)
     guess = int(rows[0].argmax())
     counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()
-    for _ in range(8_000):
+    for seed in range(8_000):
+        sequence = Sequence(request, seed, 10)
+        sequence.append(3, 0.0, 11)
         drawn = runner._draw(Span(sequence, 2, 1, (guess,)), [(row, 0.0) for row in rows.numpy()])
         assert drawn and (len(drawn) == 2) == (drawn[0][0] == guess)
         for count, (token, _) in zip(counts, drawn, strict=False):
