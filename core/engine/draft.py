@@ -7,9 +7,8 @@ nearly always draws the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Ids
-
-import numpy as np
 
 from core.engine.guesses import Guesses
 from core.engine.model import Batch, Model, Rows
@@ -31,11 +30,13 @@ class Draft(Guesses):
             return []
         while len(tokens) < start + most:
             row = Rows(sequence.slot.kv, len(tokens) - 1, 1)
-            [logits] = self.model.forward(Batch(tokens[-1:], [row], [0])).numpy()
-            if not np.isfinite(logits.sum()):
+            logits = self.model.forward(Batch(tokens[-1:], [row], [0]))
+            summary = self.model.summary(logits)
+            if math.isnan(summary.totals[0]):
                 break
+            how = sequence.params, sequence.seed
             is_first = len(tokens) == sequence.prompt_len
-            token = draw(logits, tokens, sequence.params, sequence.seed, eos_id=eos_id, is_first=is_first)
+            token = draw(logits[0].numpy(), tokens, *how, eos_id=eos_id, is_first=is_first, tops=summary.tops[0])
             if token == eos_id:
                 break
             tokens.append(token)

@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from core.engine.kv_cache import round_up
+from core.engine.sampler import Summary, summarise
 from core.engine.weights import Checkpoint, Config
 
 TILE = 64
@@ -77,6 +78,10 @@ class Model(Protocol):
     def forward(self, batch: Batch) -> Tensor:
         """Write the rows' KV; return the logits (len(batch.wanted), vocab_size), float32, on the CPU, valid until the
         next step."""
+        ...
+
+    def summary(self, logits: Tensor) -> Summary:
+        """Of the logits that the last `forward` returned."""
         ...
 
 
@@ -174,6 +179,9 @@ class GPT2:
     def forward(self, batch: Batch) -> Tensor:
         placed = batch.placed
         return self._launch(batch, lambda layer, qkv: self._attend(layer, qkv, placed))
+
+    def summary(self, logits: Tensor) -> Summary:
+        return summarise(logits)
 
     def _launch(self, batch: Batch, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         x = self.hidden(self._padded(batch.ids), self._padded(batch.positions), attend, self._padded(batch.wanted))

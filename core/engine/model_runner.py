@@ -27,7 +27,7 @@ from core.engine.machine import cores
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
 from core.engine.native import gpt2, library
 from core.engine.reference import divergence
-from core.engine.sampler import Row, draw, logsumexp
+from core.engine.sampler import Row, draw
 from core.engine.sequence import Span
 
 log = logging.getLogger(__name__)
@@ -66,18 +66,19 @@ class ModelRunner:
         for span in spans:
             self._prepare(span.sequence.slot)
         logits = self.model.forward(self._batch(spans))
-        rows = zip(logits.numpy(), logsumexp(logits), strict=True)
+        summary = self.model.summary(logits)
+        rows = zip(logits.numpy(), summary.totals, summary.tops, strict=True)
         return [self._draw(span, list(islice(rows, 1 + len(span.guess)))) for span in spans if span.is_last]
 
-    def _draw(self, span: Span, rows: list[tuple[Row, float]]) -> list[tuple[int, float]] | None:
+    def _draw(self, span: Span, rows: list[tuple[Row, float, int]]) -> list[tuple[int, float]] | None:
         """One token from each row, to the first that was not guessed: as if each had been a step of its own."""
         s, eos_id, drawn = span.sequence, self.model.config.eos_id, []
         tokens = list(s.tokens)
-        for (logits, total), guessed in zip(rows, (*span.guess, None), strict=True):
+        for (logits, total, tops), guessed in zip(rows, (*span.guess, None), strict=True):
             if math.isnan(total):
                 break
             is_first = len(tokens) == s.prompt_len
-            tokens.append(draw(logits, tokens, s.params, s.seed, eos_id=eos_id, is_first=is_first))
+            tokens.append(draw(logits, tokens, s.params, s.seed, eos_id=eos_id, is_first=is_first, tops=tops))
             drawn.append((tokens[-1], float(logits[tokens[-1]]) - total))
             if tokens[-1] != guessed:
                 break

@@ -14,6 +14,7 @@ The native library, where there is one, sums up rows and draws among the top_k; 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,26 +30,45 @@ Ids = NDArray[np.integer]
 NEVER = float("-inf")
 
 
-def logsumexp(logits: Tensor) -> list[float]:
-    """log(sum(e^x)) of each row of (rows, vocab); NaN where a number is not finite. The same bits beside other rows."""
-    native = library.open_library()
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Of rows of logits."""
+
+    totals: list[float]
+    """log(sum(e^x)) of each; NaN where a number is not finite."""
+    tops: list[int]
+    """For the native draw the address of each row's largest of each 32; 0 where there are none."""
+
+
+def summarise(logits: Tensor) -> Summary:
+    """(rows, vocab), where no step has done it. The same bits beside other rows."""
+    native, none = library.open_library(), [0] * len(logits)
     if not native:  # each row for itself: torch cuts up the sum of a single one among threads
-        return [float(row.logsumexp(0)) if row.sum().isfinite() else math.nan for row in logits]
+        return Summary([float(row.logsumexp(0)) if row.sum().isfinite() else math.nan for row in logits], none)
     assert logits.stride(1) == 1
-    sums = torch.empty(len(logits), dtype=torch.float64)
-    places = logits.data_ptr(), len(logits), logits.stride(0), logits.shape[1], sums.data_ptr()
+    totals = torch.empty(len(logits), dtype=torch.float64)
+    places = logits.data_ptr(), len(logits), logits.stride(0), logits.shape[1], totals.data_ptr()
     native.palaver_logsumexp(*places, torch.get_num_threads(), native.palaver_best_path())
-    return sums.tolist()
+    return Summary(totals.tolist(), none)
 
 
-def draw(logits: Row, tokens: list[int], params: SamplingParams, seed: int, *, eos_id: int, is_first: bool) -> int:
-    """The next token after `tokens`. `logits` (vocab,) are all finite. The same seed draws the same."""
+def draw(
+    logits: Row,
+    tokens: list[int],
+    params: SamplingParams,
+    seed: int,
+    *,
+    eos_id: int,
+    is_first: bool,
+    tops: int = 0,
+) -> int:
+    """The next token after `tokens`, the same for the same seed. `logits` (vocab,) are all finite; `tops` as in Summary."""
     scores = process(logits, tokens, params, banned=eos_id if is_first else None)
     if params.temperature == 0:
         return int(scores.argmax())
     native = library.open_library()
     if native and 0 < params.top_k < len(scores):
-        place = address(scores), len(scores)
+        place = address(scores), tops if scores is logits else 0, len(scores)
         knobs = params.top_k, params.temperature, params.top_p, seed % 2**64, len(tokens)
         return int(native.palaver_draw(*place, *knobs, native.palaver_best_path()))
     ids, weights = distribution(scores, params)

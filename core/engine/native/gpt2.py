@@ -13,6 +13,7 @@ from core.engine.kv_cache import round_up
 from core.engine.model import TILE, Batch
 from core.engine.native import library as c
 from core.engine.native.pages import Arena, zeros
+from core.engine.sampler import Summary
 from core.engine.weights import Checkpoint
 
 BLOCK = 32
@@ -23,6 +24,9 @@ WEIGHTS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
 
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """step.cpp's number of what a checkpoint may store; anything else becomes float32 first."""
+
+NOTHING = -3e38
+"""A logit beyond the vocabulary: finite, and e to it is 0 beside any other."""
 
 ACTIVATION = {"relu": 2, "tanh": 3, "none": 4}
 """step.cpp's number of each value of `weights.ACTIVATIONS`; "none" is the exact GELU."""
@@ -95,6 +99,8 @@ class NativeGPT2:
         self._kept: list[Tensor] = []
         self._step = c.Step()
         self._memory: dict[str, Tensor] = {}
+        self._totals: Any = ()
+        self._tops = self._apart = 0
         self._room: tuple[int, ...] = (0, 0, 0)
         tensors = checkpoint.tensors
 
@@ -108,6 +114,9 @@ class NativeGPT2:
             return c.Norm(vector(f"{name}.weight"), vector(f"{name}.bias"))
 
         wte = self._linear(tensors.pop("wte.weight"))
+        head = self._linear(tensors.pop("lm_head.weight")) if "lm_head.weight" in tensors else wte
+        beyond = torch.zeros(BLOCK * head.groups)
+        beyond[config.vocab_size :] = NOTHING
         scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         self._layers = (c.Layer * config.n_layer)(
             *(
@@ -126,7 +135,7 @@ class NativeGPT2:
         self._model = c.Model(
             self._layers,
             wte,
-            self._linear(tensors.pop("lm_head.weight")) if "lm_head.weight" in tensors else wte,
+            c.Linear(head.weight, head.scale, self._keep(beyond), head.blocks, head.groups),
             self._keep(tensors.pop("wpe.weight").float().clone()),
             norm("ln_f"),
             config.n_layer,
@@ -163,6 +172,10 @@ class NativeGPT2:
         self.native.palaver_step(self._model, step, self.path)
         return self._memory["logits"][:wanted, : self.config.vocab_size]
 
+    def summary(self, logits: Tensor) -> Summary:
+        rows = len(logits)
+        return Summary(self._totals[:rows], list(range(self._tops, self._tops + rows * self._apart, self._apart)))
+
     def _make_room(self, rows: int, wanted: int, threads: int) -> None:
         """The step's own memory, kept from step to step."""
         if rows <= self._room[0] and wanted <= self._room[1] and threads <= self._room[2]:
@@ -170,17 +183,21 @@ class NativeGPT2:
         rows, wanted, threads = self._room = tuple(
             map(max, self._room, (round_up(rows, 16), round_up(wanted, 16), threads))
         )
-        width, wide = self.width, self.wide
+        width, wide, groups = self.width, self.wide, round_up(self.config.vocab_size, BLOCK) // BLOCK
         self._memory = {
             "x": torch.zeros(rows, width),
             "wide": torch.zeros(rows, wide),
             "mixed": torch.zeros(rows, width),
-            "logits": torch.empty(wanted, round_up(self.config.vocab_size, BLOCK)),
+            "logits": torch.empty(wanted, BLOCK * groups),
+            "tops": torch.full((wanted, round_up(groups, 16)), NOTHING),
+            "sums": torch.zeros(wanted, round_up(groups, 16)),
             "scratch": torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width),
             "narrow": torch.zeros(rows, wide, dtype=torch.bfloat16),
             "scales": torch.zeros(rows, wide // BLOCK),
             "offsets": torch.zeros(rows, wide // BLOCK, dtype=torch.int32),
         }
+        self._step.totals = self._totals = (ctypes.c_double * wanted)()
+        self._tops, self._apart = self._memory["tops"].data_ptr(), 4 * round_up(groups, 16)
         for name, tensor in self._memory.items():
             setattr(self._step, name, tensor.data_ptr())
 

@@ -57,7 +57,8 @@ class Step(Structure):
         ("spans", POINTER(Span)), ("ids", POINTER(c_int32)), ("positions", POINTER(c_int32)),
         ("wanted", POINTER(c_int32)),
         ("n_spans", c_int32), ("rows", c_int32), ("n_wanted", c_int32), ("threads", c_int32),
-        ("x", c_void_p), ("wide", c_void_p), ("mixed", c_void_p), ("logits", c_void_p), ("scratch", c_void_p),
+        ("x", c_void_p), ("wide", c_void_p), ("mixed", c_void_p), ("logits", c_void_p),
+        ("tops", c_void_p), ("sums", c_void_p), ("totals", POINTER(c_double)), ("scratch", c_void_p),
         ("narrow", c_void_p), ("scales", c_void_p), ("offsets", c_void_p),
     ]  # fmt: skip
 
@@ -88,7 +89,7 @@ def load(file: Path) -> Any:
     library.palaver_logsumexp.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_int32]
     library.palaver_logsumexp.restype = None
     library.palaver_draw.argtypes = [
-        c_void_p, c_int32, c_int32, c_double, c_double, c_uint64, c_int32, c_int32,
+        c_void_p, c_void_p, c_int32, c_int32, c_double, c_double, c_uint64, c_int32, c_int32,
     ]  # fmt: skip
     return library
 

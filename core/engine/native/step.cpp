@@ -51,6 +51,7 @@ struct Span { void *kv; int32_t capacity, start, count, row; };  // `count` rows
 struct Step {
     const Span *spans; const int32_t *ids, *positions, *wanted; int32_t n_spans, rows, n_wanted, threads;
     float *x, *wide, *mixed, *logits;                       // rows x e, rows x wide, rows x e, wanted x vocabulary
+    float *tops, *sums; double *totals;                     // of logits: wanted x groups padded to 16, twice, and wanted
     float *scratch;                                         // threads x 4 x (positions + head width)
     void *narrow; float *scales; int32_t *offsets;          // rows x wide, as products read them; int8: for each block of 32
 };
@@ -58,7 +59,7 @@ struct Step {
 
 namespace {
 enum Weights { INT8, BFLOAT16, FLOAT32 };
-enum After { STORE, ADD, RELU, TANH, ERF };
+enum After { STORE, ADD, RELU, TANH, ERF, LOGITS };
 constexpr int QUERIES = 4;
 template <class K> constexpr int PER = 4 / sizeof(K);
 }
@@ -189,11 +190,12 @@ void palaver_pack(const void *source, int kind, int64_t stride_n, int64_t stride
 /// Write the rows' keys and values, and the logits of `wanted` rows. `path` is at most palaver_best_path().
 void palaver_step(const Model *model, const Step *step, int path) { ON(path, run(*model, *step)); }
 
-/// For each row of x [rows][stride] log(sum(e^x)) of its first n numbers; NaN where one of them is not finite.
-void palaver_logsumexp(const float *x, int rows, int stride, int n, double *sums, int threads, int path) {
+/// For each row of x [rows][stride] log(sum(e^x)) of its first n numbers; NaN where one of them is not finite. A step has its
+/// logits' already.
+void palaver_logsumexp(const float *x, int rows, int stride, int n, double *totals, int threads, int path) {
     (void)threads;
 #pragma omp parallel for num_threads(threads) if (rows > 1)
-    for (int i = 0; i < rows; i++) sums[i] = ON(path, logsumexp(x + (size_t)i * stride, n));
+    for (int i = 0; i < rows; i++) totals[i] = ON(path, logsumexp(x + (size_t)i * stride, n));
 }
 
 /// The `i`-th number of 64 bits of the stream `key` (splitmix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom
@@ -205,14 +207,14 @@ static uint64_t noise(uint64_t key, uint64_t i) {
     return x ^ x >> 31;
 }
 
-/// An id of x (n), of which all are finite or -infinity, and one finite: drawn from the k (1 <= k <= n) largest and all that
+/// An id of x (n), of which all are finite or -infinity, and one finite; `tops` has the largest of each 32 of them, or is null. Drawn from the k (1 <= k <= n) largest and all that
 /// tie with the last of them; of these from the likeliest that make up top_p of the sum of e^(x / temperature). sampler.py
 /// says how the seed and the position decide.
-int palaver_draw(const float *x, int n, int k, double temperature, double top_p, uint64_t seed, int position, int path) {
+int palaver_draw(const float *x, const float *tops, int n, int k, double temperature, double top_p, uint64_t seed, int position, int path) {
     struct Choice { int32_t id; double weight; };
     static thread_local std::vector<int32_t> ids;
     static thread_local std::vector<Choice> choices;
-    ON(path, largest(x, n, k, ids));
+    ON(path, largest(x, tops, n, k, ids));
     double top = -INFINITY, total = 0, reached = 0;
     for (int32_t id : ids) top = std::max(top, (double)x[id]);
     choices.clear();
@@ -340,19 +342,25 @@ INLINE I count(int from) {
 }
 INLINE int padded(int n, int step) { return (n + step - 1) / step * step; }
 
+/// Over 16 lanes, always in the same order: halves onto halves.
 INLINE float sum(const F *parts) {
-    float a[16];
-    memcpy(a, parts, sizeof a);
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] += a[i + n];
-    return a[0];
+    F all[PARTS];
+    memcpy(all, parts, sizeof all);
+    for (int n = PARTS / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) all[i] += all[i + n];
+    for (int n = LANES / 2; n; n /= 2) all[0] += __builtin_shuffle(all[0], count(n));
+    return all[0][0];
 }
 INLINE float max(const F *parts) {
-    float a[16];
-    memcpy(a, parts, sizeof a);
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
-    return a[0];
+    F all[PARTS];
+    memcpy(all, parts, sizeof all);
+    for (int n = PARTS / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) all[i] = all[i] > all[i + n] ? all[i] : all[i + n];
+    for (int n = LANES / 2; n; n /= 2) {
+        const F other = __builtin_shuffle(all[0], count(n));
+        all[0] = all[0] > other ? all[0] : other;
+    }
+    return all[0][0];
 }
 INLINE int32_t largest(I v) {
     for (int n = LANES / 2; n; n /= 2) {
@@ -390,33 +398,48 @@ template <class W> INLINE F activate(F y, int after) {
     return y;
 }
 
-/// log(sum(e^x)); NaN where a number is not finite. Sums run in 16 lanes, and every 256 numbers into a double: the same
-/// bits on every path.
-static double logsumexp(const float *x, int n) {
-    float last[16];  // what is left over after whole sixteens
-    std::fill(last, last + 16, -3e38f);
-    std::copy(x + n / 16 * 16, x + n, last);
-    F tops[PARTS], spoiled[PARTS] = {};
-    for (F &some : tops) some = all(-3e38f);
-    for (int i = 0; i < n; i += 16)
-        for (int j = 0; j < PARTS; j++) {
-            const F v = load((i + 16 <= n ? x + i : last) + LANES * j);
-            tops[j] = v > tops[j] ? v : tops[j];
-            spoiled[j] += v - v;  // 0, or NaN for good
-        }
-    for (const F &some : spoiled)
-        for (int i = 0; i < LANES; i++)
-            if (some[i] != 0) return NAN;
-    const float top = max(tops);
+/// Of a group's 32 logits the largest, and sum(e^(x - largest)), which is NaN where one of them is not finite.
+INLINE void summarise(const float *x, float *top, float *total) {
+    F tops[PARTS], totals[PARTS];
+    for (int j = 0; j < PARTS; j++) {
+        const F a = load(x + LANES * j), b = load(x + 16 + LANES * j);
+        tops[j] = a > b ? a : b;
+    }
+    *top = max(tops);
+    for (int j = 0; j < PARTS; j++) {
+        const F a = load(x + LANES * j), b = load(x + 16 + LANES * j);
+        totals[j] = (exp<float>(a - *top) + exp<float>(b - *top)) + ((a - a) + (b - b));  // 0, or NaN
+    }
+    *total = sum(totals);
+}
+/// From these of all groups, whose number is a multiple of 16, log(sum(e^x)) of the row. Every 256 go into a double.
+static double logsumexp(const float *tops, const float *totals, int groups) {
+    F most[PARTS];
+    for (F &some : most) some = all(-3e38f);
+    for (int i = 0; i < groups; i += LANES) {
+        F &some = most[i / LANES % PARTS];
+        some = load(tops + i) > some ? load(tops + i) : some;
+    }
+    const float top = max(most);
     double total = 0;
-    for (int block = 0; block < n; block += 256) {
-        F sums[PARTS] = {};
-        for (int i = block; i < n && i < block + 256; i += 16)
-            for (int j = 0; j < PARTS; j++) sums[j] += exp<float>(load((i + 16 <= n ? x + i : last) + LANES * j) - top);
-        for (const F &some : sums)
-            for (int i = 0; i < LANES; i++) total += some[i];
+    for (int block = 0; block < groups; block += 256) {
+        F parts[PARTS] = {};
+        for (int i = block; i < groups && i < block + 256; i += LANES)
+            parts[i / LANES % PARTS] += load(totals + i) * exp<float>(load(tops + i) - top);
+        for (const F &part : parts)
+            for (int i = 0; i < LANES; i++) total += part[i];
     }
     return top + log(total);
+}
+/// The same from the n numbers of a row.
+static double logsumexp(const float *x, int n) {
+    const int groups = padded((n + 31) / 32, 16);
+    std::vector<float> tops(groups, -3e38f), totals(groups);
+    float last[32];  // what is left over after whole groups
+    std::fill(last, last + 32, -3e38f);
+    std::copy(x + n / 32 * 32, x + n, last);
+    for (int i = 0; i < n; i += 32) summarise(i + 32 <= n ? x + i : last, &tops[i / 32], &totals[i / 32]);
+    return logsumexp(tops.data(), totals.data(), groups);
 }
 
 /// The k-th largest of `values`, which it puts in disorder.
@@ -424,28 +447,24 @@ static float kth_largest(std::vector<float> &values, int k) {
     std::nth_element(values.begin(), values.begin() + k - 1, values.end(), std::greater<float>());
     return values[k - 1];
 }
-/// Ids, ascending, of the k largest and of all that tie with the last of them.
-static void largest(const float *x, int n, int k, std::vector<int32_t> &ids) {
-    constexpr int BLOCK = 64;
-    std::vector<float> tops, some;  // the largest of each block; the k-th of those is no larger than that of all numbers
-    for (int i = 0; i < n; i += BLOCK) {
-        F top[PARTS];
-        for (F &lanes : top) lanes = all(-INFINITY);
-        int j = i;
-        for (; j + 16 <= n && j < i + BLOCK; j += 16)
-            for (int part = 0; part < PARTS; part++) {
-                const F v = load(x + j + LANES * part);
-                top[part] = v > top[part] ? v : top[part];
-            }
-        tops.push_back(max(top));
-        for (; j < n && j < i + BLOCK; j++) tops.back() = std::max(tops.back(), x[j]);
+/// Ids, ascending, of the k largest and of all that tie with the last of them. `tops` has the largest of each 32, or is null;
+/// the k-th of those is no larger than that of all numbers.
+static void largest(const float *x, const float *tops, int n, int k, std::vector<int32_t> &ids) {
+    const int groups = (n + 31) / 32;
+    std::vector<float> some, own;
+    if (!tops) {
+        for (int i = 0; i < n; i += 32) own.push_back(*std::max_element(x + i, x + std::min(n, i + 32)));
+        tops = own.data();
     }
     float least = -INFINITY;
-    if (k <= (int)tops.size()) least = kth_largest(some = tops, k);
+    if (k <= groups) {
+        some.assign(tops, tops + groups);
+        least = kth_largest(some, k);
+    }
     ids.clear();
-    for (int i = 0; i < n; i += BLOCK)
-        for (int j = i; tops[i / BLOCK] >= least && j < n && j < i + BLOCK; j++)
-            if (x[j] >= least) ids.push_back(j);
+    for (int group = 0; group < groups; group++)
+        for (int i = 32 * group; tops[group] >= least && i < n && i < 32 * group + 32; i++)
+            if (x[i] >= least) ids.push_back(i);
     some.clear();
     for (int32_t id : ids) some.push_back(x[id]);
     least = kth_largest(some, k);
@@ -562,6 +581,12 @@ template <class W, int M> INLINE void rows_of(const Linear &l, int group, const 
     for (; row + M <= rows; row += M) tile<W, M>(l, group, s, in, row, ahead, out, stride, after);
     if constexpr (M > 1) rows_of<W, M - 1>(l, group, s, in, row, rows, ahead, out, stride, after);
 }
+static __attribute__((noinline)) void summarise(const Step &s, int group, int row, int end, const float *x, int stride) {
+    for (int groups = padded(stride / 32, 16); row < end; row++) {
+        const size_t at = (size_t)row * groups + group;
+        summarise(x + (size_t)row * stride + 32 * group, s.tops + at, s.sums + at);
+    }
+}
 /// out (rows, stride) = after(in x weight + bias). All threads of the team call it together, as all `omp for` below.
 template <class W> static void linear(const Linear &l, const Step &s, Rows in, int rows, float *out, int stride, int after) {
     constexpr int HIGH = 16 * ROWS;  // rows at a time: so many stay near while the groups pass by
@@ -573,6 +598,7 @@ template <class W> static void linear(const Linear &l, const Step &s, Rows in, i
             const char *next = (const char *)((const W *)l.weight + (size_t)(group + 1) * l.blocks * 1024);
             Ahead ahead{next, passes > 1 ? padded(1024 * (int)sizeof(W) / passes, 64) : 0};
             rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out, stride, after);
+            if (after == LOGITS) summarise(s, group, row, end, out, stride);
         }
 }
 
@@ -810,7 +836,11 @@ template <class W, class K> static void forward(const Model &m, const Step &all)
             linear<W>(h.mlp_c_proj, s, Rows{s.wide, wide}, s.rows, s.x, width, ADD);
         }
         norm_rows<W>(m.ln_f, m, wanted);
-        linear<W>(m.lm_head, wanted, mixed, wanted.rows, wanted.logits, 32 * m.lm_head.groups, STORE);
+        linear<W>(m.lm_head, wanted, mixed, wanted.rows, wanted.logits, 32 * m.lm_head.groups, LOGITS);
+        const int groups = padded(m.lm_head.groups, 16);
+#pragma omp for
+        for (int i = 0; i < wanted.rows; i++)
+            wanted.totals[i] = logsumexp(wanted.tops + (size_t)i * groups, wanted.sums + (size_t)i * groups, groups);
     }
 }
 static void run(const Model &m, const Step &s) {

@@ -24,7 +24,7 @@ from transformers import (
 
 from core.engine.base import SamplingParams
 from core.engine.native import library
-from core.engine.sampler import Row, distribution, draw, largest, logsumexp, nucleus, process, repeated
+from core.engine.sampler import Row, distribution, draw, largest, nucleus, process, repeated, summarise
 
 EOS = 11
 VOCAB = 50_257
@@ -160,7 +160,7 @@ def test_the_total_of_a_row_is_exact_and_its_own(vocab: int, native: bool, monke
     spread = torch.tensor([0.0, 0.1, 1.0, 4.0, 30.0, 1e4, 1e30])[:, None]
     room = torch.randn(7, vocab + 15, generator=rng) * spread - 40  # rows stand apart, as those of the native step do
     logits = room[:, :vocab]
-    totals = logsumexp(logits)
+    totals = summarise(logits).totals
     assert totals == pytest.approx(logits.double().logsumexp(1).tolist(), rel=3e-7, abs=3e-7)
     found = library.open_library()
     for path in range(found.palaver_best_path() + 1) if found else [0]:
@@ -168,8 +168,8 @@ def test_the_total_of_a_row_is_exact_and_its_own(vocab: int, native: bool, monke
             monkeypatch.setattr(found, "palaver_best_path", lambda path=path: path)
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            assert logsumexp(logits) == totals
-            assert [logsumexp(row[None])[0] for row in logits.clone()] == totals
+            assert summarise(logits).totals == totals
+            assert [summarise(row[None]).totals[0] for row in logits.clone()] == totals
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -182,7 +182,7 @@ def test_the_total_of_a_row_that_is_not_finite_is_nan(
         monkeypatch.setattr(library, "open_library", lambda: None)
     logits = torch.zeros(3, 301)
     logits[1, at] = bad
-    totals = torch.tensor(logsumexp(logits))
+    totals = torch.tensor(summarise(logits).totals)
     assert totals.isfinite().tolist() == [True, False, True] and totals[1].isnan()
 
 

@@ -22,6 +22,7 @@ from core.engine.graphs import GraphedGPT2
 from core.engine.model import Batch, Model
 from core.engine.model_runner import ModelRunner, cache_tokens
 from core.engine.native import library
+from core.engine.sampler import summarise
 from core.engine.sequence import Request, Sequence, Span
 from core.engine.torch_engine import TorchEngine, open_torch_engine
 from tests.checkpoints import SHAPES
@@ -324,7 +325,7 @@ async def test_a_bad_copy_costs_no_reply(
         logits = forward(batch)
         return torch.rand_like(logits) if wrong else torch.full_like(logits, float("nan"))
 
-    draft.forward = spoilt
+    draft.forward, draft.summary = spoilt, summarise
     for _ in range(4):
         for prompt in prompts([5, 60], 301):
             assert (await ask(e, prompt)).token_ids == greedy(checkpoint("odd"), prompt)
@@ -350,7 +351,7 @@ def test_guesses_leave_the_distribution_as_it_is() -> None:
     for seed in range(8_000):
         sequence = Sequence(request, seed, 10)
         sequence.append(3, 0.0, 11)
-        drawn = runner._draw(Span(sequence, 2, 1, (guess,)), [(row, 0.0) for row in rows.numpy()])
+        drawn = runner._draw(Span(sequence, 2, 1, (guess,)), [(row, 0.0, 0) for row in rows.numpy()])
         assert drawn and (len(drawn) == 2) == (drawn[0][0] == guess)
         for count, (token, _) in zip(counts, drawn, strict=False):
             count[token] += 1
