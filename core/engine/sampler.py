@@ -62,7 +62,7 @@ def draw(
     is_first: bool,
     tops: int = 0,
 ) -> int:
-    """The next token after `tokens`, the same for the same seed. `logits` (vocab,) are all finite; `tops` as in Summary."""
+    """The next token after `tokens`, a function of the seed. `logits` (vocab,) are finite, `tops` as in Summary."""
     scores = process(logits, tokens, params, banned=eos_id if is_first else None)
     if params.temperature == 0:
         return int(scores.argmax())

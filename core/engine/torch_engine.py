@@ -151,6 +151,7 @@ class TorchEngine:
         self._inbox.put(None)
         if self._thread.ident:
             await asyncio.shield(self._closed)
+            self._thread.join()  # it has nothing left to do; at the interpreter's end it would be torn off
 
     def _work(self) -> None:
         """The worker thread, from loading to the end."""

@@ -207,9 +207,9 @@ static uint64_t noise(uint64_t key, uint64_t i) {
     return x ^ x >> 31;
 }
 
-/// An id of x (n), of which all are finite or -infinity, and one finite; `tops` has the largest of each 32 of them, or is null. Drawn from the k (1 <= k <= n) largest and all that
-/// tie with the last of them; of these from the likeliest that make up top_p of the sum of e^(x / temperature). sampler.py
-/// says how the seed and the position decide.
+/// An id of x (n), of which all are finite or -infinity, and one finite; `tops` has the largest of each 32, or is null. Drawn
+/// from the k (1 <= k <= n) largest and all that tie with the last of them; of these from the likeliest that make up top_p
+/// of the sum of e^(x / temperature). sampler.py says how the seed and the position decide.
 int palaver_draw(const float *x, const float *tops, int n, int k, double temperature, double top_p, uint64_t seed, int position, int path) {
     struct Choice { int32_t id; double weight; };
     static thread_local std::vector<int32_t> ids;
@@ -398,14 +398,19 @@ template <class W> INLINE F activate(F y, int after) {
     return y;
 }
 
-/// Of a group's 32 logits the largest, and sum(e^(x - largest)), which is NaN where one of them is not finite.
-INLINE void summarise(const float *x, float *top, float *total) {
-    F tops[PARTS], totals[PARTS];
+/// The largest of 32 numbers.
+INLINE float largest(const float *x) {
+    F tops[PARTS];
     for (int j = 0; j < PARTS; j++) {
         const F a = load(x + LANES * j), b = load(x + 16 + LANES * j);
         tops[j] = a > b ? a : b;
     }
-    *top = max(tops);
+    return max(tops);
+}
+/// Of a group's 32 logits the largest, and sum(e^(x - largest)), which is NaN where one of them is not finite.
+INLINE void summarise(const float *x, float *top, float *total) {
+    F totals[PARTS];
+    *top = largest(x);
     for (int j = 0; j < PARTS; j++) {
         const F a = load(x + LANES * j), b = load(x + 16 + LANES * j);
         totals[j] = (exp<float>(a - *top) + exp<float>(b - *top)) + ((a - a) + (b - b));  // 0, or NaN
@@ -453,7 +458,7 @@ static void largest(const float *x, const float *tops, int n, int k, std::vector
     const int groups = (n + 31) / 32;
     std::vector<float> some, own;
     if (!tops) {
-        for (int i = 0; i < n; i += 32) own.push_back(*std::max_element(x + i, x + std::min(n, i + 32)));
+        for (int i = 0; i < n; i += 32) own.push_back(i + 32 <= n ? largest(x + i) : *std::max_element(x + i, x + n));
         tops = own.data();
     }
     float least = -INFINITY;

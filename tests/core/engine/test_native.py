@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import random
 import re
@@ -156,6 +157,29 @@ def test_a_forked_sequence_goes_on_with_the_same_bits(checkpoint: Make, native: 
         assert torch.equal(rest, whole[at:])
 
 
+@pytest.mark.parametrize("shape", ["odd", "plain"])
+def test_a_step_sums_up_its_logits(checkpoint: Make, paths: list[tuple[Any, int]], shape: str) -> None:
+    """As whoever sums them up later, bit for bit, and a draw from its maxima is the draw."""
+    for native, path in paths:
+        model = NativeGPT2(weights.load(checkpoint(shape)), native, torch.int8, path)
+        vocab = model.config.vocab_size
+        [ids] = prompts([40], vocab)
+        for wanted in ([39], list(range(0, 40, 3)), list(range(40))):
+            logits = model.forward(Batch(ids, [Rows(model.new_kv(40), 0, 40)], wanted))
+            summary = model.summary(logits)
+            assert summary.totals == pytest.approx(logits.double().logsumexp(1).tolist(), rel=3e-7)
+            for threads in (1, 2):
+                later = (ctypes.c_double * len(wanted))()
+                places = logits.data_ptr(), len(wanted), logits.stride(0), vocab
+                native.palaver_logsumexp(*places, ctypes.addressof(later), threads, path)
+                assert summary.totals == later[:]
+            for seed, (row, tops) in enumerate(zip(logits, summary.tops, strict=True)):
+                for k in (1, 3, 40, vocab - 1):
+                    knobs = vocab, k, 0.8, 0.9, seed, 7, path
+                    drawn = native.palaver_draw(row.data_ptr(), tops, *knobs)
+                    assert drawn == native.palaver_draw(row.data_ptr(), None, *knobs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_goes_on_with_what_another_precision_left(
     checkpoint: Make, paths: list[tuple[Any, int]], dtype: torch.dtype
@@ -262,6 +286,7 @@ def test_what_is_not_finite_spoils_its_own_row_only(
             kv, short = model.new_kv(64), model.new_kv(64)
             batch = Batch([5] * 12, [Rows(short, 0, 4), Rows(kv, 0, 8)], list(range(12)))
             logits = model.forward(batch).clone()
+            assert [total == total for total in model.summary(logits).totals] == [True] * 11 + [False]
             clean = good.forward(
                 Batch([5] * 12, [Rows(good.new_kv(8), 0, 4), Rows(good.new_kv(8), 0, 8)], [*range(12)])
             )
