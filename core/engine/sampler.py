@@ -63,14 +63,17 @@ def draw(
     tops: int = 0,
 ) -> int:
     """The next token after `tokens`, a function of the seed. `logits` (vocab,) are finite, `tops` as in Summary."""
-    scores = process(logits, tokens, params, banned=eos_id if is_first else None)
+    banned, native = eos_id if is_first else None, library.open_library()
+    if native and params.temperature and 0 < params.top_k < len(logits) - 1:
+        scores = process(logits, tokens, params)
+        if scores is not logits:
+            scores, banned, tops = process(logits, tokens, params, banned), None, 0
+        knobs = params.top_k, -1 if banned is None else banned, params.temperature, params.top_p
+        drawn = address(scores), tops, len(scores), *knobs, seed % 2**64, len(tokens), native.palaver_best_path()
+        return int(native.palaver_draw(*drawn))
+    scores = process(logits, tokens, params, banned)
     if params.temperature == 0:
         return int(scores.argmax())
-    native = library.open_library()
-    if native and 0 < params.top_k < len(scores):
-        place = address(scores), tops if scores is logits else 0, len(scores)
-        knobs = params.top_k, params.temperature, params.top_p, seed % 2**64, len(tokens)
-        return int(native.palaver_draw(*place, *knobs, native.palaver_best_path()))
     ids, weights = distribution(scores, params)
     return int(ids[(weights / exponential(seed, len(tokens), ids)).argmax()])
 

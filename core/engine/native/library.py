@@ -89,7 +89,7 @@ def load(file: Path) -> Any:
     library.palaver_logsumexp.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_int32]
     library.palaver_logsumexp.restype = None
     library.palaver_draw.argtypes = [
-        c_void_p, c_void_p, c_int32, c_int32, c_double, c_double, c_uint64, c_int32, c_int32,
+        c_void_p, c_void_p, c_int32, c_int32, c_int32, c_double, c_double, c_uint64, c_int32, c_int32,
     ]  # fmt: skip
     return library
 

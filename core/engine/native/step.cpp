@@ -208,13 +208,13 @@ static uint64_t noise(uint64_t key, uint64_t i) {
 }
 
 /// An id of x (n), of which all are finite or -infinity, and one finite; `tops` has the largest of each 32, or is null. Drawn
-/// from the k (1 <= k <= n) largest and all that tie with the last of them; of these from the likeliest that make up top_p
-/// of the sum of e^(x / temperature). sampler.py says how the seed and the position decide.
-int palaver_draw(const float *x, const float *tops, int n, int k, double temperature, double top_p, uint64_t seed, int position, int path) {
+/// from the k (1 <= k < n) largest and all that tie with the last of them, without `banned` (-1: none); of these from the
+/// likeliest that make up top_p of the sum of e^(x / temperature). sampler.py says how the seed and the position decide.
+int palaver_draw(const float *x, const float *tops, int n, int k, int banned, double temperature, double top_p, uint64_t seed, int position, int path) {
     struct Choice { int32_t id; double weight; };
     static thread_local std::vector<int32_t> ids;
     static thread_local std::vector<Choice> choices;
-    ON(path, largest(x, tops, n, k, ids));
+    ON(path, largest(x, tops, n, k, banned, ids));
     double top = -INFINITY, total = 0, reached = 0;
     for (int32_t id : ids) top = std::max(top, (double)x[id]);
     choices.clear();
@@ -452,9 +452,9 @@ static float kth_largest(std::vector<float> &values, int k) {
     std::nth_element(values.begin(), values.begin() + k - 1, values.end(), std::greater<float>());
     return values[k - 1];
 }
-/// Ids, ascending, of the k largest and of all that tie with the last of them. `tops` has the largest of each 32, or is null;
-/// the k-th of those is no larger than that of all numbers.
-static void largest(const float *x, const float *tops, int n, int k, std::vector<int32_t> &ids) {
+/// Ids, ascending, of the k largest but `banned` (-1: none), and of all that tie with the last of them. `tops` has the largest of
+/// each 32, or is null; the k-th of those is no larger than that of all numbers.
+static void largest(const float *x, const float *tops, int n, int k, int banned, std::vector<int32_t> &ids) {
     const int groups = (n + 31) / 32;
     std::vector<float> some, own;
     if (!tops) {
@@ -462,14 +462,14 @@ static void largest(const float *x, const float *tops, int n, int k, std::vector
         tops = own.data();
     }
     float least = -INFINITY;
-    if (k <= groups) {
+    if (const int near = banned < 0 ? k : k + 1; near <= groups) {
         some.assign(tops, tops + groups);
-        least = kth_largest(some, k);
+        least = kth_largest(some, near);
     }
     ids.clear();
     for (int group = 0; group < groups; group++)
         for (int i = 32 * group; tops[group] >= least && i < n && i < 32 * group + 32; i++)
-            if (x[i] >= least) ids.push_back(i);
+            if (x[i] >= least && i != banned) ids.push_back(i);
     some.clear();
     for (int32_t id : ids) some.push_back(x[id]);
     least = kth_largest(some, k);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import random
 import re
@@ -174,10 +175,10 @@ def test_a_step_sums_up_its_logits(checkpoint: Make, paths: list[tuple[Any, int]
                 native.palaver_logsumexp(*places, ctypes.addressof(later), threads, path)
                 assert summary.totals == later[:]
             for seed, (row, tops) in enumerate(zip(logits, summary.tops, strict=True)):
-                for k in (1, 3, 40, vocab - 1):
-                    knobs = vocab, k, 0.8, 0.9, seed, 7, path
+                for k, banned in itertools.product((1, 3, 40, vocab - 2), (-1, int(row.argmax()), 256)):
+                    knobs = vocab, k, banned, 0.8, 0.9, seed, 7, path
                     drawn = native.palaver_draw(row.data_ptr(), tops, *knobs)
-                    assert drawn == native.palaver_draw(row.data_ptr(), None, *knobs)
+                    assert drawn == native.palaver_draw(row.data_ptr(), None, *knobs) != banned
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

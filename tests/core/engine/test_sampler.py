@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -142,7 +143,8 @@ def test_the_same_is_drawn_natively_and_without(
     params = SamplingParams(temperature, k, top_p)
 
     def drawn() -> list[int]:
-        return [draw(scores, [0], params, i, eos_id=0, is_first=False) for i in range(20)]
+        ways = itertools.product((False, bool((scores[1:] > -np.inf).any())), range(20))
+        return [draw(scores, [0], params, i, eos_id=0, is_first=is_first) for is_first, i in ways]
 
     native = drawn()
     with pytest.MonkeyPatch.context() as patch:
