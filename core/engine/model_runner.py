@@ -98,16 +98,16 @@ class ModelRunner:
         kv = self.model.new_kv(2 * rows)
 
         def seconds(model: Model, count: int) -> float:
-            step, times = Batch([0] * count, [Rows(kv, rows, count)], list(range(count))), list[float]()
-            while len(times) < 3 or sum(times) < 0.01:  # where a step is short, chance weighs more
-                begin = perf_counter()
-                model.forward(step).sum().item()  # a GPU has finished when the number is there
-                times.append(perf_counter() - begin)
-            return min(times)
+            begin = perf_counter()
+            step = Batch([0] * count, [Rows(kv, rows, count)], list(range(count)))
+            model.forward(step).sum().item()  # a GPU has finished when the number is there
+            return perf_counter() - begin
 
-        alone = seconds(self.model, 1)
-        more = (seconds(self.model, rows) - alone) / guess + (seconds(self.draft, 1) if self.draft else 0)
-        return max(0.0, more / alone)
+        draft, times = [(self.draft, 1)] if self.draft else [], list[list[float]]()
+        while len(times) < 3 or sum(map(sum, times)) < 0.03:  # in turns: what the machine does besides meets all alike
+            times.append([seconds(*way) for way in ((self.model, 1), (self.model, rows), *draft)])
+        alone, together, *guessed = [float(min(of_way)) for of_way in zip(*times, strict=True)]
+        return max(0.0, ((together - alone) / guess + sum(guessed)) / alone)
 
     @staticmethod
     def _batch(spans: Sequence[Span]) -> Batch:
