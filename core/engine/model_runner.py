@@ -104,7 +104,8 @@ class ModelRunner:
             return perf_counter() - begin
 
         draft, times = [(self.draft, 1)] if self.draft else [], list[list[float]]()
-        while len(times) < 3 or sum(map(sum, times)) < 0.03:  # in turns: what the machine does besides meets all alike
+        least = 0.15 if draft else 0.02  # seconds; what the machine does besides meets all alike, in turns
+        while len(times) < 3 or sum(map(sum, times)) < least:
             times.append([seconds(*way) for way in ((self.model, 1), (self.model, rows), *draft)])
         alone, together, *guessed = [float(min(of_way)) for of_way in zip(*times, strict=True)]
         return max(0.0, ((together - alone) / guess + sum(guessed)) / alone)
