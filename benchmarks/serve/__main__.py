@@ -44,7 +44,9 @@ def main() -> None:
     turn = [wanted.workloads, wanted.seconds, wanted.threads, wanted.stride, wanted.pause, *filter(None, [text])]
     for name in order:
         print(f"making ready what {name} loads", flush=True)
-        left_out(name, ask(name, folder, wanted), absent)
+        found = ask(name, folder, wanted)
+        if not left_out(name, found, absent):
+            print(f"ready in {found['seconds']:.1f} s", flush=True)
     for number in range(wanted.rounds):
         limits.append(machine.limits(wanted.threads or cores()))
         for name in [name for name in order if name not in absent]:

@@ -252,6 +252,17 @@ async def test_candidates_are_the_same_as_each_alone(engine: Open) -> None:
     assert (await ask(many, chosen, session="s")).cached_tokens >= 70 + len(want[3].token_ids) - 1
 
 
+def ways(sampled: SamplingParams, greedy_tokens: int) -> list[SamplingParams]:
+    """Every rule for the draw."""
+    return [
+        dataclasses.replace(GREEDY, max_tokens=greedy_tokens),
+        sampled,
+        dataclasses.replace(sampled, repetition_penalty=1.3, no_repeat_ngram=3),
+        dataclasses.replace(sampled, top_k=0, top_p=0.5),
+        dataclasses.replace(sampled, n=3),
+    ]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 async def test_guessing_changes_steps_and_nothing_else(engine: Open, dtype: str) -> None:
     """The same replies to the last bit of the log-probability, greedy and sampled, under every rule for the draw.
@@ -260,16 +271,12 @@ async def test_guessing_changes_steps_and_nothing_else(engine: Open, dtype: str)
     """
     plain, guessing = [await engine("odd", dtype=dtype, guess=guess, price=0.0) for guess in (0, 3)]
     sampled = dataclasses.replace(SAMPLED, top_k=3, temperature=0.5, max_tokens=20)
-    ways = [
-        dataclasses.replace(GREEDY, max_tokens=30),
-        sampled,
-        dataclasses.replace(sampled, repetition_penalty=1.3, no_repeat_ngram=3),
-        dataclasses.replace(sampled, top_k=0, top_p=0.5),
-        dataclasses.replace(sampled, n=3),
-    ]
     steps = []
     for e in (plain, guessing):
-        counted, asked = Faulty(e, lambda _: None), itertools.product(ways, enumerate(prompts([5, 60], 301)), range(2))
+        counted, asked = (
+            Faulty(e, lambda _: None),
+            itertools.product(ways(sampled, 30), enumerate(prompts([5, 60], 301)), range(2)),
+        )
         got = [await e.generate(p, dataclasses.replace(way, seed=s), session=str(s)) for way, (s, p), _ in asked]
         steps.append((counted.steps, [[(c.token_ids, c.logprob, c.finish_reason) for c in cs] for cs in got]))
     assert steps[0][1] == steps[1][1]
@@ -287,16 +294,9 @@ async def test_a_copy_in_int8_guesses_and_changes_nothing_else(
     plain, guessing = [await engine(folder, dtype=dtype, guess=guess) for guess in (0, 4)]
     assert plain.core.runner.draft is None and guessing.core.runner.draft
     sampled = dataclasses.replace(SAMPLED, max_tokens=40)
-    ways = [
-        dataclasses.replace(GREEDY, max_tokens=40),
-        sampled,
-        dataclasses.replace(sampled, repetition_penalty=1.3, no_repeat_ngram=3),
-        dataclasses.replace(sampled, top_k=0, top_p=0.5),
-        dataclasses.replace(sampled, n=3),
-    ]
     said = []
     for e in (plain, guessing):
-        asked = itertools.product(ways, enumerate(prompts([1, 5, 60, 140], 301)))
+        asked = itertools.product(ways(sampled, 40), enumerate(prompts([1, 5, 60, 140], 301)))
         got = [await e.generate(p, dataclasses.replace(way, seed=s), session=str(s)) for way, (s, p) in asked]
         said.append([[(c.token_ids, c.logprob, c.finish_reason) for c in cs] for cs in got])
     assert said[0] == said[1]
@@ -339,6 +339,25 @@ async def test_a_guess_is_priced_where_there_are_guesses(engine: Open, monkeypat
     monkeypatch.setattr(ModelRunner, "price", lambda _, guess: float(guess))
     engines = [await engine("odd", guess=guess) for guess in (0, 3)]
     assert [e.core.scheduler.guesses.price for e in engines] == [0.0, 3.0]
+
+
+def test_the_price_of_a_guess_has_the_copys_steps_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(model_runner, "perf_counter", lambda: clock[0])
+
+    def timed(one: float, row: float) -> Any:
+        """A model whose step takes `one` and for each further row `row`."""
+
+        def forward(batch: Batch) -> torch.Tensor:
+            clock[0] += one + row * (len(batch.ids) - 1)
+            return torch.zeros(1)
+
+        return SimpleNamespace(new_kv=lambda _: None, forward=forward)
+
+    runner = ModelRunner(timed(0.010, 0.0005), Path())
+    assert runner.price(4) == pytest.approx(0.05)
+    runner.draft = timed(0.003, 0.001)
+    assert runner.price(4) == pytest.approx(0.35)
 
 
 def test_guesses_leave_the_distribution_as_it_is() -> None:
