@@ -19,6 +19,7 @@ import discord
 from discord.http import Route, json_or_text
 
 from bots import discord_events as events
+from core.backoff import backoff
 from core.delivery import MaybeSent, NotAccepted, NotSent, Refused, RetryAfter
 from core.messages import Channel, Message
 
@@ -305,7 +306,7 @@ class Hearing:
             except (ConnectionError, NotAccepted) as error:
                 log.warning("what was missed in channel %s is read later: %s", channel, error)
                 left.append(channel)
-                await asyncio.sleep(min(LATER, 2.0**failures))
+                await asyncio.sleep(backoff(failures, LATER, first=1.0))
                 failures += 1
                 continue
             except Exception as error:

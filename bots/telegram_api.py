@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
 import re
 from collections import deque
 from typing import Any
@@ -21,6 +20,7 @@ from telegram import Bot
 from telegram.error import TelegramError
 from telegram.request import HTTPXRequest
 
+from core.backoff import backoff
 from core.delivery import MaybeSent, NotSent, RetryAfter, SendError, Unservable
 
 log = logging.getLogger(__name__)
@@ -194,11 +194,6 @@ async def wait_after(error: Exception, failures: int) -> None:
         await asyncio.sleep(RetryAfter(error.retry_after).seconds)
     else:
         await asyncio.sleep(backoff(failures))
-
-
-def backoff(failures: int, longest: float = 30.0) -> float:
-    """Seconds; jittered, so that many do not come back at once."""
-    return random.uniform(0.5, 1.0) * min(longest, 0.5 * 2.0 ** min(failures, 10))
 
 
 class Window:

@@ -12,9 +12,10 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from bots.telegram_api import Rejected, TelegramApi, Unreadable, backoff, wait_after
+from bots.telegram_api import Rejected, TelegramApi, Unreadable, wait_after
 from bots.telegram_updates import PLATFORM, WANTED
 from bots.telegram_webhook import parse
+from core.backoff import backoff
 from core.delivery import MaybeSent, NotAccepted, SendError
 
 if TYPE_CHECKING:

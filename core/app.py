@@ -10,13 +10,13 @@ import contextlib
 import errno
 import logging
 import os
-import random
 import signal
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from core import metrics, systemd
+from core.backoff import backoff
 from core.chat import Chat
 from core.courier import Courier
 from core.delivery import NotAccepted, Unservable
@@ -156,7 +156,7 @@ class App:
                 return
             except Exception as error:
                 failures = 0 if time.monotonic() - began > STEADY else failures + 1
-                wait = random.uniform(0.5, 1.0) * min(60.0, 2.0**failures)
+                wait = backoff(failures, 60.0, first=1.0)
                 self.serving[bot.name] = f"{type(error).__name__}, starting again"
                 if isinstance(error, ConnectionError):
                     log.warning("%s: %s; starting it again in %.1f s", bot.name, error, wait)

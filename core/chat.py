@@ -16,7 +16,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from core import metrics
-from core.courier import TYPING_EVERY, Courier, insist, pause, wall
+from core.backoff import backoff
+from core.courier import TYPING_EVERY, Courier, insist, wall
 from core.crash import crash_point
 from core.engine.base import Cancelled, Completion, EngineError, Failed, PromptTooLong
 from core.messages import Channel, Message, MessageState, Request, Turn
@@ -282,7 +283,7 @@ class Chat:
                 if not isinstance(error, Cancelled):  # who runs the engine has said so once
                     self._trouble = str(error)
                     log.debug("%s: the engine: %s", session, error)
-                await asyncio.sleep(min(pause(tries, 2.0), max(0.0, self._left(request))))
+                await asyncio.sleep(min(backoff(tries, 2.0), max(0.0, self._left(request))))
                 tries += 1
         await self._close(request, "expired", "no answer in time")
         return "", None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from core import metrics
+from core.backoff import backoff
 from core.crash import crash_point
 from core.delivery import MaybeSent, NotAccepted, NotSent, Platform, Refused, RetryAfter
 from core.messages import Channel, Reply
@@ -31,16 +31,10 @@ T = TypeVar("T")
 
 TYPING_EVERY = 4.0
 """Telegram shows typing for 5 s, Discord for 10."""
-LONGEST_PAUSE = 30.0
 
 
 def wall() -> datetime:
     return datetime.now(UTC)
-
-
-def pause(tries: int, longest: float = LONGEST_PAUSE) -> float:
-    """Seconds to wait after the `tries`-th failure: full jitter, so that many do not come back at once."""
-    return random.uniform(0, min(longest, 0.25 * 2 ** min(tries, 16)))
 
 
 async def insist(write: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -51,7 +45,7 @@ async def insist(write: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kw
             return await write(*args, **kwargs)
         except NotAccepted as error:
             log.warning("the journal does not take a state yet: %s", error)
-            await asyncio.sleep(pause(tries, 5.0))
+            await asyncio.sleep(backoff(tries, 5.0))
             tries += 1
 
 
@@ -202,7 +196,7 @@ class Courier:
             except Exception:
                 log.exception("%s: reply %d could not be delivered, trying again", reply.channel, reply.id)
                 self._count(reply, "raised")
-                await asyncio.sleep(pause(tries))
+                await asyncio.sleep(backoff(tries))
                 reply, tries = replace(reply, state="sending"), tries + 1
 
     async def _deliver(self, reply: Reply) -> bool:
@@ -247,7 +241,7 @@ class Courier:
             try:
                 found = await platform.find_sent(reply)
             except (NotSent, MaybeSent, RetryAfter) as error:
-                await asyncio.sleep(error.seconds if isinstance(error, RetryAfter) else pause(reply.tries + 1))
+                await asyncio.sleep(error.seconds if isinstance(error, RetryAfter) else backoff(reply.tries))
                 continue
             except Refused as error:
                 found = None
@@ -294,11 +288,11 @@ class Circuit:
         if self._failures >= self.OPENS_AT:
             async with self._probe:
                 if self._failures >= self.OPENS_AT:
-                    await asyncio.sleep(pause(tries + 1))
+                    await asyncio.sleep(backoff(tries))
 
     async def failed(self, tries: int) -> None:
         self._failures += 1
-        await asyncio.sleep(pause(tries))
+        await asyncio.sleep(backoff(tries))
 
     def worked(self) -> None:
         self._failures = 0

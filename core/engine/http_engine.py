@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from core.backoff import backoff
 from core.engine import wire
 from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelInfo, SamplingParams
 from core.engine.folder import PrivateFolder
@@ -182,7 +183,7 @@ class HttpEngine:
         if tries and not self.process and not self._gone:
             self._gone = True
             log.warning("%s; whoever asks waits for it", why)
-        await asyncio.sleep(min(left, random.uniform(0.5, 1.0) * min(2.0, 0.05 * 2.0**tries)))
+        await asyncio.sleep(min(left, backoff(tries, 2.0, first=0.05)))
         if self.process:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.process.up.wait(), end - time.monotonic())

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import random
 import re
 import signal
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core import metrics
+from core.backoff import backoff
 from core.engine import wire
 from core.engine.base import EngineClosed, EngineError, ModelInfo
 from core.engine.folder import PrivateFolder
@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SECRET = re.compile(r"TOKEN(_|$)|SECRET|PASSW|CREDENTIAL|DATABASE_URL|(^|_)(API|PRIVATE|ACCESS)_?KEY", re.IGNORECASE)
 START_LIMIT = 300.0
 """Seconds from start to ready, after which it counts as hung."""
-LONGEST_PAUSE = 30.0
 LAST_WORDS, LONGEST_LINE = 3, 2_000
 _LINE = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+) (.*)")
 
@@ -113,7 +112,7 @@ class EngineProcess:
                     log.error("the engine process cannot be started: %s", self.why)
 
     def _pause(self) -> float:
-        return random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 0.5 * 2.0**self.failures) if self.failures else 0.0
+        return backoff(self.failures) if self.failures else 0.0
 
     async def _start(self) -> ModelInfo:
         await self._end()
@@ -203,6 +202,7 @@ def _environment() -> dict[str, str]:
 
 def _how(returncode: int | None) -> str:
     if returncode is not None and returncode < 0:
-        name = signal.Signals(-returncode).name
-        return f"was killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+        cause = ", perhaps for want of memory" if returncode == -signal.SIGKILL else ""
+        name = {s.value: s.name for s in signal.Signals}.get(-returncode, f"signal {-returncode}")
+        return f"was killed by {name}{cause}"
     return f"ended with exit code {returncode}"
