@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Microseconds of processor time a container has in so many of the clock's; more threads would be stopped in turns."""
+GROUP = Path("/sys/fs/cgroup")
+"""A container's own control group, version 2: what it may have of the machine.
+https://docs.kernel.org/admin-guide/cgroup-v2.html
+"""
+MEMORY = Path("/proc/meminfo")
+UNKNOWN = 8 << 30
+"""Bytes that are taken to be free where no Linux says."""
 
 
 def cores() -> int:
     """How many this process may use; a container's share of the machine counts, rounded down to whole ones."""
     seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit: then it says "max"
-        quota, period = map(int, QUOTA.read_text("ascii").split())
+        quota, period = map(int, (GROUP / "cpu.max").read_text("ascii").split())  # more threads would stop in turns
         return max(1, min(seen, quota // period))
     return seen
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, those counted in that hold files' pages; a container's limit counts."""
+    free = UNKNOWN
+    with contextlib.suppress(OSError):
+        [kibibytes] = re.findall(r"^MemAvailable: +(\d+) kB$", MEMORY.read_text("ascii"), re.MULTILINE)
+        free = 1024 * int(kibibytes)
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((GROUP / name).read_text("ascii")) for name in ("memory.max", "memory.current"))
+        [files] = re.findall(r"^inactive_file (\d+)$", (GROUP / "memory.stat").read_text("ascii"), re.MULTILINE)
+        free = min(free, limit - used + int(files))
+    return max(0, free)
 
 
 def spin_briefly() -> None:

@@ -62,6 +62,7 @@ class Model(Protocol):
     """One step of a model. Another implementation (native/gpt2.py, graphs.py) stands in by having these."""
 
     config: Config
+    device: torch.device
     how: str
     """Device, precision and path, for people."""
     token_bytes: int

@@ -23,7 +23,7 @@ from core.engine import hub, weights
 from core.engine.base import BadCheckpoint
 from core.engine.graphs import GraphedGPT2, check
 from core.engine.kv_cache import ROUND, Slot, round_up
-from core.engine.machine import cores
+from core.engine.machine import cores, free_memory
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
 from core.engine.native import gpt2, library
 from core.engine.reference import divergence
@@ -305,15 +305,11 @@ def parameters(folder: Path) -> int:
 
 
 def cache_tokens(model: Model, cache_bytes: int) -> int:
-    """How many tokens' KV fit in `cache_bytes`; 0 takes a quarter of the memory that is free, at most 4 GiB. At least
-    a whole window's."""
+    """How many tokens' KV fit in `cache_bytes`; 0 takes a quarter of the memory that is free, on a GPU three quarters,
+    at most 4 GiB. At least a whole window's."""
     if isinstance(model, GraphedGPT2):  # it has taken its memory already
         return model.tokens
-    room = (cache_bytes or min(_free_bytes() // 4, 4 << 30)) // model.token_bytes
+    on_gpu = model.device.type == "cuda"
+    some = torch.cuda.mem_get_info(model.device)[0] * 3 // 4 if on_gpu else free_memory() // 4
+    room = (cache_bytes or min(some, 4 << 30)) // model.token_bytes
     return max(room, round_up(model.config.n_positions, ROUND))
-
-
-def _free_bytes() -> int:
-    if torch.cuda.is_available():
-        return 3 * torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30

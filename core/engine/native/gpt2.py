@@ -86,6 +86,7 @@ class NativeGPT2:
         bfloat16 or float32, is for int8 alone."""
         self.config = config = checkpoint.config
         self.native = native
+        self.device = torch.device("cpu")
         self.dtype = dtype
         self.kv_dtype = kv_dtype if dtype is torch.int8 else dtype
         self.path: int = native.palaver_best_path() if path is None else path
