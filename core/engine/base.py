@@ -69,7 +69,7 @@ class SamplingParams:
             ("temperature", 0 <= self.temperature <= 10, "between 0 and 10"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 10, "above 0, at most 10"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 10, "between 0.01 and 10"),
             ("no_repeat_ngram", self.no_repeat_ngram >= 0, "0 (off) or more"),
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("n", 1 <= self.n <= 64, "between 1 and 64"),

@@ -7,6 +7,7 @@ nearly always draws the same.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence as Ids
 
@@ -14,6 +15,8 @@ from core.engine.guesses import Guesses
 from core.engine.model import Batch, Model, Rows
 from core.engine.sampler import draw
 from core.engine.sequence import Sequence
+
+log = logging.getLogger(__name__)
 
 
 class Draft(Guesses):
@@ -24,10 +27,18 @@ class Draft(Guesses):
         self.model = model
 
     def after(self, sequence: Sequence, most: int) -> list[int]:
-        tokens, start, eos_id = list(sequence.tokens), len(sequence.tokens), self.model.config.eos_id
-        assert sequence.slot
         if not most or not self.pays():
             return []
+        try:
+            return self._guess(sequence, most)
+        except Exception as error:  # a guess may be missed
+            log.warning("guessing raised %r", error)
+            self.right = 0.0
+            return []
+
+    def _guess(self, sequence: Sequence, most: int) -> list[int]:
+        tokens, start, eos_id = list(sequence.tokens), len(sequence.tokens), self.model.config.eos_id
+        assert sequence.slot
         while len(tokens) < start + most:
             row = Rows(sequence.slot.kv, len(tokens) - 1, 1)
             logits = self.model.forward(Batch(tokens[-1:], [row], [0]))

@@ -94,12 +94,12 @@ class ModelRunner:
     @torch.inference_mode()
     def price(self, guess: int) -> float:
         """How much longer each of `guess` guessed tokens makes a step of one, as a share of that one."""
-        rows = 1 + guess
-        kv = self.model.new_kv(2 * rows)
+        rows = min(1 + guess, self.model.config.n_positions)
+        kv = self.model.new_kv(rows)
 
         def seconds(model: Model, count: int) -> float:
             begin = perf_counter()
-            step = Batch([0] * count, [Rows(kv, rows, count)], list(range(count)))
+            step = Batch([0] * count, [Rows(kv, 0, count)], list(range(count)))
             model.forward(step).sum().item()  # a GPU has finished when the number is there
             return perf_counter() - begin
 

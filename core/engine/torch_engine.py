@@ -15,12 +15,12 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from core.engine.base import (
-    BadCheckpoint,
     Cancelled,
     Completion,
     EngineClosed,
@@ -64,15 +64,20 @@ class Core:
             raise  # the device is lost; only a new process helps
         except Exception as error:
             log.warning("a step of %d sequences raised %r", len(spans), error)
-            self.scheduler.cache.drop_idle()  # when it was memory, this much can be spared
-            if len(spans) == 1:
-                reason = f"the model raised {type(error).__name__}"
-                self.scheduler.give_up(spans[0].sequence.request, Failed(reason))
-            else:
-                for half in (spans[: len(spans) // 2], spans[len(spans) // 2 :]):
-                    self._run_and_update([span for span in half if span.sequence.slot])
+            reason = f"the model raised {type(error).__name__}"
         else:
             self.scheduler.update(spans, drawn)
+            return
+        # Out here nothing holds the failed step's tensors any more.
+        self.scheduler.cache.drop_idle()  # when it was memory, this much can be spared
+        if len(spans) > 1:
+            for half in (spans[: len(spans) // 2], spans[len(spans) // 2 :]):
+                if alive := [span for span in half if span.sequence.slot]:
+                    self._run_and_update(alive)
+        elif spans[0].guess:
+            self._run_and_update([replace(spans[0], guess=())])
+        else:
+            self.scheduler.give_up(spans[0].sequence.request, Failed(reason))
 
 
 class TorchEngine:
@@ -125,7 +130,8 @@ class TorchEngine:
         """ValueError for ids that are no tokens."""
         self._check(ids)
         if session and not self._end:
-            self._inbox.put(lambda scheduler: scheduler.prepare(session, list(ids)))
+            mine = list(ids)
+            self._inbox.put(lambda scheduler: scheduler.prepare(session, mine))
 
     def _check(self, prompt: Sequence[int]) -> None:
         if not prompt or min(prompt) < 0 or max(prompt) >= self.info.vocab_size:
@@ -215,8 +221,8 @@ async def open_torch_engine(
     def open_core() -> tuple[Core, ModelInfo]:
         runner = open_runner(model, revision, device, dtype, threads, cache_bytes, draft=guess > 0)
         config = runner.model.config
-        guesses = Draft(runner.draft) if runner.draft else Phrases()
-        guesses.price = runner.price(guess) if guess and price is None else price or 0.0
+        cost = runner.price(guess) if guess and price is None else price or 0.0
+        guesses = Draft(runner.draft, cost) if runner.draft else Phrases(cost)
         seeds = random.Random(seed) if seed is not None else random.SystemRandom()
         scheduler = Scheduler(
             KVCache(cache_tokens(runner.model, cache_bytes)),
@@ -229,17 +235,14 @@ async def open_torch_engine(
             guess=guess,
             guesses=guesses,
         )
-        name = runner.folder.name if str(model) != "embedded" else "embedded"
         info = ModelInfo(
-            name, config.n_positions, config.vocab_size, config.eos_id, str(runner.folder), runner.model.how
+            Path(model).name, config.n_positions, config.vocab_size, config.eos_id, str(runner.folder), runner.model.how
         )
         return Core(runner, scheduler), info
 
     engine = TorchEngine(open_core)
     try:
         await engine.start()
-    except BadCheckpoint:
-        raise
     except BaseException:
         await engine.aclose()
         raise

@@ -37,6 +37,8 @@ ACTIVATIONS = {
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|.*\.rotary_emb\..*")
 """Constants that old versions stored beside the weights."""
 
+MOST, MOST_LAYERS = 1 << 24, 1 << 10
+"""Beyond these a size is a mistake: nobody should wait for a list of a billion names."""
 REMAP = 16 << 20
 """Bytes read of a mapped file count as this process's memory; after so many it is mapped anew and they are not."""
 
@@ -153,34 +155,37 @@ def read_config(path: Path) -> Config:
         raw: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path} cannot be read ({error}): fetch the file again") from error
     kind = raw.get("model_type", "gpt2")
     if kind != "gpt2":
-        raise BadCheckpoint(f"{path}: model_type is {kind}; Palaver runs the GPT-2 family (DialoGPT) only")
+        raise BadCheckpoint(f"{path}: model_type is {kind!r}; Palaver runs the GPT-2 family (DialoGPT) only")
     if raw.get("add_cross_attention"):
         raise BadCheckpoint(f"{path}: add_cross_attention is on; Palaver runs decoder-only GPT-2 models")
     activation = ACTIVATIONS.get(str(raw.get("activation_function", "gelu_new")))
     if activation is None:
         raise BadCheckpoint(
-            f"{path}: activation_function {raw['activation_function']} is not one of {', '.join(ACTIVATIONS)}"
+            f"{path}: activation_function {raw['activation_function']!r} is not one of {', '.join(ACTIVATIONS)}"
         )
     sizes = {name: _size(raw, name, path) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     n_positions = _size(raw, "n_positions" if "n_positions" in raw else "n_ctx", path)
     if sizes["n_embd"] % sizes["n_head"]:
         raise BadCheckpoint(f"{path}: n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
     eos_id = raw.get("eos_token_id", 50256)
-    if not isinstance(eos_id, int) or not 0 <= eos_id < sizes["vocab_size"]:
+    if not isinstance(eos_id, int) or isinstance(eos_id, bool) or not 0 <= eos_id < sizes["vocab_size"]:
         raise BadCheckpoint(
-            f"{path}: eos_token_id {eos_id} is not in the vocabulary of {sizes['vocab_size']}: "
+            f"{path}: eos_token_id {eos_id!r} is not in the vocabulary of {sizes['vocab_size']}: "
             "write the right one there"
         )
+    epsilon = raw.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
+        raise BadCheckpoint(f"{path}: layer_norm_epsilon is {epsilon!r}, not a small number above 0 (GPT-2's is 1e-5)")
     return Config(
         **sizes,
         n_inner=_size(raw, "n_inner", path) if raw.get("n_inner") else 4 * sizes["n_embd"],
         n_positions=n_positions,
         eos_id=eos_id,
-        layer_norm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)),
+        layer_norm_epsilon=float(epsilon),
         activation=activation,
         tied=bool(raw.get("tie_word_embeddings", True)),
         scale_attn_weights=bool(raw.get("scale_attn_weights", True)),
@@ -190,9 +195,10 @@ def read_config(path: Path) -> Config:
 
 def _size(raw: dict[str, Any], name: str, path: Path) -> int:
     value = raw.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    most = MOST_LAYERS if name == "n_layer" else MOST
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
         raise BadCheckpoint(
-            f"{path}: {name} is {value!r}, not a whole number above 0: this is not a GPT-2 configuration"
+            f"{path}: {name} is {value!r}, not a whole number from 1 to {most}: this is not a GPT-2 configuration"
         )
     return value
 
@@ -214,12 +220,12 @@ def _stamps(files: list[Path]) -> list[tuple[int, int, int]]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise BadCheckpoint(f"{index} is not an index of shards ({error!r}): fetch the file again") from error
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
-            raise BadCheckpoint(f"{index} names {name}, which is not there: fetch the missing shard")
+            raise BadCheckpoint(f"{index} names {name!r}, which is not there: fetch the missing shard")
     return names
 
 
@@ -243,10 +249,14 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         raise BadCheckpoint(
             f"{path} is damaged, cut short, or holds more than weights ({_one_line(error)}): fetch the file again"
         ) from error
+    raw = raw.get("state_dict", raw) if isinstance(raw, dict) else None
     if not isinstance(raw, dict):
         raise BadCheckpoint(f"{path} holds no weights by name: save model.state_dict() there")
-    raw = raw.get("state_dict", raw)
-    return {str(name): value for name, value in raw.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in raw.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise BadCheckpoint(f"{path}: {name} holds no numbers side by side: save the dense tensor")
+    return tensors
 
 
 def _named(files: list[Path], config: Config) -> dict[str, Tensor]:
@@ -293,8 +303,8 @@ def _check(tensors: dict[str, Tensor], config: Config, source: Path) -> None:
 
 
 def _check_finite(name: str, tensor: Tensor, source: Path) -> None:
-    if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
-        raise BadCheckpoint(f"{source}: {name} holds NaN or infinity: the file is damaged, fetch it again")
+    if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor.float()).all():
+        raise BadCheckpoint(f"{source}: {name} holds NaN or infinity (in float32): the file is damaged, fetch it again")
 
 
 def trim() -> None:

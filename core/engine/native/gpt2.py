@@ -137,7 +137,7 @@ class NativeGPT2:
             self._layers,
             wte,
             c.Linear(head.weight, head.scale, self._keep(beyond), head.blocks, head.groups),
-            self._keep(tensors.pop("wpe.weight").float().clone()),
+            self._keep(tensors.pop("wpe.weight").to(torch.float32, copy=True).contiguous()),
             norm("ln_f"),
             config.n_layer,
             config.n_head,

@@ -190,13 +190,29 @@ def dangerous(folder: Path) -> None:
     torch.save({"wte.weight": Dangerous()}, folder / "pytorch_model.bin")
 
 
+def bin_of(what: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save(what, folder / "pytorch_model.bin")
+
+    return edit
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "another family": (edit_config(model_type="llama"), "config.json: model_type is llama"),
+    "another family": (edit_config(model_type="llama"), "config.json: model_type is 'llama'"),
     "cross attention": (edit_config(add_cross_attention=True), "config.json: add_cross_attention"),
-    "another activation": (edit_config(activation_function="silu"), "activation_function silu"),
+    "another activation": (edit_config(activation_function="silu"), "activation_function 'silu'"),
+    "an activation of two lines": (edit_config(activation_function="si\nlu"), r"activation_function 'si\\nlu'"),
     "no size": (edit_config(n_layer=None), "n_layer is None"),
     "heads that do not divide": (edit_config(n_head=5), "n_embd 64 is not a multiple of n_head 5"),
     "eos outside": (edit_config(eos_token_id=50256), "eos_token_id 50256 is not in the vocabulary of 384"),
+    "eos a truth": (edit_config(eos_token_id=True), "eos_token_id True is not in the vocabulary"),
+    "no epsilon": (edit_config(layer_norm_epsilon=None), "layer_norm_epsilon is None, not a small number"),
+    "epsilon a word": (edit_config(layer_norm_epsilon="1e-5"), "layer_norm_epsilon is '1e-5', not a small number"),
+    "epsilon below 0": (edit_config(layer_norm_epsilon=-1), "layer_norm_epsilon is -1, not a small number"),
+    "epsilon NaN": (edit_config(layer_norm_epsilon=float("nan")), "layer_norm_epsilon is nan, not a small number"),
+    "layers without end": (edit_config(n_layer=2_000_000), "n_layer is 2000000, not a whole number from 1 to 1024"),
+    "config all brackets": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
     "config no JSON": (cut("config.json", 0.5), "config.json cannot be read"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json cannot be read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
@@ -213,9 +229,26 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "shard missing": (
         then(resave("bin-shards"), lambda f: (f / "pytorch_model-00002-of-00002.bin").unlink()),
-        "names pytorch_model-00002-of-00002.bin, which is not there",
+        "names 'pytorch_model-00002-of-00002.bin', which is not there",
     ),
     "index broken": (then(resave("bin-shards"), cut("pytorch_model.bin.index.json", 0.5)), "is not an index of shards"),
+    "index all brackets": (
+        then(resave("bin-shards"), lambda f: (f / "pytorch_model.bin.index.json").write_text("[" * 100_000)),
+        "is not an index of shards",
+    ),
+    "index of numbers": (
+        then(resave("bin-shards"), lambda f: (f / "pytorch_model.bin.index.json").write_text('{"weight_map":{"a":5}}')),
+        "names '5', which is not there",
+    ),
+    "bin without a state": (bin_of({"state_dict": None}), "pytorch_model.bin holds no weights by name"),
+    "bin all sparse": (
+        bin_of({"wte.weight": torch.eye(4).to_sparse()}),
+        "pytorch_model.bin: wte.weight holds no numbers side by side",
+    ),
+    "bin without numbers": (
+        bin_of({"wte.weight": torch.empty(384, 64, device="meta")}),
+        "pytorch_model.bin: wte.weight holds no numbers side by side",
+    ),
     "one missing": (edit_tensors(lambda t: t.pop("transformer.ln_f.bias")), "lacks ln_f.bias"),
     "many missing": (edit_config(n_layer=3), "lacks h.2.attn.c_attn.bias, .* and 9 more"),
     "surplus": (edit_config(n_layer=1), "has unknown h.1.attn.c_attn.bias"),
@@ -226,6 +259,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "NaN in an old bin": (
         then(poison(float("nan")), resave("bin-old")),
         "pytorch_model.bin: h.1.mlp.c_fc.weight holds NaN or infinity",
+    ),
+    "too large for float32": (
+        edit_tensors(lambda t: t.update({"transformer.ln_f.bias": torch.full((64,), 1e39, dtype=torch.float64)})),
+        "ln_f.bias holds NaN or infinity",
     ),
     "whole numbers": (
         edit_tensors(lambda t: t.update({"transformer.ln_f.bias": torch.zeros(64, dtype=torch.int8)})),
