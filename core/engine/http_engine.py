@@ -307,9 +307,11 @@ class HttpEngine:
 
 async def connect_engine(address: str, patience: float = PATIENCE) -> HttpEngine:
     """The engine that listens at `address`: http://…, https://… or unix:PATH. Raises EngineClosed after `patience`."""
-    if not address.removeprefix("unix:" if address.startswith("unix:") else "") or (
-        not address.startswith("unix:") and not urlsplit(address).hostname
-    ):
+    try:
+        place = address[5:] if address.startswith("unix:") else urlsplit(address).hostname
+    except ValueError:
+        place = None
+    if not place:
         raise EngineClosed(f"{address} is no address: name one like http://127.0.0.1:8100 or unix:/run/palaver/engine")
     return await HttpEngine(address, patience=patience).open()
 

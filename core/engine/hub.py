@@ -6,6 +6,7 @@ A name is `embedded` (the model in this repository), a folder, or a repository o
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from core.engine.base import BadCheckpoint
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "tiny"
 SMALL_FILES = ["*.json", "vocab.*", "merges.txt"]
-WEIGHT_FILES = [["*.safetensors"], ["pytorch_model*.bin"]]
+WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
 """Tried in this order. Subfolders and other frameworks' weights are never fetched."""
 
 
@@ -24,7 +25,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     """
     if str(model) == "embedded":
         return _checked(EMBEDDED)
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))  # Path.expanduser() raises where there is no such user
     if folder.is_dir():
         return _checked(folder)
     name = str(model)
@@ -54,10 +55,10 @@ def _fetch(name: str, revision: str | None) -> Path:
             ignore = ["*/*", "training_args*", "optimizer*"]
             folder = Path(
                 snapshot_download(
-                    name, revision=revision, allow_patterns=[*SMALL_FILES, *weights], ignore_patterns=ignore
+                    name, revision=revision, allow_patterns=[*SMALL_FILES, weights], ignore_patterns=ignore
                 )
             )
-            if any(path for pattern in weights for path in folder.glob(pattern)):
+            if any(folder.glob(weights)):
                 break
     except RevisionNotFoundError as error:
         raise BadCheckpoint(f"{name} has no revision {revision}: check MODEL_REVISION") from error

@@ -140,8 +140,7 @@ def open_runner(
     cache_bytes: int = 0,
     draft: bool = False,
 ) -> ModelRunner:
-    """Resolve, load, choose, check, warm up; with a `draft` where one may pay. Raises BadCheckpoint, or ValueError for
-    a setting that cannot be."""
+    """Resolve, load, choose, check, warm up; with a `draft` where one may pay. Raises BadCheckpoint."""
     folder = hub.resolve(model, revision)
     place = choose_device(device)
     if place.type == "cpu":
@@ -199,7 +198,7 @@ def copy_in_int8(model: Model, folder: Path) -> Model | None:
 def graphed(eager: GPT2, tokens: int) -> GPT2:
     """`eager` with CUDA graphs where they are seen to compute the same; else `eager`, and a warning why."""
     try:
-        return checked(GraphedGPT2(eager, tokens), eager)
+        return checked(GraphedGPT2(eager, tokens), eager)  # no name here holds it, should that fail
     except torch.AcceleratorError:
         log.error("the device was lost in trying CUDA graphs: GRAPHS=0 in the environment leaves them out")
         raise

@@ -73,7 +73,7 @@ class EngineProcess:
         return replace(info, name=self._name)
 
     def kill(self, why: str) -> None:
-        """End a child that no longer answers; the next one is started at once."""
+        """End a child that no longer answers; the next one follows."""
         if self._child and self._child.returncode is None:
             log.error("killing the engine process: %s", why)
             with contextlib.suppress(ProcessLookupError):

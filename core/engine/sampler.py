@@ -65,9 +65,10 @@ def draw(
     """The next token after `tokens`, a function of the seed. `logits` (vocab,) are finite, `tops` as in Summary."""
     banned, native = eos_id if is_first else None, library.open_library()
     if native and params.temperature and 0 < params.top_k < len(logits) - 1:
-        scores = process(logits, tokens, params)
+        alters = params.repetition_penalty != 1 or params.no_repeat_ngram > 0
+        scores = process(logits, tokens, params, banned if alters else None)
         if scores is not logits:
-            scores, banned, tops = process(logits, tokens, params, banned), None, 0
+            banned, tops = None, 0
         knobs = params.top_k, -1 if banned is None else banned, params.temperature, params.top_p
         drawn = address(scores), tops, len(scores), *knobs, seed % 2**64, len(tokens), native.palaver_best_path()
         return int(native.palaver_draw(*drawn))

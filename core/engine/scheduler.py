@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 from time import monotonic
 
 from core.engine.base import Cancelled, EngineError, Failed, PromptTooLong, QueueFull, SamplingParams
@@ -66,7 +67,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Take it in; what is wrong with it is delivered like any other end."""
         room = self.max_positions - len(request.prompt)
-        waiting = {id(s.request) for s in self.waiting}
+        waiting = {s.request for s in self.waiting}
         if room < 1:
             return request.deliver(
                 PromptTooLong(f"{len(request.prompt)} tokens; the model takes at most {self.max_positions - 1}")
@@ -167,7 +168,11 @@ class Scheduler:
         assert all(s.slot is None for s in self.preparing.values()), "a preparation holds a slot between steps"
 
     def _piece(self) -> list[Span]:
-        """The next piece of the oldest preparation, under way for this step alone; what cannot go on is dropped."""
+        """The next piece of the oldest preparation, under way for this step alone; what cannot go on is dropped.
+
+        It stands in `requests` and `running` until `update` takes it out again; its slot is idle between two pieces,
+        so whoever needs room may take it, and the session's next prompt finds what is there so far.
+        """
         while self.preparing and not self.waiting:
             session, sequence = next(iter(self.preparing.items()))
             sequence.slot = self.cache.prepare(session, sequence.tokens)
@@ -207,13 +212,14 @@ class Scheduler:
         """A step for one token, and for those that may follow it as far as they can still be drawn."""
         room = min(self.guess, self.token_budget - 1, sequence.prompt_len + sequence.max_new - len(sequence.tokens) - 1)
         guess = self.guesses.after(sequence, room)
-        return Span(sequence, sequence.computed, 1, tuple(token for token in guess if token != self.eos_id))
+        return Span(sequence, sequence.computed, 1, tuple(takewhile(lambda token: token != self.eos_id, guess)))
 
     def _finish(self, sequence: Sequence) -> None:
         self._leave(sequence, keep=True)
         closed = [self.eos_id] if sequence.finish_reason == "stop" else []
-        self.guesses.learn([*sequence.tokens[sequence.prompt_len - 1 :], *closed])
         request = sequence.request
+        if self.guess and request.session:  # of one that was forgotten meanwhile, nothing stays
+            self.guesses.learn([*sequence.tokens[sequence.prompt_len - 1 :], *closed])
         if all(s.finish_reason for s in request.sequences):
             self.requests.remove(request)
             request.deliver([s.completion() for s in request.sequences])

@@ -54,7 +54,8 @@ class Sequence:
 
 @dataclass(eq=False)
 class Request:
-    """`deliver` is called once, in the engine's thread, with the completions or with why there are none."""
+    """`deliver` is called once, in the engine's thread, with the completions or with why there are none; of a
+    preparation only with the latter."""
 
     prompt: Ids[int]
     params: SamplingParams
@@ -77,7 +78,7 @@ class Span:
 
     @property
     def is_last(self) -> bool:
-        """Its last row's logits draw the next token."""
+        """Its last row's logits draw the next token. Asked before that is booked: then the sequence is longer."""
         return self.start + self.count == len(self.sequence.tokens) and self.sequence.max_new > 0
 
     @property

@@ -1,6 +1,6 @@
 """One engine behind HTTP, on a Unix socket or TCP: `palaver engine`, and the child of core.engine.process.
 
-POST /generate, POST /prepare, POST /forget   see core.engine.wire; 400 with one line for anything malformed
+POST /generate, POST /prepare, POST /forget   see core.engine.wire; 4xx with one line for anything malformed
 GET /info, GET /tokenizer                     what a client must know of the model; its tokenizer's files
 GET /livez, GET /readyz, GET /metrics         200 while the process runs; 503 and why while it cannot answer
 
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT = 1 << 20
 BACKLOG = 1024
+LOOK_EVERY = 1.0
+"""Seconds between two looks whether the engine lives."""
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -164,10 +166,12 @@ def bound(address: str) -> Iterator[socket.socket]:
         sock = _bind_unix(Path(address[5:])) if address.startswith("unix:") else _bind_tcp(address)
     except OSError as error:
         raise EngineClosed(f"cannot listen at {address}: {error.strerror or error}") from error
-    with sock:
-        yield sock
-    if address.startswith("unix:"):
-        Path(address[5:]).unlink(missing_ok=True)
+    try:
+        with sock:
+            yield sock
+    finally:
+        if address.startswith("unix:"):
+            Path(address[5:]).unlink(missing_ok=True)
 
 
 def _bind_tcp(address: str) -> socket.socket:
@@ -219,7 +223,8 @@ async def open_local(kind: str, model: str, revision: str, device: str, dtype: s
 async def serve_engine(settings: Settings, address: str) -> int:
     """`palaver engine`: serve until SIGTERM or Ctrl-C, then let requests under way finish. The exit code.
 
-    Prints a line when it begins to load and one when it is ready. Raises EngineError, one line.
+    Prints a line when it begins to load and one when it is ready. Raises EngineError, one line; EngineClosed also when
+    the engine dies, for only a new process helps.
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -249,10 +254,21 @@ async def serve_engine(settings: Settings, address: str) -> int:
             stack.push_async_callback(server.engine.aclose)  # after the last request was answered
             info = server.engine.info
             print(f"engine ready at {_shown(sock)}: model {info.name}, {info.how}", flush=True)
-            await stopped
+            died = asyncio.ensure_future(_end_of(server.engine))
+            await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                raise EngineClosed(died.result())
+            died.cancel()
             server.why = "the engine is stopping"
             log.info("stopping: %d requests under way have %g s", server.running, settings.grace)
     return 0
+
+
+async def _end_of(engine: Engine) -> str:
+    """Why it will not answer any more."""
+    while not (why := await engine.ready()):
+        await asyncio.sleep(LOOK_EVERY)
+    return why
 
 
 def _shown(sock: socket.socket) -> str:

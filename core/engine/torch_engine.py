@@ -111,7 +111,7 @@ class TorchEngine:
     ) -> list[Completion]:
         """`params.n` completions of `prompt`. Raises an EngineError; ValueError for ids that are no tokens."""
         if self._end:
-            raise self._end
+            raise EngineClosed(str(self._end))
         self._check(prompt)
         future: asyncio.Future[list[Completion]] = self._loop.create_future()
         until = None if deadline is None else time.monotonic() + deadline

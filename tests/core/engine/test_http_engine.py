@@ -301,6 +301,15 @@ async def test_no_answer_at_twice_the_deadline_ends_the_child(checkpoint: Make, 
         assert await engine.generate([5, 256], LONG, deadline=60)
 
 
+async def test_a_child_killed_by_a_signal_without_a_name_is_replaced(
+    checkpoint: Make, restarts: Callable[[], float]
+) -> None:
+    async with spawned(checkpoint(), engine="echo") as engine:
+        os.kill(pid(engine), signal.SIGRTMIN + 1)
+        await until(lambda: restarts() == 1)
+        assert await engine.generate([5, 256], LONG, deadline=60)
+
+
 DIES_INSIDE = """
 import os, pathlib
 from core.engine.base import EngineClosed
@@ -585,7 +594,7 @@ async def test_an_engine_elsewhere_may_go_and_come_back(checkpoint: Make, caplog
         folder.close()
 
 
-@pytest.mark.parametrize("address", ["http://", "unix:", "ftp://", "somewhere"])
+@pytest.mark.parametrize("address", ["http://", "unix:", "ftp://", "somewhere", "http://[x"])
 async def test_what_is_no_address_is_one_line(address: str) -> None:
     with pytest.raises(EngineClosed, match="is no address"):
         await connect_engine(address)

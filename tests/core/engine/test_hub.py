@@ -138,6 +138,7 @@ def test_local_names(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
     for name, words in (
+        ("~nobody-of-this-name/model", "does not exist: name a folder"),
         (str(tmp_path / "nothing"), "does not exist"),
         (str(tmp_path / "config.json"), "is a file"),
         ("a/b/c", "does not exist"),

@@ -190,6 +190,19 @@ def test_a_forgotten_session_leaves_nothing_even_while_it_runs() -> None:
     assert scheduler.cache.used == 0
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_of_a_reply_under_way_nothing_is_learnt_once_it_is_forgotten(forgotten: bool) -> None:
+    scheduler, learnt = make_scheduler(), list[list[int]]()
+    scheduler.guesses.learn = lambda ids: learnt.append(list(ids))  # type: ignore[method-assign]
+    client = Client(scheduler)
+    client.ask([1, 2, 4], "a", max_tokens=50)
+    step(scheduler)
+    if forgotten:
+        scheduler.forget("a")
+    finish(scheduler)
+    assert client.end() and bool(learnt) != forgotten
+
+
 def test_bad_numbers_cost_the_session_its_cache_and_one_retry() -> None:
     scheduler = make_scheduler()
     client = Client(scheduler)
@@ -386,7 +399,7 @@ def test_what_was_said_before_is_guessed_and_saves_steps() -> None:
     for scheduler in (plain, guessing):
         client, count = Client(scheduler), 0
         for _ in range(3):
-            client.ask([2, 8], max_tokens=24)
+            client.ask([2, 8], "a", max_tokens=24)
             while step(scheduler):
                 count += 1
         assert [end[0].token_ids for end in client.ends.values() if isinstance(end, list)] == [expected([2, 8], 24)] * 3

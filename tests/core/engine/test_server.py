@@ -235,6 +235,35 @@ async def test_palaver_engine_says_where_it_is_and_ends_when_asked(
         assert await asyncio.wait_for(process.wait(), 60) == 0
 
 
+LOST = """
+import torch
+from core.engine.model_runner import ModelRunner
+
+alive = ModelRunner.run
+
+def run(self, spans):
+    if 66 in spans[0].sequence.tokens:
+        raise torch.AcceleratorError("lost", 1)
+    return alive(self, spans)
+
+ModelRunner.run = run
+"""
+
+
+async def test_palaver_engine_ends_when_its_device_is_lost(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LOST)
+    settings = {"MODEL": str(checkpoint()), "DTYPE": "float32", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    async with palaver_engine("127.0.0.1:0", tmp_path, **settings) as (process, line):
+        assert line.startswith("engine ready at http"), line
+        async with aiohttp.ClientSession(line.split()[3].rstrip(":")) as http:
+            for prompt, status in (([5, 256], 200), ([66, 256], 503)):
+                async with http.post("/generate", json={"prompt": prompt, "params": {"max_tokens": 3}}) as answer:
+                    assert answer.status == status
+        assert await asyncio.wait_for(process.wait(), 60) == 75
+        assert process.stderr
+        assert (await process.stderr.read()).decode().splitlines()[-1].endswith("the engine died: AcceleratorError")
+
+
 async def test_palaver_engine_stops_with_one_line_when_it_cannot_serve(tmp_path: Path, folder: Path) -> None:
     async with palaver_engine(f"unix:{folder}/socket", tmp_path, MODEL=str(tmp_path)) as (process, line):
         assert line == f"MODEL: {tmp_path} has no config.json: it is not a model's folder"

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from core.engine import model_runner, weights
 from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, PromptTooLong, QueueFull, SamplingParams
@@ -70,6 +72,28 @@ async def test_greedy_is_transformers_alone_and_in_a_batch(
     assert [(await ask(e, p)).token_ids for p in texts[::3]] == want[::3]
     together = await asyncio.gather(*(ask(e, p) for p in texts))
     assert [c.token_ids for c in together] == want
+
+
+async def test_numbers_stored_column_by_column_are_the_same(
+    engine: Open, checkpoint: Make, path: str, tmp_path: Path
+) -> None:
+    """As torch.save keeps them of a matrix that was turned."""
+    shutil.copy(checkpoint("odd") / "config.json", tmp_path)
+    tensors = load_file(checkpoint("odd") / "model.safetensors")
+    turned = {name: tensor.T.contiguous().T if tensor.ndim == 2 else tensor for name, tensor in tensors.items()}
+    torch.save(turned, tmp_path / "pytorch_model.bin")
+    e = await engine(tmp_path, dtype="float32")
+    for prompt in prompts([1, 9, 70], 301):
+        assert (await ask(e, prompt)).token_ids == greedy(checkpoint("odd"), prompt)
+
+
+async def test_numbers_too_large_for_float16_are_one_line(checkpoint: Make, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint(), tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] = 1e5
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"h\.1\.mlp\.c_fc\.weight holds numbers beyond float16's 65504: DTYPE="):
+        await open_torch_engine(tmp_path, dtype="float16")
 
 
 async def test_the_logprob_is_the_unfiltered_models(engine: Open, checkpoint: Make) -> None:
@@ -335,6 +359,27 @@ async def test_a_bad_copy_costs_no_reply(
     assert wrong == (len(calls) - count <= 4), "wrong guesses were not given up, but for one to see"
 
 
+async def test_a_copy_that_raises_costs_no_reply(
+    engine: Open, checkpoint: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drafted(monkeypatch)
+    e = await engine("odd", dtype="float32")
+    draft, e.core.scheduler.guesses.price = cast("Any", e.core.runner.draft), 0.3
+    draft.forward = lambda _: 1 / 0
+    for prompt in prompts([5, 60], 301):
+        assert (await ask(e, prompt)).token_ids == greedy(checkpoint("odd"), prompt)
+    assert 1 <= caplog.text.count("guessing raised ZeroDivisionError") <= 2, "it was asked again and again"
+
+
+@pytest.mark.parametrize("positions", [2, 8])
+async def test_a_model_of_few_positions_opens_and_talks(
+    engine: Open, checkpoint: Make, positions: int, path: str
+) -> None:
+    folder = checkpoint("odd", n_positions=positions)
+    e = await engine(folder, dtype="float32", price=None)
+    assert (await ask(e, [5])).token_ids == greedy(folder, [5], positions - 1)
+
+
 async def test_a_guess_is_priced_where_there_are_guesses(engine: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "price", lambda _, guess: float(guess))
     engines = [await engine("odd", guess=guess) for guess in (0, 3)]
@@ -352,7 +397,7 @@ def test_the_price_of_a_guess_has_the_copys_steps_in_it(monkeypatch: pytest.Monk
             clock[0] += one + row * (len(batch.ids) - 1)
             return torch.zeros(1)
 
-        return SimpleNamespace(new_kv=lambda _: None, forward=forward)
+        return SimpleNamespace(new_kv=lambda _: None, forward=forward, config=SimpleNamespace(n_positions=64))
 
     runner = ModelRunner(timed(0.010, 0.0005), Path())
     assert runner.price(4) == pytest.approx(0.05)
@@ -384,7 +429,7 @@ async def test_bad_numbers_behind_a_guess_cost_a_retry_and_no_reply(engine: Open
     e = await engine("odd", price=0.0)
     prompt = prompts([20], 301)[0]
     want = greedy(checkpoint("odd"), prompt)
-    assert (await ask(e, prompt)).token_ids == want
+    assert (await ask(e, prompt, session="a")).token_ids == want
 
     def spoil(batch: Batch) -> None:
         """The cache behind the first guess, once."""
@@ -394,8 +439,24 @@ async def test_bad_numbers_behind_a_guess_cost_a_retry_and_no_reply(engine: Open
 
     spoiled: list[int] = []
     Faulty(e, spoil)
-    assert (await ask(e, prompt)).token_ids == want
+    assert (await ask(e, prompt, session="b")).token_ids == want
     assert spoiled
+
+
+async def test_a_step_that_raises_with_a_guess_runs_without_it(engine: Open, checkpoint: Make) -> None:
+    e = await engine("odd", price=0.0)
+    prompt = prompts([20], 301)[0]
+    want = (await ask(e, prompt, session="a")).token_ids
+
+    def refuse(batch: Batch) -> Exception | None:
+        is_guess = batch.rows[0].start > 0 and batch.rows[0].count > 1
+        refused.append(is_guess)
+        return ZeroDivisionError() if is_guess else None
+
+    refused: list[bool] = []
+    Faulty(e, refuse)
+    assert (await ask(e, prompt, session="b")).token_ids == want
+    assert any(refused)
 
 
 async def test_an_engines_seed_makes_unseeded_requests_repeatable(engine: Open) -> None:
