@@ -74,7 +74,7 @@ async def open_voice(settings: Settings | None = None) -> AsyncIterator[Voice]:
     async with open_engine(settings) as engine:
         yield Voice(
             engine,
-            Tokenizer.load(engine.info.path),
+            Tokenizer.load(engine.info.path, engine.info.vocab_size),
             settings.sampling,
             settings.history_tokens,
             settings.history_stride,

@@ -28,23 +28,30 @@ class Tokenizer:
         self.eos_id: int = eos_id
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
+    def load(cls, folder: str | Path, vocab_size: int = 0) -> Tokenizer:
         """From a checkpoint's folder: `tokenizer.json`, else DialoGPT's `vocab.json` and `merges.txt`.
 
-        Raises BadCheckpoint, one line that names the file.
+        Raises BadCheckpoint, one line that names the file, also where text has ids that a model of `vocab_size` (0: not
+        asked) does not know.
         """
         folder = Path(folder)
         whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
         in_one_file = whole.is_file()
         if not in_one_file and not (vocab.is_file() and merges.is_file()):
             raise BadCheckpoint(f"{folder} has no tokenizer: put tokenizer.json, or vocab.json and merges.txt, there")
+        file = whole if in_one_file else vocab
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(whole)) if in_one_file else _from_vocab(vocab, merges))
+            backend = tokenizers.Tokenizer.from_file(str(whole)) if in_one_file else _from_vocab(vocab, merges)
+            tokenizer = cls(backend)
         except Exception as error:  # the library raises plain Exception
             reason = " ".join(str(error).split())
+            raise BadCheckpoint(f"{file} is not a GPT-2 tokenizer ({reason}): fetch the file again") from error
+        ids = max(backend.get_vocab(with_added_tokens=False).values()) + 1  # added ones, as for padding, nobody types
+        if vocab_size and ids > vocab_size:
             raise BadCheckpoint(
-                f"{whole if in_one_file else vocab} is not a GPT-2 tokenizer ({reason}): fetch the file again"
-            ) from error
+                f"{file} has {ids} ids, the model {vocab_size}: put the tokenizer it was trained with there"
+            )
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; never `eos_id`. Lone surrogates count as question marks."""

@@ -41,8 +41,9 @@ def perplexity(model: Model, examples: Sequence[Example]) -> float:
 
 def read_examples(folder: Path, dialogues: Path, most: int) -> list[Example]:
     """Raises BadData, BadCheckpoint."""
-    positions = read_config(folder / "config.json").n_positions
-    return encode(islice(read_dialogues(dialogues), most), Tokenizer.load(folder), positions, cut=True)
+    config = read_config(folder / "config.json")
+    tokenizer = Tokenizer.load(folder, config.vocab_size)
+    return encode(islice(read_dialogues(dialogues), most), tokenizer, config.n_positions, cut=True)
 
 
 def compare(folder: Path, examples: Sequence[Example], dtypes: Sequence[str]) -> Iterator[tuple[str, float]]:

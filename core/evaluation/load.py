@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from core.engine.base import EngineError
+from core.engine.base import EngineClosed, EngineError
 from core.engine.machine import cores
 from core.evaluation.selfchat import read_openers
 from core.messages import Turn
@@ -118,7 +118,7 @@ async def measure(voice: Voice, seconds: float, running: int, tell: Tell, seed: 
         in_flight[count] = await closed_loop(talks[:count], seconds / 8, rng)
     rate, step, most, levels = 0.8 * in_flight[FLIGHTS[-1]].per_second, 1.3, 0.0, []
     for _ in range(5):
-        tell(f"messages by chance, {rate:.2g} a second")
+        tell(f"messages by chance, {_rate(rate)} a second")
         level = await open_loop(talks, rate, seconds / 8, running, rng)
         levels.append((rate, level))
         if level.p95 <= GOAL:
@@ -126,6 +126,8 @@ async def measure(voice: Voice, seconds: float, running: int, tell: Tell, seed: 
             rate *= step
         else:
             rate, step = (rate / step, 1 + (step - 1) / 2) if most else (rate / 2, step)
+    if why := await voice.engine.ready():
+        raise EngineClosed(f"{why}: these figures would not be its own, measure again when it is there")
     words = [count for talk in talks for count in talk.words]
     most = min(most, max(delays.per_second for delays in (*in_flight.values(), *(level for _, level in levels))))
     return Load(first, in_flight[1], statistics.fmean(words), in_flight, levels, most)
@@ -210,8 +212,9 @@ def _delays(seconds: Sequence[float], wall: float) -> Delays:
 def as_dict(load: Load, name: str, how: str, loading: float, memory: int) -> dict[str, object]:
     """For programs, as JSON has it; seconds, bytes. None: a delay without end, or of nothing."""
     measured = {**asdict(load), "active_channels": load.channels}
+    ours = cores() if memory else None
     terms = {"p95_goal": GOAL, "messages_per_minute_and_channel": PER_MINUTE}
-    found = {"model": name, "how": how, "cores": cores(), "load": loading, "memory": memory, **terms, **measured}
+    found = {"model": name, "how": how, "cores": ours, "load": loading, "memory": memory, **terms, **measured}
     plain: dict[str, object] = json.loads(json.dumps(found), parse_constant=lambda _: None)
     return plain
 
@@ -219,9 +222,9 @@ def as_dict(load: Load, name: str, how: str, loading: float, memory: int) -> dic
 def as_text(load: Load, name: str, how: str, loading: float, memory: int) -> str:
     """For people."""
     rows = [(f"{count} in flight", delays) for count, delays in load.in_flight.items()]
-    rows += [(f"{rate:.2g} arriving a second", delays) for rate, delays in load.levels]
+    rows += [(f"{_rate(rate)} arriving a second", delays) for rate, delays in load.levels]
     lines = [
-        f"{name}: {how}; {cores()} cores",
+        f"{name}: {how}; {cores()} cores" if memory else f"{name}: {how}",
         f"loaded in {loading:.1f} s, first reply {load.first_reply:.2f} s later, "
         + (f"{memory / 1e9:.2f} GB of memory at most" if memory else "memory not seen from here"),
         f"a reply to a single user: {load.single.p50:.2f} s (95 % within {load.single.p95:.2f} s), "
@@ -238,6 +241,10 @@ def as_text(load: Load, name: str, how: str, loading: float, memory: int) -> str
     else:
         lines.append(f"So set up, it is too slow for this model: no load tried was served in time ({each}).")
     return "\n".join(lines)
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:.2g}" if per_second < 10 else f"{per_second:.0f}"
 
 
 def _time(seconds: float) -> str:

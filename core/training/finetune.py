@@ -96,7 +96,7 @@ def finetune(
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
     model, folder = _open(base, tokenizer_folder, recipe.dropout)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder, model.config.vocab_size)
 
     def read(path: Path) -> list[Example]:
         return encode(read_dialogues(path), tokenizer, recipe.max_length, reverse=recipe.reverse, cut=recipe.cut)

@@ -25,7 +25,7 @@ async def test_an_engine_elsewhere_is_named_and_its_memory_is_not_ours(tmp_path:
         server.kill()
         await server.communicate()
     assert code == 0, errors
-    assert f", at unix:{tmp_path}/engine;" in output and "memory not seen from here" in output
+    assert f", at unix:{tmp_path}/engine\n" in output and "memory not seen from here" in output
     assert f"asking unix:{tmp_path}/engine ..." in errors and "loading" not in errors
 
 

@@ -73,6 +73,14 @@ def test_every_string_survives(text: str) -> None:
     assert TOKENIZER.decode(ids) == text.encode("utf-8", "replace").decode().rstrip("\ufffd")
 
 
+def test_more_ids_than_the_model_has_are_one_line(folder: Path) -> None:
+    size = len(Tokenizer.load(folder))
+    plain = size - (folder / "tokenizer.json").is_file()  # there the end of text is an added one
+    Tokenizer.load(folder, plain)
+    with pytest.raises(BadCheckpoint, match=f"has {plain} ids, the model {plain - 1}: put"):
+        Tokenizer.load(folder, plain - 1)
+
+
 @pytest.mark.parametrize(
     ("files", "named"),
     [

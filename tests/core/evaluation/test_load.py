@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from core.engine.base import Completion, ModelInfo, QueueFull, SamplingParams
+from core.engine.base import Completion, EngineClosed, ModelInfo, QueueFull, SamplingParams
 from core.engine.hub import EMBEDDED
 from core.evaluation import load
 from core.tokenizer import Tokenizer
@@ -107,6 +107,17 @@ async def test_no_more_is_promised_than_was_served() -> None:
     found = await load.measure(voice, 2, 32, lambda _: None)
     assert max(rate for rate, _ in found.levels) > 60
     assert found.most_per_second <= 50
+
+
+async def test_nothing_is_said_of_an_engine_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    voice, engine = slow_voice(0.001, 4)
+
+    async def gone() -> str:
+        return "the engine at http://there does not answer"
+
+    monkeypatch.setattr(engine, "ready", gone)
+    with pytest.raises(EngineClosed, match="does not answer: these figures would not be its own"):
+        await load.measure(voice, 0.5, 32, lambda _: None)
 
 
 async def test_what_is_refused_or_given_up_counts_as_late() -> None:
