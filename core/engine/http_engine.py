@@ -72,6 +72,8 @@ class HttpEngine:
         self._info: ModelInfo | None = None
         self._files: PrivateFolder | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._asked: dict[object, str] = {}
+        """What is under way, and of which session."""
         self._suspects = asyncio.Lock()
         self._gone = False  # one elsewhere, and the log said so
         self._closed = False
@@ -104,11 +106,17 @@ class HttpEngine:
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(62))
         end = None if deadline is None else time.monotonic() + deadline
+        asked = object()
+        self._asked[asked] = session
 
         def body() -> dict[str, object]:
-            return wire.dump_request(prompt, params, session, None if end is None else end - time.monotonic())
+            left = None if end is None else end - time.monotonic()
+            return wire.dump_request(prompt, params, self._asked[asked], left)
 
-        answer = await self._insist("POST", "/generate", body, end)
+        try:
+            answer = await self._insist("POST", "/generate", body, end)
+        finally:
+            del self._asked[asked]
         if self.process:
             self.process.proved()
         try:
@@ -133,7 +141,9 @@ class HttpEngine:
             return self._unreachable(error)
 
     async def forget(self, session: str) -> None:
-        """A child that died has forgotten already; one elsewhere is asked until it answers, or EngineClosed."""
+        """A child that died has forgotten already; one elsewhere is asked until it answers, or EngineClosed. What is
+        under way and must be sent again is then nobody's."""
+        self._asked = {asked: "" if whose == session else whose for asked, whose in self._asked.items()}
         if self.process and not self.process.up.is_set():
             return
         await self._insist("POST", "/forget", lambda: {"session": session})

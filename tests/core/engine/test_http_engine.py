@@ -256,6 +256,31 @@ async def test_the_seed_is_drawn_before_the_first_send(checkpoint: Make) -> None
         assert other != first
 
 
+async def test_what_was_forgotten_is_sent_again_as_nobodys(checkpoint: Make) -> None:
+    sessions: list[str] = []
+    asked, forgotten = asyncio.Event(), asyncio.Event()
+
+    class Noting(EchoEngine):
+        async def generate(
+            self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
+        ) -> list[Completion]:
+            sessions.append(session)
+            if len(sessions) == 1:
+                asked.set()
+                await forgotten.wait()
+                raise EngineClosed("restarting, ask again")
+            return await super().generate(prompt, params)
+
+    async with over_http(Noting(checkpoint())) as there:
+        answer = asyncio.create_task(there.generate([1, 256], SamplingParams(), session="a"))
+        await asked.wait()
+        await there.forget("b")
+        await there.forget("a")
+        forgotten.set()
+        assert await answer
+    assert sessions == ["a", ""]
+
+
 async def test_killed_again_and_again_it_comes_back(checkpoint: Make, restarts: Callable[[], float]) -> None:
     async with spawned(checkpoint(), engine="echo") as engine:
         for kill in range(4):
