@@ -7,8 +7,8 @@ Channels talk at once, each in turn; processor time is this process's, the laten
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import sys
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from rich.console import Console
 from rich.table import Table
 
-from core.journal.journal import Journal, open_journal
+from core.journal.journal import Journal, JournalError, open_journal
 from core.messages import Author, Channel, Message
 
 MESSAGES = 1000
@@ -33,7 +33,7 @@ async def talk(journal: Journal, channel: Channel, count: int, seconds: list[flo
         seconds.append(time.perf_counter() - began)
 
 
-async def main(url: str) -> None:
+async def measure(url: str) -> None:
     journal = await open_journal(url)
     table = Table(title=f"journal, {MESSAGES} messages a row")
     for name in ("channels at once", "messages/s", "processor ms", "p50 ms", "p99 ms"):
@@ -56,5 +56,18 @@ async def main(url: str) -> None:
     Console().print(table)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.journal", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("url", nargs="?", metavar="DATABASE_URL", help="SQLite in a folder of its own when left out")
+    url = parser.parse_args().url
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            asyncio.run(measure(url or f"sqlite:///{folder}/palaver.db"))
+        except JournalError as error:
+            raise SystemExit(str(error)) from None
+
+
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else f"sqlite:///{tempfile.mkdtemp()}/palaver.db"))
+    main()

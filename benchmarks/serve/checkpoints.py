@@ -5,6 +5,7 @@ Speed depends on shapes, not on what the numbers mean, so the true shapes get ra
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,40 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.serve.workloads import REPLY, USER
+from core.engine.base import BadCheckpoint
 from core.engine.hub import EMBEDDED
 from core.engine.weights import load, read_config
 
 SHAPES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}
 """DialoGPT's three: layers, width, heads; 50,257 ids, 1,024 positions."""
+LEAST = 2 * (USER + 1 + REPLY + 1) + REPLY
+"""Positions: two exchanges, each turn with its end, and a reply."""
 
 
 def make(shape: str, model: Path | None, folder: Path) -> Path:
-    """The checkpoint's folder inside `folder`, kept for the next run. `model` stands in for a shape."""
+    """The checkpoint's folder inside `folder`, kept for the next run. `model` stands in for a shape.
+
+    Raises BadCheckpoint; OSError or SafetensorError where `folder` cannot be written.
+    """
     source = model or (EMBEDDED if shape == "tiny" else None)
-    path = folder / (model.name if model else shape)
+    path = folder / (_name(source) if source else shape)
     if not (path / "model.safetensors").is_file():
-        path.mkdir(parents=True, exist_ok=True)
         tensors, config = read(source) if source else draw(shape)
+        path.mkdir(parents=True, exist_ok=True)
         names(path, config["vocab_size"])
         (path / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
         save_file(tensors, path / "model.safetensors.part", {"format": "pt"})
         (path / "model.safetensors.part").rename(path / "model.safetensors")
     return path
+
+
+def _name(source: Path) -> str:
+    """Its folder's, and what tells it from others of that name, from a shape and from what it was before."""
+    source = source.resolve()
+    stats = [(path.name, path.stat()) for path in sorted(source.glob("*")) if path.is_file()]
+    seen = str(source), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return f"{source.name}-{hashlib.sha256(repr(seen).encode()).hexdigest()[:8]}"
 
 
 def draw(shape: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -63,17 +79,27 @@ def draw(shape: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A real checkpoint in float32, its end of text moved to the id that its last layer's bias likes least.
 
-    Which id that is changes no shape; a reply that ends early all the same stops the run. bos stays what ended a turn:
-    with it between turns as before, nothing the model reads teaches it to say the new one.
+    Which id that is changes no shape; where it is drawn all the same, Palaver's peer goes on behind it. bos stays what
+    ended a turn: with it between turns as before, nothing the model reads teaches it to say the new one.
     """
     found, c = load(source), read_config(source / "config.json")
+    if c.n_positions < LEAST:
+        raise BadCheckpoint(f"{source} has {c.n_positions} positions: name a model with {LEAST} or more")
     tensors = {f"transformer.{name}": tensor.float().contiguous().clone() for name, tensor in found.tensors.items()}
     if "transformer.lm_head.weight" in tensors:
-        raise SystemExit(f"{source} has an output layer of its own, which not every peer can load")
+        raise BadCheckpoint(f"{source} has an output layer of its own, which not every peer can load: name another")
     liked = tensors["transformer.wte.weight"] @ tensors["transformer.ln_f.bias"]
     liked[c.eos_id] = torch.inf
     config = _config(c.n_layer, c.n_embd, c.n_head, c.n_positions, c.vocab_size, int(liked.argmin()))
-    return tensors, config | {"bos_token_id": c.eos_id}
+    raw = json.loads((source / "config.json").read_text("utf-8"))
+    return tensors, config | {
+        "bos_token_id": c.eos_id,
+        "n_inner": c.n_inner,
+        "activation_function": raw.get("activation_function", "gelu_new"),
+        "layer_norm_epsilon": c.layer_norm_epsilon,
+        "scale_attn_weights": c.scale_attn_weights,
+        "scale_attn_by_inverse_layer_idx": c.scale_attn_by_inverse_layer_idx,
+    }
 
 
 def _config(layers: int, width: int, heads: int, positions: int, vocab: int, eos: int) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """One peer's turn, in a process of its own so that no two libraries' threads meet. The last line it prints is JSON.
 
+It ends when its parent or its standard input does, and what it has started with it.
+
 python -m benchmarks.serve.child PEER FOLDER WORKLOADS SECONDS THREADS STRIDE PAUSE [TEXT]
 python -m benchmarks.serve.child PEER FOLDER    only makes the files that the peer loads
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 from benchmarks.serve import peers
 from benchmarks.serve.workloads import CHANNELS, REPLY, WINDOWS, WORKLOADS, Script, Talk
+from core.engine.child import die_with
 from core.evaluation.load import resident_bytes
 
 
@@ -61,6 +64,7 @@ def convert(name: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     name, folder, *rest = sys.argv[1:]
+    die_with(os.getppid())
     out = os.dup(1)
     os.dup2(2, 1)  # libraries may say what they like
     if rest:

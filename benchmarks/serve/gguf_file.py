@@ -25,7 +25,7 @@ def gguf(folder: Path, kind: str) -> None:
     writer = GGUFWriter(part, "gpt2")
     writer.add_context_length(c["n_positions"])
     writer.add_embedding_length(c["n_embd"])
-    writer.add_feed_forward_length(4 * c["n_embd"])
+    writer.add_feed_forward_length(c.get("n_inner") or 4 * c["n_embd"])
     writer.add_block_count(c["n_layer"])
     writer.add_head_count(c["n_head"])
     writer.add_layer_norm_eps(c["layer_norm_epsilon"])

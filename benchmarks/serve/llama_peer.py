@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp
 
 from benchmarks.serve.gguf_file import gguf, gguf_path
-from benchmarks.serve.peers import SAMPLING, Asked, Worker
+from benchmarks.serve.peers import SAMPLING, Asked, Worker, refuse_unusual
 from core.engine.kv_cache import common_prefix
 
 ROWS = 512
@@ -44,6 +44,7 @@ class Llama(Worker):
     caches = True
 
     def convert(self) -> None:
+        refuse_unusual(self.folder, "activation_function", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
         gguf(self.folder, self.kind)
 
     def load(self) -> str:
@@ -85,11 +86,13 @@ class Llama(Worker):
         self._stale = False
 
     def step(self, new: list[Asked]) -> bool:
-        self._waiting.extend(new)
+        self._waiting = deque(asked for asked in (*self._waiting, *new) if not asked.future.done())  # given up
         if self._stale and not self._running:
             self._new_context()
         while self._waiting and len(self._idle) >= self._waiting[0].candidates:
             self._admit(self._waiting.popleft())
+        if not self._running:
+            return False
         drawing = self._fill()
         if code := llama_cpp.llama_decode(self._ctx, self._batch):
             raise RuntimeError(f"llama_decode returned {code}")
@@ -151,7 +154,7 @@ class Llama(Worker):
             done = [job for job in jobs if len(job.said) == asked.tokens]
             for job in done:
                 job.pending = []
-            if len(done) == len(jobs):
+            if len(done) == len(jobs) or asked.future.done():  # or nobody waits for it any more
                 self._running = [job for job in self._running if job.asked is not asked]
                 self._idle += [job.slot for job in jobs]
                 for job in jobs:

@@ -43,12 +43,17 @@ def describe() -> dict[str, Any]:
     }
 
 
-def limits(threads: int) -> dict[str, float]:
-    """GB/s read from memory; GFLOP/s (int8: GOP/s) of a square matrix product, as fast as torch has it."""
+def bandwidth(threads: int) -> dict[str, float]:
+    """GB/s read from memory; half a second. It drifts where memory is shared with other machines: ask often."""
     torch.set_num_threads(threads)
     memory = torch.ones(1 << 27)  # 512 MB, written: fresh pages would all be the kernel's one page of zeros
+    return {"read_gb_s": memory.nbytes / 1e9 / min(_seconds(memory.sum) for _ in range(7))}
+
+
+def products(threads: int) -> dict[str, float]:
+    """GFLOP/s (int8: GOP/s) of a square matrix product, as fast as torch has it."""
+    torch.set_num_threads(threads)
     return {
-        "read_gb_s": memory.nbytes / 1e9 / min(_seconds(memory.sum) for _ in range(7)),
         "float32": _product(torch.float32, torch.mm),
         "bfloat16": _product(torch.bfloat16, torch.mm),
         "int8": _product(torch.int8, torch._int_mm),
@@ -82,9 +87,9 @@ def least_seconds(
     `asked`: (prompt length, its new ids) of each reply; `together`: how many replies share one reading of the weights.
     """
     width, layers, vocab = (int(config[name]) for name in ("n_embd", "n_layer", "vocab_size"))
-    blocks, head = 12 * layers * width * width, vocab * width
+    blocks, head = layers * width * (4 * width + 2 * (config.get("n_inner") or 4 * width)), vocab * width
     weights = (blocks + head) * {"float32": 4, "bfloat16": 2, "int8": 1}[precision] / 1e9
-    token = 2 * layers * width * 4 / 1e9  # float32 keys and values
+    token = 2 * layers * width * (4 if precision == "float32" else 2) / 1e9  # keys and values: 16 bits beside int8 too
     rate = max(machine["float32"], machine[precision])
 
     def one(length: int, new: int) -> float:

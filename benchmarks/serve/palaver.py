@@ -32,8 +32,17 @@ class Palaver(Peer):
     async def expect(self, channels: int, tokens: int) -> None: ...
 
     async def reply(self, prompt: Sequence[int], session: str, candidates: int, tokens: int) -> list[list[int]]:
+        """No other peer stops at an end of text: here too it counts as an id, and what follows it is asked for."""
         params = replace(SAMPLING, max_tokens=tokens, n=candidates)
-        return [done.token_ids for done in await self._engine.generate(prompt, params, session=session)]
+        replies = [done.token_ids for done in await self._engine.generate(prompt, params, session=session)]
+        for said in replies:
+            while len(said) < tokens:
+                said.append(self._engine.info.eos_id)
+                if rest := tokens - len(said):
+                    params = replace(SAMPLING, max_tokens=rest)
+                    [more] = await self._engine.generate([*prompt, *said], params, session=session)
+                    said += more.token_ids
+        return replies
 
     def prepare(self, session: str, ids: Sequence[int]) -> None:
         self._engine.prepare(session, ids)

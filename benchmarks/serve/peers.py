@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import json
 import os
 import queue
 import threading
@@ -37,10 +38,25 @@ PEERS = {
     "llama.cpp-q8_0": "llama_peer:Llama",
 }
 """name -> module:class. What follows the first hyphen is the peer's `kind`: its precision or way of batching."""
+USUAL: dict[str, tuple[object, ...]] = {
+    "activation_function": ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+}
+"""What GPT-2's configuration says, in every spelling; some formats have no place for anything else."""
 
 
 class Absent(Exception):
     """This peer cannot run here; str() says why."""
+
+
+def refuse_unusual(folder: Path, *names: str) -> None:
+    """Raises Absent where the checkpoint differs from GPT-2 in one of these."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    for name in names:
+        if config.get(name, USUAL[name][0]) not in USUAL[name]:
+            raise Absent(f"its format has no place for {name} {config[name]}")
 
 
 class Peer(Protocol):
@@ -48,7 +64,7 @@ class Peer(Protocol):
     """Keeps what it computed for a session's next turn."""
 
     def __init__(self, kind: str, folder: Path, threads: int) -> None:
-        """`folder`: the checkpoint; `threads`: 0 is as many as are best."""
+        """`folder`: the checkpoint; `threads`: 0 is every core."""
         ...
 
     def convert(self) -> None:
@@ -160,6 +176,8 @@ class Batcher(Worker):
     """Whoever waits is answered together, `limit` replies at most; who comes later waits for the next batch."""
 
     limit = 16
+    equal = False
+    """Only prompts as long as the oldest one share its batch: for libraries that compute the padding of others."""
 
     def __init__(self, kind: str, folder: Path, threads: int) -> None:
         super().__init__(kind, folder, threads)
@@ -170,9 +188,13 @@ class Batcher(Worker):
         """All with the same number of candidates and tokens."""
 
     def step(self, new: list[Asked]) -> bool:
-        self._waiting += new
-        count = max(1, self.limit // self._waiting[0].candidates)
-        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._waiting = [asked for asked in (*self._waiting, *new) if not asked.future.done()]  # given up
+        if not self._waiting:
+            return False
+        oldest = self._waiting[0]
+        fit = [asked for asked in self._waiting if not self.equal or len(asked.prompt) == len(oldest.prompt)]
+        batch = fit[: max(1, self.limit // oldest.candidates)]
+        self._waiting = [asked for asked in self._waiting if asked not in batch]
         for asked, replies in zip(batch, self.run(batch), strict=True):
             self.deliver(asked, replies)
         return bool(self._waiting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,9 +46,12 @@ def values(runs: Sequence[dict[str, Any]], title: str) -> list[float]:
 
 
 def summary(runs: Runs, baseline: str) -> dict[str, dict[str, dict[str, float]]]:
-    """peer -> measure -> median, spread ((highest - lowest) / median), ratio (above 1: the baseline is better)."""
+    """peer -> measure -> median, spread ((highest - lowest) / median), ratio (above 1: the baseline is better).
+
+    `at_least` is there where some round found no limit.
+    """
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for title, (_, _, more) in MEASURES.items():
+    for title, (letter, _, more) in MEASURES.items():
         base = values(runs.get(baseline, []), title)
         for peer, rounds in runs.items():
             if found := values(rounds, title):
@@ -55,6 +59,8 @@ def summary(runs: Runs, baseline: str) -> dict[str, dict[str, dict[str, float]]]
                 cell = {"median": middle, "spread": (max(found) - min(found)) / middle if middle else 0.0}
                 if base and middle and (ours := statistics.median(base)):
                     cell["ratio"] = ours / middle if more else middle / ours
+                if any(run.get(letter, {}).get("at_least") for run in rounds):
+                    cell["at_least"] = 1.0
                 table.setdefault(peer, {})[title] = cell
     return table
 
@@ -72,22 +78,33 @@ def roofline(runs: Runs, config: dict[str, Any], machine: dict[str, float]) -> d
     return table
 
 
-def markdown(table: dict[str, dict[str, dict[str, float]]], limits: dict[str, dict[str, float]], baseline: str) -> str:
-    """Each cell: median ±half the spread, where there were rounds to differ, (ratio)."""
+def markdown(
+    table: dict[str, dict[str, dict[str, float]]],
+    limits: dict[str, dict[str, float]],
+    baseline: str,
+    absent: dict[str, str],
+) -> str:
+    """Each cell: median ±half the spread, where there were rounds to differ, (ratio). Below, who is absent and why."""
     titles = [title for title in MEASURES if any(title in row for row in table.values())]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for peer, row in table.items():
-        lines.append(f"| {peer} | " + " | ".join(_cell(row.get(t), peer == baseline) for t in titles) + " |")
+        shown = (_cell(row.get(t), peer == baseline) for t in titles)
+        lines.append(f"| {peer}{' (left out)' * (peer in absent)} | " + " | ".join(shown) + " |")
     for precision, row_of_limits in limits.items():
         shown = (_number(row_of_limits[t]) if t in row_of_limits else "–" for t in titles)
         lines.append(f"| *limit, {precision}* | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"in brackets: against {baseline}", *left_out(absent)])
+
+
+def left_out(absent: dict[str, str]) -> list[str]:
+    return [f"left out: {name}: {why}" for name, why in absent.items()]
 
 
 def _cell(cell: dict[str, float] | None, is_baseline: bool) -> str:
     if cell is None:
         return "–"
-    said = _number(cell["median"]) + (f" ±{50 * cell['spread']:.0f} %" if cell["spread"] else "")
+    said = "at least " * ("at_least" in cell) + _number(cell["median"])
+    said += f" ±{50 * cell['spread']:.0f} %" if cell["spread"] else ""
     return said if is_baseline or "ratio" not in cell else f"{said} ({cell['ratio']:.1f} ×)"
 
 
@@ -106,23 +123,36 @@ def starts(runs: Runs) -> str:
     return "\n".join(lines)
 
 
+def check(folder: Path, name: str) -> None:
+    """Makes the folder. Raises OSError where `write` would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = folder / f"{name}-load.png.part"
+    trial.touch()
+    trial.unlink()
+
+
 def write(folder: Path, name: str, result: dict[str, Any]) -> list[Path]:
     """NAME.json, and a picture per measure group when matplotlib is there. The paths written."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1), "utf-8")
     written = [path]
     try:
         import matplotlib
     except ImportError:
-        print("no pictures: matplotlib is not installed (pip install 'palaver[bench]')")
+        print("no pictures: matplotlib is not installed (pip install -e '.[bench]')")
         return written
     matplotlib.use("Agg")
     if result["summary"]:
         written.append(_bars(folder / f"{name}.png", result))
-    if any("E" in run for rounds in result["runs"].values() for run in rounds):
-        written.append(_curves(folder / f"{name}-load.png", result))
+    if curves := {peer: found for peer, rounds in result["runs"].items() if (found := _levels(rounds))}:
+        written.append(_curves(folder / f"{name}-load.png", curves))
     return written
+
+
+def _levels(rounds: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(load, delay of the slowest 5 %) where E found a delay with an end."""
+    levels = [level for run in rounds if "E" in run for level in run["E"]["levels"]]
+    return sorted((level["rate"], level["p95_s"]) for level in levels if math.isfinite(level["p95_s"]))
 
 
 def _bars(path: Path, result: dict[str, Any]) -> Path:
@@ -160,15 +190,13 @@ def _bars(path: Path, result: dict[str, Any]) -> Path:
     return path
 
 
-def _curves(path: Path, result: dict[str, Any]) -> Path:
+def _curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> Path:
     """E: the delay of the slowest 5 % over the load."""
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 3.6))
-    for peer, rounds in result["runs"].items():
-        levels = sorted((level["rate"], level["p95_s"]) for run in rounds if "E" in run for level in run["E"]["levels"])
-        finite = [pair for pair in levels if pair[1] < float("inf")]
-        axis.plot(*zip(*finite, strict=True), "o-", label=peer, markersize=3) if finite else None
+    for peer, levels in curves.items():
+        axis.plot(*zip(*levels, strict=True), "o-", label=peer, markersize=3)
     axis.axhline(2.0, linestyle=":", color="#c1121f")
     axis.set(xlabel="messages a second", ylabel="p95 delay, s", ylim=(0, 6), title="1,000 channels, Poisson arrivals")
     axis.legend(fontsize=7)

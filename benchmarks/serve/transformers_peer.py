@@ -58,7 +58,7 @@ class Serial(Batcher):
 
 
 class Static(Serial):
-    """Whoever waits is answered in one padded batch."""
+    """Whoever waits is answered in one padded batch: batches of equal lengths answer half as many a second here."""
 
     limit = 16
 
@@ -106,7 +106,11 @@ class Continuous(Peer):
         name = f"r{next(self._numbers)}"
         self._manager.register_result_handler(name, done)
         self._manager.add_request(list(prompt), request_id=name, max_new_tokens=tokens, eos_token_id=-1)
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._manager.cancel_request(name)
+            raise
 
     def prepare(self, session: str, ids: Sequence[int]) -> None: ...
 

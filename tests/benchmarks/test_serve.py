@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
+import os
+import random
 import sys
+from asyncio.subprocess import PIPE
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
-from benchmarks.serve import checkpoints, machine, report
-from benchmarks.serve.peers import Asked, Batcher
-from benchmarks.serve.workloads import REPLY, USER, Script, Talk, crowd, single
+from benchmarks.serve import checkpoints, machine, report, workloads
+from benchmarks.serve.palaver import Palaver
+from benchmarks.serve.peers import Absent, Asked, Batcher, refuse_unusual
+from benchmarks.serve.workloads import REPLY, USER, Script, Talk, crowd, single, thousand
+from core.engine.base import Completion, Failed, ModelInfo, QueueFull, SamplingParams
+from core.engine.weights import load
+from tests.checkpoints import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Script(vocab=500, eos=499, end=498, window=256, stride=4)
+
+
+async def child(*turn: object) -> Any:
+    """What a peer's child says to the end; it would end with its input."""
+    command = sys.executable, "-m", "benchmarks.serve.child", *map(str, turn)
+    child = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=PIPE, stdout=PIPE)
+    assert child.stdin and child.stdout
+    async with asyncio.timeout(120):
+        output = await child.stdout.read()
+        await child.wait()
+    return json.loads(output.splitlines()[-1])
 
 
 class Parrot:
@@ -103,6 +124,131 @@ async def test_who_waits_is_answered_together() -> None:
     assert all(1 <= reply[0][0] <= 4 and len(reply[0]) == 2 for reply in replies)
 
 
+async def test_batches_of_equal_lengths_begin_with_the_oldest() -> None:
+    class Noting(Doubler):
+        equal = True
+        lengths: ClassVar[list[list[int]]] = []
+
+        def run(self, batch: list[Asked]) -> list[list[list[int]]]:
+            self.lengths.append([len(asked.prompt) for asked in batch])
+            return super().run(batch)
+
+    loop, peer = asyncio.get_running_loop(), Noting("", ROOT, 1)
+    asked = [Asked([0] * length, "", 1, 1, loop.create_future()) for length in (3, 5, 3, 5, 5, 5, 5, 3, 3)]
+    asked[0].future.cancel()  # whoever gives up is not computed
+    assert peer.step(asked[:7]) and peer.lengths == [[5, 5, 5, 5]]
+    assert peer.step(asked[7:]) and not peer.step([])
+    assert peer.lengths[1:] == [[3, 3, 3], [5]]
+    asked[0].future = loop.create_future()
+    asked[0].future.cancel()
+    assert not peer.step(asked[:1]) and len(peer.lengths) == 3
+
+
+class Line(Parrot):
+    """Answers one after the other, some 500 a second, late or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone = asyncio.Lock()
+
+    async def reply(self, prompt: Sequence[int], session: str, candidates: int, tokens: int) -> list[list[int]]:
+        async with self.alone:
+            await asyncio.sleep(0.002)
+        return [[7] * tokens] * candidates
+
+
+async def test_a_thousand_never_count_more_than_was_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bursts this short are over before two seconds are: no load fails, and all are too high."""
+    found = await thousand(Line(), SCRIPT, 0.03)
+    assert found["at_least"] and len(found["levels"]) == 12 and found["levels"][-1]["rate"] > 1500
+    assert 100 < found["replies_per_s"] <= 500
+    monkeypatch.setattr(workloads, "GOAL", 0.03)
+    found = await thousand(Line(), SCRIPT, 0.05)
+    assert not found["at_least"] and 6 <= len(found["levels"]) < 12
+
+
+async def test_who_is_not_answered_stays_among_the_thousand() -> None:
+    class Deaf(Parrot):
+        async def reply(self, *_: object) -> list[list[int]]:
+            raise Failed("deaf")
+
+    awake = [Talk(SCRIPT, 1)]
+    with pytest.raises(Failed):
+        await workloads._one(Deaf(), awake, [], random.Random(1))
+    assert len(awake) == 1 and not awake[0].turns, "what it asked has no reply and may not stand in the next prompt"
+    with pytest.raises(QueueFull):
+        await workloads._one(Deaf(), [], [], random.Random(1))
+
+
+async def test_palaver_goes_on_behind_an_end_of_text() -> None:
+    """As all others do, for whom it is an id like any other."""
+
+    class Ending:
+        info = ModelInfo("", 256, 10, 9, "", "")
+        said: ClassVar[list[list[list[int]]]] = [[[1] * 4, [2]], [[]], [[3]]]
+
+        async def generate(self, prompt: Sequence[int], params: SamplingParams, *, session: str) -> list[Completion]:
+            asked.append((list(prompt), params.max_tokens, params.n))
+            return [Completion(ids, 0.0, "stop", 0) for ids in self.said.pop(0)]
+
+    asked: list[tuple[list[int], int, int]] = []
+    peer = Palaver("float32", ROOT, 1)
+    peer._engine = Ending()  # type: ignore[assignment]
+    assert await peer.reply([5], "", 2, 4) == [[1] * 4, [2, 9, 9, 3]]
+    assert asked == [([5], 4, 2), ([5, 2, 9], 2, 1), ([5, 2, 9, 9], 1, 1)]
+
+
+def test_a_copy_is_of_the_very_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (make_checkpoint(tmp_path / name / "small", seed=seed) for seed, name in enumerate("ab"))
+    work = tmp_path / "work"
+    for file in (*one.iterdir(), *other.iterdir()):
+        os.utime(file, (1e9, 1e9))  # the sizes are the same too
+
+    def copied(model: Path) -> torch.Tensor:
+        return load(checkpoints.make("medium", model, work)).tensors["wpe.weight"]
+
+    assert torch.equal(copied(one), load(one).tensors["wpe.weight"])
+    assert torch.equal(copied(other), load(other).tensors["wpe.weight"]), "two of a name"
+    before = checkpoints.make("medium", one, work)
+    assert not {path.name for path in work.iterdir()} & {"tiny", *checkpoints.SHAPES}, "a shape's place"
+    monkeypatch.chdir(one)
+    assert checkpoints.make("medium", Path(), work) == before and before.name.startswith("small-")
+    make_checkpoint(one, seed=2)
+    assert torch.equal(copied(one), load(one).tensors["wpe.weight"]), "it was changed"
+
+
+@pytest.mark.parametrize("shape", ["inner", "relu", "erf", "scaled", "unscaled"])
+def test_what_makes_a_model_unusual_is_copied(tmp_path: Path, shape: str) -> None:
+    source = make_checkpoint(tmp_path / "model", shape)
+    copy = checkpoints.make("tiny", source, tmp_path / "work")
+    found = load(copy).config
+    assert replace(found, eos_id=256) == load(source).config and found.eos_id != 256
+
+
+def test_a_format_without_a_place_for_it_is_refused(tmp_path: Path) -> None:
+    every = "activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"
+    refuse_unusual(make_checkpoint(tmp_path / "inner", "inner"), *every)
+    refuse_unusual(make_checkpoint(tmp_path / "relu", "relu"), *every[1:])
+    for shape, name in (("relu", every[0]), ("scaled", every[1]), ("unscaled", every[2]), ("scaled", every[3])):
+        folder = make_checkpoint(tmp_path / name, shape)
+        with pytest.raises(Absent, match=f"no place for {name}"):
+            refuse_unusual(folder, name)
+
+
+@pytest.mark.parametrize(("name", "library"), [("llama.cpp-f32", "llama_cpp"), ("ctranslate2-float32", "ctranslate2")])
+async def test_other_formats_are_written(tmp_path: Path, name: str, library: str) -> None:
+    """With a hidden layer of 100 and not of 192 numbers, and over what a broken-off conversion left."""
+    if not importlib.util.find_spec(library):
+        pytest.skip(f"{library} is not installed")
+    assert "no place for" in (await child(name, make_checkpoint(tmp_path / "scaled", "scaled")))["absent"]
+    folder = checkpoints.make("tiny", make_checkpoint(tmp_path / "inner", "inner"), tmp_path / "work")
+    (folder / "ctranslate2-float32").mkdir()
+    for left in ("model.bin", "vocabulary.json"):
+        (folder / "ctranslate2-float32" / left).write_text("[")
+    assert (await child(name, folder))["seconds"] > 0
+    assert len((await child(name, folder, "A", "1", "1", "4", "0"))["A"]["asked"]) == 12
+
+
 def test_medians_ratios_and_limits() -> None:
     def run(ms: float, rate: float) -> dict[str, object]:
         a = {"mean_ms": ms, "growing_ms": ms, "sliding_ms": None, "asked": [(100, 14)]}
@@ -121,9 +267,30 @@ def test_medians_ratios_and_limits() -> None:
     # 16 readings of 494 MB at 32 GB/s, 73,728 bytes of keys and values per token of 101 to 115
     assert limits["float32"]["A mean ms"] == pytest.approx(16 * 494.0 / 32 + 15 * 108 * 0.0737 / 32, rel=0.02)
     assert limits["int8"]["A mean ms"] < limits["bfloat16"]["A mean ms"] < limits["float32"]["A mean ms"]
-    shown = report.markdown(table, limits, "palaver-int8")
+    slow = dict.fromkeys(fast, 1e9) | {"read_gb_s": 1.0}  # nothing but reading
+    small = {"n_embd": 10, "n_layer": 2, "vocab_size": 100, "n_inner": 20}
+    read = 16 * (2 * 10 * (4 * 10 + 2 * 20) + 100 * 10) / 1e9
+    keys = sum(range(101, 116)) * 2 * 2 * 10 / 1e9
+    for precision, weight, key in (("float32", 4, 4), ("bfloat16", 2, 2), ("int8", 1, 2)):
+        seconds = machine.least_seconds(small, slow, precision, [(100, 14)], 1)
+        assert seconds == pytest.approx(weight * read + key * keys), "int8 keeps keys and values in 16 bits"
+    shown = report.markdown(table, limits, "palaver-int8", {"other": "broke", "third": "not there"})
     assert "| palaver-int8 | 11.0 ±9 % |" in shown
-    assert "| other | 22.0 (2.0 ×) | 22.0 (2.0 ×) | 3.00 (3.0 ×) | 1.00 (1.0 ×) |" in shown, "one round has no spread"
+    assert "| other (left out) | 22.0 (2.0 ×) | 22.0 (2.0 ×) | 3.00 (3.0 ×) | 1.00 (1.0 ×) |" in shown, (
+        "one round has no spread"
+    )
+
+
+def test_no_limit_found_is_said_and_drawn_as_it_is(tmp_path: Path) -> None:
+    def run(at_least: bool, p95: float) -> dict[str, Any]:
+        return {"E": {"replies_per_s": 5.0, "at_least": at_least, "levels": [{"rate": 5.0, "p95_s": p95}]}}
+
+    table = report.summary({"one": [run(False, 1), run(True, 1)], "other": [run(False, 1)]}, "other")
+    shown = report.markdown(table, {}, "other", {})
+    assert "| one | at least 5.00 (1.0 ×) |" in shown and "| other | 5.00 |" in shown
+    for p95, names in ((float("inf"), ["x.json"]), (1.0, ["x.json", "x-load.png"])):
+        result = {"summary": {}, "runs": {"one": [run(False, p95)], "deaf": [run(False, float("inf"))]}}
+        assert [path.name for path in report.write(tmp_path, "x", result)] == names
 
 
 def test_the_machine_is_described_and_measured() -> None:
@@ -136,16 +303,10 @@ async def test_the_embedded_model_takes_a_turn(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["eos_token_id"] != config["bos_token_id"] == 4095, "it would learn from what it reads to end"
 
-    async def child(*turn: str) -> Any:
-        command = sys.executable, "-m", "benchmarks.serve.child", "palaver-float32", str(folder), *turn
-        child = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.PIPE)
-        async with asyncio.timeout(120):
-            output, _ = await child.communicate()
-        return json.loads(output.splitlines()[-1])
-
-    files = sorted(folder.iterdir())
-    assert (await child())["seconds"] >= 0 and sorted(folder.iterdir()) == files, "it loads the checkpoint as it is"
-    found = await child("AC", "1", "1", "4", "0")
+    name, files = "palaver-float32", sorted(folder.iterdir())
+    assert (await child(name, folder))["seconds"] >= 0
+    assert sorted(folder.iterdir()) == files, "it loads the checkpoint as it is"
+    found = await child(name, folder, "AC", "1", "1", "4", "0")
     assert "float32" in found["how"] and found["A"]["mean_ms"] > 0
     assert len(found["A"]["asked"]) == 12 and len(found["C"]["asked"]) == 6
     assert max(length for length, _ in found["C"]["asked"]) <= 240
