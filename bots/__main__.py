@@ -249,14 +249,13 @@ def journal_export(
         _stop([str(error)])
 
     async def export() -> int:
-        out = file.open("w", encoding="utf-8") if file else sys.stdout
-        try:
-            async with _journal() as journal:
-                async for line in journal.export(where):
-                    print(json.dumps(line, ensure_ascii=False), file=out)
-        finally:
-            if file:
-                out.close()
+        async with _journal() as journal:
+            try:
+                with file.open("w", encoding="utf-8") if file else contextlib.nullcontext(sys.stdout) as out:
+                    async for line in journal.export(where):
+                        print(json.dumps(line, ensure_ascii=False), file=out)
+            except OSError as error:
+                _stop([f"{file or 'standard output'} cannot be written: {error.strerror or error}"])
         return 0
 
     raise typer.Exit(_go(export()))

@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -228,11 +229,13 @@ class Hearing:
 
     def _on_guild(self, event: Mapping[str, Any]) -> None:
         """The newest message of each channel comes with its server: what is behind is read, what is new is marked."""
-        behind = []
+        behind, since = list[str](), self._last_seen
+        if since is not None and (joined := event.get("joined_at")):
+            since = max(since, discord.utils.time_snowflake(datetime.fromisoformat(joined)))
         for channel in [*(event.get("channels") or ()), *(event.get("threads") or ())]:
             id, newest = str(channel["id"]), channel.get("last_message_id")
-            if id not in self._marks and self._last_seen is not None and int(id) > self._last_seen:
-                self._mark(id, str(int(id) - 1))  # made while we were away: all of it was said since
+            if id not in self._marks and since is not None and max(int(id), int(newest or 0)) > since:
+                self._mark(id, str(max(since, int(id) - 1)))  # new to us since; a thread may be as old as its post
                 self._behind[id] = []
             if id not in self._marks:
                 self._first(channel)
@@ -292,6 +295,10 @@ class Hearing:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._guilds_came.wait(), GUILDS_SECONDS)
         rest = sorted(channels & set(self._behind) - self._claimed, key=lambda id: int(self._marks[id]), reverse=True)
+        if len(rest) > CATCH_UP_DIRECT:
+            log.warning(
+                "what was missed is not read in %d channels that were quiet longest", len(rest) - CATCH_UP_DIRECT
+            )
         await self._catch_up(rest[:CATCH_UP_DIRECT])
         for channel in rest[CATCH_UP_DIRECT:]:
             self._release(channel)
@@ -322,8 +329,7 @@ class Hearing:
             page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100}) or []
             fresh = {int(event["id"]): event for event in page if int(event["id"]) > int(mark)}
             if fresh and not found and not guild:  # nothing in a message from the history says whether it was direct
-                with contextlib.suppress(ConnectionError):
-                    guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
+                guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
             found |= dict(sorted(fresh.items()))
             expired += await self._expire([found.pop(id) for id in list(found)[:-CATCH_UP_MESSAGES]], guild)
             if len(page) < 100 or not fresh:

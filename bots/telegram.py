@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,8 @@ GREETING = (
 )
 FORGOTTEN = "Forgotten. We start fresh."
 NOT_NOW = "That did not work just now, please try again."
+CONFIRMATIONS = 3
+"""Of commands, on their way to one chat at a time; they stand in the line that its replies wait in."""
 
 
 class TelegramSettings(Group):
@@ -131,6 +133,7 @@ class TelegramBot:
         self._chat: Chat | None = None
         self._moved: dict[int, int] = {}
         self._obeyed: OrderedDict[tuple[Channel, str], None] = OrderedDict()
+        self._confirming: Counter[Channel] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- hearing -------------------------------------------------------------------------------------------------
@@ -215,7 +218,9 @@ class TelegramBot:
         self._obeyed[what.channel, what.id] = None
         if len(self._obeyed) > 1000:
             self._obeyed.popitem(last=False)
-        self._start(self._confirm(what, said))
+        if self._confirming[what.channel] < CONFIRMATIONS:
+            self._confirming[what.channel] += 1
+            self._start(self._confirm(what, said))
 
     async def _reset(self, channel: Channel) -> str:
         assert self._chat is not None
@@ -234,6 +239,8 @@ class TelegramBot:
             await self._say(command.channel, said, command.id)
         except SendError as error:
             log.warning("%s: /%s is not confirmed: %s", command.channel, command.name, error)
+        finally:
+            self._confirming -= Counter([command.channel])
 
     async def _follow(self, old: Channel, new: Channel) -> None:
         """The conversation goes on under the supergroup's id."""
@@ -265,7 +272,12 @@ class TelegramBot:
         path = urlsplit(settings.telegram_webhook_url).path or "/"
         webhook = Webhook(secret, self.take, chat.paused)
         host, port = settings.telegram_webhook_host, settings.telegram_webhook_port
-        async with listening(webhook, host, port, path) as port:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                port = await stack.enter_async_context(listening(webhook, host, port, path))
+            except OSError as error:
+                where = f"TELEGRAM_WEBHOOK_PORT: cannot listen on {host}:{port}"
+                raise Unservable(f"{where} ({error.strerror or error}): name a free port") from None
             if host not in LOOPBACK:
                 log.info("Telegram: the webhook listens on %s:%d without TLS; put a proxy before it", host, port)
             try:
@@ -277,6 +289,8 @@ class TelegramBot:
                     drop_pending_updates=False,
                 )
             except Rejected as error:
+                if "resolve" in error.description:  # a new name takes a while to get round
+                    raise ConnectionError(f"TELEGRAM_WEBHOOK_URL: {error.description}") from None
                 raise Unservable(f"TELEGRAM_WEBHOOK_URL: Telegram does not take it: {error.description}") from None
             await asyncio.Event().wait()
 

@@ -171,6 +171,7 @@ class App:
         """Until cancelled: measure how late the event loop wakes, feed the watchdog, see that the journal's
         file is in its place, back it up hourly."""
         backup_at, look_at = time.monotonic() + BACKUP_EVERY, 0.0
+        backup: asyncio.Task[None] | None = None
         while True:
             began = time.monotonic()
             await asyncio.sleep(BEAT)
@@ -180,12 +181,15 @@ class App:
                 look_at = time.monotonic() + LOOK_EVERY
                 with contextlib.suppress(NotAccepted):  # /readyz tells
                     await self.journal.look()
-            if time.monotonic() >= backup_at:
+            if self.journal.is_file and time.monotonic() >= backup_at and (backup is None or backup.done()):
                 backup_at = time.monotonic() + BACKUP_EVERY
-                try:
-                    await self.journal.backup()
-                except Exception as error:
-                    log.error("the hourly backup failed: %s", error)
+                backup = asyncio.create_task(self._backup())  # it may take minutes, and the watchdog does not wait
+
+    async def _backup(self) -> None:
+        try:
+            await self.journal.backup()
+        except Exception as error:
+            log.error("the hourly backup failed: %s", error)
 
 
 class _Complaints:

@@ -38,6 +38,8 @@ FULL, RELIEVED = 0.8, 0.5
 BUSY = "I am answering many people right now, please try again in a minute."
 SORRY = "Sorry, I could not find an answer to that. Could you say it in other words?"
 BUSY_EVERY = 60.0
+FORGET = 5.0
+"""Seconds for the engine to forget; it may be away, and a stop does not wait for that."""
 TELL_AFTER = 2.0
 EXPIRED_EVERY = 10.0
 """Seconds that expired messages are counted for, before one line in the log tells of them."""
@@ -88,8 +90,13 @@ class Chat:
         began = self._clock()
         cut = [replace(m, text=m.text[:MAX_CHARS]) if len(m.text) > MAX_CHARS else m for m in messages]
         heard = [m if m.kind != "ask" or self.voice.hears(m.text) else replace(m, kind="heard") for m in cut]
+        # Whoever is cancelled here may have stored it: then it is answered, too.
+        await asyncio.shield(self._spawn(self._receive(heard, marks, began)))
+
+    async def _receive(self, messages: list[Message], marks: Mapping[Channel, str], began: float) -> None:
+        """T1, and what follows from it."""
         crash_point("before T1")
-        received = await self.journal.receive(*heard, deadline=self._limits.deadline, marks=marks)
+        received = await self.journal.receive(*messages, deadline=self._limits.deadline, marks=marks)
         crash_point("after T1")
         metrics.commit_seconds.observe(self._clock() - began)
         for message in messages:
@@ -113,7 +120,14 @@ class Chat:
     async def reset(self, channel: Channel) -> None:
         """The conversation starts anew: what was said before is not in any later prompt."""
         await self.journal.reset(channel)
-        await self.voice.forget(str(channel))
+        self._spawn(self._forget(channel))  # nobody waits for an engine that is away: it may only cost, never tell
+
+    async def _forget(self, channel: Channel) -> None:
+        try:
+            async with asyncio.timeout(FORGET):
+                await self.voice.forget(str(channel))
+        except (EngineError, TimeoutError) as error:
+            log.warning("%s: the engine may still hold what it computed: %s", channel, error or "no answer")
 
     async def paused(self) -> None:
         """Returns when there is room for more; pollers await it before they fetch."""
@@ -236,7 +250,7 @@ class Chat:
         history = await insist(self.journal.history, channel, before=request.row, limit=limit)
         question = Turn("user", message.author.name, message.text, history[-1].index + 1 if history else 0)
         given = self.voice.params.seed
-        seed = (random.getrandbits(62) if given is None else given) + tries
+        seed = ((random.getrandbits(62) if given is None else given) + tries) % 2**63
         async with self._courier.typing(channel):
             spoken, completion = await self._speak(request, [*history, question], seed)
             if completion is None:
@@ -346,8 +360,9 @@ class Chat:
                 self._courier.tell(request.message.channel, f"You are {place} in line, about {seconds} s.")
 
     def _timed(self, request: Request) -> Request:
-        """With its deadline by a clock that nobody sets; the wall's is read this once."""
-        return replace(request, ends=self._clock() + (request.deadline - self._now()).total_seconds())
+        """With its deadline by a clock that nobody sets; the wall's is read when it comes, and when it is edited."""
+        left = min(self._limits.deadline, (request.deadline - self._now()).total_seconds())  # it may have been set back
+        return replace(request, ends=self._clock() + left)
 
     def _left(self, request: Request) -> float:
         """Seconds to the deadline."""

@@ -53,7 +53,9 @@ class _Files(PydanticBaseSettingsSource):
 
 def _read(name: str, path: Path) -> str:
     try:
-        return path.read_text("utf-8").strip()
+        if text := path.read_text("utf-8").strip():
+            return text
+        raise WrongSettings([f"{name}: the file is empty"])
     except (OSError, UnicodeDecodeError) as error:
         raise WrongSettings(
             [f"{name}: the file cannot be read ({type(error).__name__}); check path and rights"]

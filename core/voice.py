@@ -66,10 +66,13 @@ class Voice:
             return None
         recent = [turn.text for turn in turns if turn.role == "assistant"][-4:]
         params = self.params if seed is None else replace(self.params, seed=seed)
+        clock = asyncio.get_running_loop().time
+        end = None if deadline is None else clock() + deadline
         draws = 3 if params.temperature > 0 and params.seed is not None else 1
         for draw in range(draws):
             drawn = params if params.seed is None else replace(params, seed=(params.seed + draw * params.n) % 2**63)
-            completions = await self.engine.generate(prompt, drawn, session=session, deadline=deadline)
+            left = None if end is None else end - clock()
+            completions = await self.engine.generate(prompt, drawn, session=session, deadline=left)
             said = [self.tokenizer.decode(completion.token_ids).strip() for completion in completions]
             best, fresh = choose(completions, said, recent)
             if fresh or draw == draws - 1:

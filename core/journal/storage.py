@@ -218,6 +218,8 @@ async def backup(file: Path, path: Path | None = None) -> Path:
 
 def _backup(file: Path, path: Path | None) -> Path:
     target = path or _next_copy(file)
+    if target.resolve() == file.resolve():
+        raise JournalError(f"{target} is the journal itself: name another file for the copy")
     try:
         with _reading(file) as reader:
             _save(reader, target)
@@ -230,7 +232,9 @@ def _backup(file: Path, path: Path | None) -> Path:
 
 
 def _next_copy(file: Path) -> Path:
-    return copies(file) / f"{_stamp()}.db"
+    """Its name sorts behind all others', even where a clock that was wrong named one for a time to come."""
+    newest = max((copy.stem for copy in copies(file).glob("*.db")), default="")
+    return copies(file) / f"{max(_stamp(), newest + '0')}.db"
 
 
 def _save(reader: sqlite3.Connection, target: Path) -> None:

@@ -163,6 +163,11 @@ class Upkeep:
             return []
         return await storage.check(self._file)
 
+    @property
+    def is_file(self) -> bool:
+        """PostgreSQL has tools of its own for what we do to a file."""
+        return self._file is not None
+
     async def backup(self, path: Path | None = None) -> Path:
         """A checked copy, made while everything runs; the newest few are kept. Raises JournalError."""
         if self._file is None:

@@ -352,6 +352,21 @@ async def test_a_channel_and_a_thread_made_while_away_are_read_from_their_beginn
     assert sorted(ears.texts) == ["before", "in a new channel", "in a new thread"]
 
 
+async def test_a_thread_made_while_away_from_an_older_message_is_read(server: DiscordServer) -> None:
+    """Its id is its first message's, older than what we saw last."""
+    ears, general = Ears(), server.channel("general")
+    post = server._id()
+    async with serving(server, ears):
+        server.say(general, "ann", "before", mention=True)
+        await until(lambda: general in ears.marks)
+    thread = server.channel("a thread", thread_of=general)
+    server.channels[post] = server.channels.pop(thread) | {"id": post}
+    server.say(post, "ann", "in the thread", mention=True)
+    async with serving(server, ears):
+        await until(lambda: len(ears.heard) == 2)
+    assert ears.texts == ["before", "in the thread"]
+
+
 async def test_offline_for_longer_than_a_day_the_old_expires_and_the_newest_of_a_channel_is_heard(
     server: DiscordServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -197,6 +197,16 @@ async def test_reset_and_start(server: TelegramServer) -> None:
     }
 
 
+async def test_commands_do_not_fill_the_line_of_replies(server: TelegramServer) -> None:
+    ears = Ears()
+    async with serving(server, ears) as bot:
+        for _ in range(40):
+            server.say(GROUP, BOB, "/start@palaver_bot")
+        server.say(GROUP, ANN, "@palaver_bot hello")
+        await until(lambda: len(ears.heard) == 1)
+        assert 1 <= bot._confirming[Channel("telegram", str(GROUP))] <= 3
+
+
 async def test_an_edit_and_a_group_that_moves(server: TelegramServer) -> None:
     ears = Ears()
     server.group(-55, kind="group")

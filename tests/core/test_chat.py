@@ -12,6 +12,7 @@ import pytest
 from core.chat import BUSY, SORRY
 from core.delivery import NotAccepted
 from core.engine.base import EngineClosed, Failed, QueueFull
+from core.messages import Message
 from core.settings import QueueLimits
 from tests.simulation.house import House, play
 
@@ -177,6 +178,46 @@ def test_reset_starts_the_history_anew_and_drops_the_cache() -> None:
         await house.say("two")
         await asyncio.sleep(2)
         assert house.engine.prompts[-1] == ["two"] and house.engine.forgotten == ["test:a"]
+
+    play(scene)
+
+
+def test_reset_does_not_wait_for_an_engine_that_is_away() -> None:
+    async def scene(house: House) -> None:
+        async def forget(session: str) -> None:
+            await asyncio.Event().wait()
+
+        house.engine.forget = forget  # type: ignore[method-assign]
+        await house.say("one")
+        await asyncio.sleep(2)
+        async with asyncio.timeout(1):
+            await house.chat.reset(house.message("").channel)
+        await house.say("two")
+        await asyncio.sleep(2)
+        assert house.engine.prompts[-1] == ["two"]
+
+    play(scene)
+
+
+def test_who_is_cancelled_while_a_message_is_stored_leaves_it_to_be_answered() -> None:
+    async def scene(house: House) -> None:
+        receive, stored = house.chat.journal.receive, asyncio.Event()
+
+        async def slowly(*messages: Message, **more: Any) -> Any:
+            found = await receive(*messages, **more)
+            stored.set()
+            await asyncio.sleep(1)
+            return found
+
+        house.chat.journal.receive = slowly  # type: ignore[method-assign]
+        message = house.message("one")
+        hearing = asyncio.create_task(house.chat.receive(message))
+        await stored.wait()
+        hearing.cancel()
+        await asyncio.sleep(5)
+        await house.chat.receive(message)  # the platform gives it again
+        await asyncio.sleep(5)
+        assert house.states() == ["answered"] and house.platform.texts() == ["re one"]
 
     play(scene)
 

@@ -107,6 +107,9 @@ def test_secrets_come_from_credentials_then_files_then_the_environment(
 def test_files_that_cannot_be_read_are_said(empty_house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN_FILE", "/nowhere")
     assert mistakes(Tokens)[0].startswith("SOME_TOKEN_FILE: the file cannot be read")
+    (empty_house / "nothing").write_text(" \n")
+    monkeypatch.setenv("SOME_TOKEN_FILE", str(empty_house / "nothing"))
+    assert mistakes(Tokens) == ["SOME_TOKEN_FILE: the file is empty"]
     (empty_house / ".env").write_bytes(b"\xff\xfe")
     assert mistakes(Settings)[0].startswith(".env: cannot be read")
     (empty_house / ".env").unlink()
