@@ -188,8 +188,10 @@ class Journal(Upkeep):
         """
 
         def work(connection: Connection) -> list[Reply]:
-            channel = request.message.channel
-            here = {"platform": channel.platform, "channel": channel.id}
+            place = select(messages.c.platform, messages.c.channel).where(messages.c.id == request.row)
+            if (row := connection.execute(place).first()) is None:
+                return []
+            here = dict(row._mapping)  # it may have moved since it was asked
             count = self._insert(channels).values(**here, next_turn=1, history_after=0)
             count = count.on_conflict_do_update(
                 index_elements=list(here), set_={"next_turn": channels.c.next_turn + 1}
@@ -199,8 +201,10 @@ class Journal(Upkeep):
             done = update(messages).where(still).values(state="answered", turn=turn)
             if not connection.execute(done.returning(messages.c.id)).first():
                 return []
-            said = [(part, "" if place else plain(spoken)) for place, part in enumerate(parts)]
-            return self._reply(connection, request, said, notice=False, seed=seed, logprob=logprob)
+            said = [(part, "" if number else plain(spoken)) for number, part in enumerate(parts)]
+            moved = replace(request.message, channel=Channel(row.platform, row.channel))
+            asked = replace(request, message=moved)
+            return self._reply(connection, asked, said, notice=False, seed=seed, logprob=logprob)
 
         return await self._writer.do(work)
 

@@ -12,7 +12,7 @@ import pytest
 from core.chat import BUSY, SORRY
 from core.delivery import NotAccepted
 from core.engine.base import EngineClosed, Failed, QueueFull
-from core.messages import Message
+from core.messages import Channel, Message
 from core.settings import QueueLimits
 from tests.simulation.house import House, play
 
@@ -178,6 +178,19 @@ def test_reset_starts_the_history_anew_and_drops_the_cache() -> None:
         await house.say("two")
         await asyncio.sleep(2)
         assert house.engine.prompts[-1] == ["two"] and house.engine.forgotten == ["test:a"]
+
+    play(scene)
+
+
+def test_what_waits_goes_with_a_channel_that_moves() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1
+        await house.say("one", "two", "three")
+        await asyncio.sleep(0.5)
+        await house.chat.rekey(house.message("").channel, Channel("test", "moved"))
+        await asyncio.sleep(10)
+        assert house.states() == ["answered"] * 3
+        assert house.engine.prompts[-1] == ["one", "re one", "two", "re two", "three"]
 
     play(scene)
 

@@ -277,6 +277,16 @@ async def test_a_channel_that_moves_takes_everything_along(journal: Journal) -> 
     await journal.rekey(HERE, new)
 
 
+async def test_what_was_asked_before_its_channel_moved_is_answered_where_it_is_now(journal: Journal) -> None:
+    await answered(journal, "1")
+    under_way = await ask(journal, "2")
+    new = Channel("test", "-100")
+    await journal.rekey(HERE, new)
+    (reply,) = await journal.answer(under_way, ["re 2"], spoken="re 2 .")
+    assert reply.channel == new
+    assert await spoken(journal, new) == [(0, "text 1"), (1, "re 1 ."), (2, "text 2"), (3, "re 2 .")]
+
+
 async def test_a_channel_that_moves_onto_one_that_talked_already(journal: Journal) -> None:
     await answered(journal, "1")
     await answered(journal, "1", THERE)
