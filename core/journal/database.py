@@ -37,6 +37,7 @@ BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 GROUP = 256
 RESCUE_EVERY = 10.0
 """Seconds after which saving a file that is gone from its place is tried again."""
+READ_ONLY = "25006"
 ASK_FOR = 30.0
 """Seconds in which PostgreSQL may come back and say whether a commit that broke off took place."""
 
@@ -182,7 +183,9 @@ class PostgreSQL:
             async with self._engine.begin() as connection:
                 result = await connection.run_sync(work)
                 number = (await connection.exec_driver_sql("SELECT txid_current()")).scalar_one()
-        except Exception:
+        except Exception as error:
+            if getattr(getattr(error, "orig", None), "sqlstate", "") == READ_ONLY:
+                await self._engine.dispose()  # it says so for ever; a new connection may find who is the primary now
             if not (number and await self._committed(number)):
                 raise
         return result

@@ -306,6 +306,25 @@ class Cutting:
             to_server.close()
 
 
+async def test_postgresql_that_was_read_only_for_a_while_is_written_again(
+    postgres: PostgresServer, postgres_url: str
+) -> None:
+    """As a primary that another took the place of: who stays connected to it is refused for ever."""
+    role = postgres_url.split("//")[1].split(":")[0]
+    journal = await open_journal(postgres_url)
+    try:
+        await ask(journal, "1")
+        postgres.psql(f"ALTER ROLE {role} SET default_transaction_read_only = on;")
+        postgres.psql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}';")
+        for _ in range(3):
+            with pytest.raises(JournalBusy):
+                await ask(journal, "2")
+        postgres.psql(f"ALTER ROLE {role} RESET default_transaction_read_only;")
+        await ask(journal, "2")
+    finally:
+        await journal.aclose()
+
+
 async def test_a_commit_that_broke_off_is_asked_about(postgres_url: str, tmp_path: Path) -> None:
     folder = Path(postgres_url.split("host=")[1])
     with tempfile.TemporaryDirectory() as near:  # the name of a socket must be short
