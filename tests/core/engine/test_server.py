@@ -242,7 +242,7 @@ from core.engine.model_runner import ModelRunner
 alive = ModelRunner.run
 
 def run(self, spans):
-    if 66 in spans[0].sequence.tokens:
+    if 66 in spans[0].sequence.request.prompt:
         raise torch.AcceleratorError("lost", 1)
     return alive(self, spans)
 
