@@ -165,11 +165,8 @@ def quotes(tokenizer: Path | None, work: Path, vocab: int) -> Path | None:
     """A file with the openers as one text's ids. Raises BadCheckpoint."""
     if not tokenizer:
         return None
-    found = Tokenizer.load(tokenizer)
-    if len(found) > vocab:
-        raise BadCheckpoint(f"{tokenizer} has {len(found)} ids, the model {vocab}: name the model's own tokenizer")
     path = work / "quotes.json"
-    path.write_text(json.dumps(found.encode(OPENERS.read_text("utf-8"))), "utf-8")
+    path.write_text(json.dumps(Tokenizer.load(tokenizer, vocab).encode(OPENERS.read_text("utf-8"))), "utf-8")
     return path
 
 

@@ -154,7 +154,10 @@ def test_wrong_input_is_told_in_a_line_and_leaves_nothing(
     [
         (("--tokenizer", "{}/nowhere"), "nowhere has no tokenizer"),
         (("--tokenizer", "{}/file"), "file has no tokenizer"),
-        (("--tokenizer", str(EMBEDDED), "--model", "{}/plain"), "has 4096 ids, the model 384: name the model's own"),
+        (
+            ("--tokenizer", str(EMBEDDED), "--model", "{}/plain"),
+            "has 4095 ids, the model 384: put the tokenizer it was trained with",
+        ),
         (("--out", "{}/file"), "name another folder with --work or --out"),
         (("--name", "x" * 300), "name another folder with --work or --out"),
     ],
