@@ -144,6 +144,7 @@ class TelegramBot:
         await self._api.open()
         try:
             await self._introduce()
+            await chat.adopt(PLATFORM, str(self._me.id))
             if self._settings.telegram_webhook_url:
                 await self._listen(chat)
             else:
@@ -167,7 +168,7 @@ class TelegramBot:
             try:
                 what = read(update, self._me)
             except Exception as error:  # whatever it is, the next update must not suffer
-                await self._refail(failed(update), f"{type(error).__name__}: {error}")
+                await self._refail(failed(update, self._me), f"{type(error).__name__}: {error}")
                 continue
             if isinstance(what, Message):
                 heard.append(what)

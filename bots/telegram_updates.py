@@ -1,7 +1,8 @@
 """Reading Telegram's updates: raw JSON in, what a person said, asked of the bot or did to the chat out. Pure.
 
 A topic of a forum is a channel of its own, "-100123:45". Ids of messages are unique in their channel for ever: when a
-group becomes a supergroup its messages count from 1 again, so those of a basic group are spelt "g17".
+group becomes a supergroup its messages count from 1 again, so those of a basic group are spelt "g17"; and since private
+chats count anew for each bot, a message has the bot's own id with it, as its `account`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, TypeVar
@@ -68,8 +69,13 @@ def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
     if kind not in ("private", "group", "supergroup") or author is None or author.is_bot or not text:
         return None
     channel, id = _channel(message, chat_id), spelt(_need(message, "message_id", int), kind)
+    server = "" if kind == "private" else channel.id.partition(":")[0]
+
+    def said(what: str) -> Message:
+        return Message(channel, id, author, what.strip(), _date(message), server=server, account=str(me.id))
+
     if edited:
-        return _said(message, channel, id, author, strip_mention(text, me), kind, edit=True)
+        return replace(said(strip_mention(text, me)), kind="edit")
     private = kind == "private"
     if match := _command(text):
         name, target = match[1].lower(), match[2]
@@ -79,13 +85,13 @@ def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
             return Command(name, channel, id)
         if not target and not private:
             return None  # some other bot's
-        return _said(message, channel, id, author, match[1] + text[match.end() :], kind)
+        return said(match[1] + text[match.end() :])
     if private or mentioned(message, text, me) or _replied(message, me):
-        return _said(message, channel, id, author, strip_mention(text, me), kind)
+        return said(strip_mention(text, me))
     return None
 
 
-def failed(update: object) -> Message:
+def failed(update: object, me: Me) -> Message:
     """The row that stands for an update nobody could read: its own JSON, cut; where it came from if that is clear."""
     event: Any = {}
     number: object = None
@@ -99,7 +105,8 @@ def failed(update: object) -> Message:
     except (ValueError, RecursionError, TypeError):
         text = "too deep to be shown"
     channel = Channel(PLATFORM, str(where) if isinstance(where, int) else "unknown")
-    return Message(channel, f"update {number}"[:64], Author("", ""), clean(text[:MAX_TEXT])[:500], datetime.now(UTC))
+    id, now = f"update {number}"[:64], datetime.now(UTC)
+    return Message(channel, id, Author("", ""), clean(text[:MAX_TEXT])[:500], now, account=str(me.id))
 
 
 def spelt(message_id: int, chat_type: str) -> str:
@@ -141,13 +148,6 @@ def _at(username: str) -> re.Pattern[str]:
 
 def _command(text: str) -> re.Match[str] | None:
     return re.match(r"/([A-Za-z0-9_]{1,32})(?:@(\w{1,64}))?(?=\s|$)", text)
-
-
-def _said(
-    message: Mapping[str, Any], channel: Channel, id: str, author: Author, text: str, chat_type: str, edit: bool = False
-) -> Message:
-    server = "" if chat_type == "private" else channel.id.partition(":")[0]
-    return Message(channel, id, author, text.strip(), _date(message), "edit" if edit else "ask", server)
 
 
 def _channel(message: Mapping[str, Any], chat_id: int) -> Channel:

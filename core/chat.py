@@ -154,6 +154,10 @@ class Chat:
         """Record what nobody could read, or will answer, in its final state, so that it does not come again."""
         await self.journal.refail(*messages, note=note, state=state)
 
+    async def adopt(self, platform: str, account: str) -> None:
+        """What stands in the journal without an account is that one's."""
+        await insist(self.journal.adopt, platform, account)
+
     async def rekey(self, old: Channel, new: Channel) -> None:
         """The platform gave the conversation another id."""
         await self.journal.rekey(old, new)

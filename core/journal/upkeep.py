@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, or_, select, update
+from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 
@@ -61,6 +61,14 @@ class Upkeep:
             index_elements=["platform", "channel"], set_={"last_id": insert.excluded.last_id}
         )
         connection.execute(moved, rows)
+
+    async def adopt(self, platform: str, account: str) -> None:
+        """Messages of `platform` that name no account, as in journals of old, are that one's from now on."""
+        twin = messages.alias()
+        same = and_(*(twin.c[name] == messages.c[name] for name in ("platform", "channel", "platform_id")))
+        known = exists().where(same, twin.c.account == account)
+        nameless = update(messages).where(messages.c.platform == platform, messages.c.account == "", ~known)
+        await self._writer.do(lambda connection: connection.execute(nameless.values(account=account)))
 
     async def rekey(self, old: Channel, new: Channel) -> None:
         """The platform gave `old` another id: history, waiting questions and replies go with it."""

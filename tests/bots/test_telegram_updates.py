@@ -35,6 +35,7 @@ def test_a_private_message() -> None:
     message = heard(said(" hi there "))
     assert (message.channel, message.id, message.text) == (Channel("telegram", "7"), "17", "hi there")
     assert (message.author.id, message.author.name, message.server) == ("7", "Ann Lee", "")
+    assert message.account == str(ME.id)
     assert (message.kind, message.sent_at) == ("ask", datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC))
 
 
@@ -144,8 +145,8 @@ def test_a_strange_date_is_now(date: Any) -> None:
 def test_what_is_not_as_it_should_be_is_an_error_and_a_row(update: dict[str, Any]) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         read(update, ME)
-    row = failed(update)
-    assert row.id == "update 1" and row.channel.platform == "telegram" and row.text
+    row = failed(update, ME)
+    assert (row.id, row.account) == ("update 1", str(ME.id)) and row.channel.platform == "telegram" and row.text
 
 
 nasty = st.recursive(
@@ -164,7 +165,7 @@ def test_whatever_comes_is_read_or_named(changed: dict[str, Any], text: str) -> 
     try:
         what = read(update, ME)
     except (ValueError, TypeError, KeyError, AttributeError):
-        row = failed(update)
+        row = failed(update, ME)
         row.text.encode()
         return
     if isinstance(what, Message):

@@ -106,6 +106,18 @@ async def test_a_conversation_with_reset_edit_and_a_user_who_blocks(tmp_path: Pa
         assert counts["messages"] == {"answered": 3} and counts["replies"] == {"sent": 2, "abandoned": 1}
 
 
+async def test_another_bot_on_an_old_journal_is_not_taken_for_the_one_before(tmp_path: Path) -> None:
+    """Telegram counts the messages of a private chat for each bot anew, from 1."""
+    for token, text in (("111:first", "hello"), ("222:second", "good morning")):
+        async with TelegramServer(token) as server:
+            server.private(7, "Ann")
+            async with house(server, tmp_path):
+                server.say(7, 7, text)
+                [reply] = await server.until(1)
+                await server.confirmed()
+            assert reply.text.lower().rstrip(".") == text
+
+
 async def test_offline_for_longer_than_telegram_keeps_updates(tmp_path: Path) -> None:
     """What it threw away nobody can know of; what it still has is stored and answered, however old."""
     async with TelegramServer() as server:

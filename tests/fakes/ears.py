@@ -80,6 +80,8 @@ class Ears:
         self._asked()
         return dict(self.marks)
 
+    async def adopt(self, platform: str, account: str) -> None: ...
+
     async def replied(self, channel: Channel, id: str) -> bool:
         return False
 

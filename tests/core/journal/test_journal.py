@@ -53,6 +53,20 @@ async def test_ids_are_a_channels_own_and_an_accounts_own(journal: Journal) -> N
     assert len(received.asked) == 3
 
 
+async def test_messages_without_an_account_are_adopted(journal: Journal) -> None:
+    mine = replace(message("1"), account="7")
+    await journal.receive(message("1"), message("2"), message("1", channel=THERE), mine, deadline=60)
+    await journal.adopt("another platform", "9")
+    for _ in range(2):
+        await journal.adopt("test", "7")
+    again = [replace(message(id, channel=place), account="7") for id, place in (("1", HERE), ("2", HERE), ("1", THERE))]
+    assert not (await journal.receive(*again, deadline=60)).asked
+    edit = replace(message("2", text="two"), account="7", kind="edit")
+    assert [r.message.text for r in (await journal.receive(edit, deadline=60)).changed] == ["two"]
+    [other] = (await journal.receive(replace(mine, account="8"), deadline=60)).asked
+    assert other.message.account == "8"
+
+
 async def test_what_comes_back_is_what_was_stored(journal: Journal) -> None:
     stored = await ask(journal, "1", text="¿qué? 'quoted' \\ 🙂")
     (owed,) = await journal.backlog(60)
