@@ -29,7 +29,9 @@ async def talk(journal: Journal, channel: Channel, count: int, seconds: list[flo
         (request,) = (await journal.receive(message, deadline=60)).asked
         await journal.history(channel, before=request.row)
         (reply,) = await journal.answer(request, ["Hello."], spoken="hello .")
-        await journal.sent(await journal.begin_send(reply), "1")
+        begun = await journal.begin_send(reply)
+        assert begun
+        await journal.sent(begun, "1")
         seconds.append(time.perf_counter() - began)
 
 

@@ -13,6 +13,9 @@ __all__ = ["Bot", "MaybeSent", "NotSent", "Platform", "Refused", "RetryAfter", "
 
 
 class Bot(Platform, Protocol):
+    alone: bool
+    """Is it an account somewhere, which one process at a time serves? The others on the journal wait to take over."""
+
     async def serve(self, chat: Chat) -> None:
         """Hear until cancelled: hand each message to `chat.receive`, and acknowledge to the platform after it returns.
 

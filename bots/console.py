@@ -29,6 +29,7 @@ SILENCE = "(No answer came.)"
 
 class ConsoleBot:
     name = "console"
+    alone = False
 
     def __init__(self, patience: float = 75.0) -> None:
         """`patience`: seconds to wait for an answer, a little more than the queue's deadline."""
@@ -71,6 +72,8 @@ class ConsoleBot:
             del self._asked[message.id]
 
     # -- what the courier calls ----------------------------------------------------------------------------------
+
+    async def turn(self, channel: Channel) -> None: ...
 
     async def send(self, reply: Reply) -> str:
         text = " ".join(clean(reply.text).split())

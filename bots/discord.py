@@ -110,6 +110,7 @@ def open_discord(settings: DiscordSettings) -> DiscordBot:
 
 class DiscordBot:
     name = events.PLATFORM
+    alone = True
 
     guild_ready_timeout = 2.0
     heartbeat_timeout = 30.0
@@ -217,6 +218,9 @@ class DiscordBot:
     def split(self, text: str) -> list[str]:
         """In pieces of 2,000 characters at most."""
         return split(clean(text), MAX_TEXT)
+
+    async def turn(self, channel: Channel) -> None:
+        """discord.py keeps Discord's limits."""
 
     async def send(self, reply: Reply) -> str:
         """The message's id. Raises NotSent | MaybeSent | Refused | RetryAfter."""

@@ -121,6 +121,7 @@ def open_telegram(settings: TelegramSettings) -> TelegramBot:
 
 class TelegramBot:
     name = PLATFORM
+    alone = True
 
     def __init__(self, settings: TelegramSettings) -> None:
         if settings.telegram_token is None:
@@ -148,7 +149,7 @@ class TelegramBot:
             if self._settings.telegram_webhook_url:
                 await self._listen(chat)
             else:
-                await Poller(self._api, chat, self.take, self._me.id).run()
+                await Poller(self._api, chat, self.take).run()
         finally:
             await self.aclose()
 
@@ -237,6 +238,7 @@ class TelegramBot:
     async def _confirm(self, command: Command, said: str) -> None:
         """Said directly, once: whoever does not see it can ask again."""
         try:
+            await self.turn(command.channel)
             await self._say(command.channel, said, command.id)
         except SendError as error:
             log.warning("%s: /%s is not confirmed: %s", command.channel, command.name, error)
@@ -301,6 +303,9 @@ class TelegramBot:
         """In pieces of 4096 UTF-16 units at most."""
         return split(clean(text), MAX_TEXT, units="utf-16")
 
+    async def turn(self, channel: Channel) -> None:
+        await self._pace.turn(self._place(channel)[0])
+
     async def send(self, reply: Reply) -> str:
         """The message's number. Raises NotSent | MaybeSent | Refused | RetryAfter."""
         return await self._say(reply.channel, reply.text, reply.to)
@@ -317,7 +322,6 @@ class TelegramBot:
     async def _say(self, channel: Channel, text: str, to: str = "") -> str:
         """Plain text without previews; as a reply where the message still stands."""
         chat, thread = self._place(channel)
-        await self._pace.turn(chat)
         number = target(to, chat)
         reply = {"message_id": number, "allow_sending_without_reply": True}
         result = await self._call_in(

@@ -6,14 +6,13 @@ https://core.telegram.org/bots/api#getupdates
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from bots.telegram_api import Rejected, TelegramApi, Unreadable, wait_after
-from bots.telegram_updates import PLATFORM, WANTED
+from bots.telegram_updates import WANTED
 from bots.telegram_webhook import parse
 from core.backoff import backoff
 from core.delivery import MaybeSent, NotAccepted, SendError
@@ -26,8 +25,6 @@ log = logging.getLogger(__name__)
 HOLD = 25
 """Seconds that Telegram holds a poll with nothing to say."""
 BATCH = 100
-LEASE = 10.0
-"""Seconds until another instance polls when this one dies; renewed three times as often."""
 CONFLICT_PAUSE = (2.0, 6.0)
 TWO_POLLERS = (
     "somebody else polls with this bot's token; stop the other instance, or give each its own token from @BotFather"
@@ -35,26 +32,13 @@ TWO_POLLERS = (
 
 
 class Poller:
-    def __init__(self, api: TelegramApi, chat: Chat, take: Callable[[list[Any]], Awaitable[None]], bot_id: int) -> None:
+    def __init__(self, api: TelegramApi, chat: Chat, take: Callable[[list[Any]], Awaitable[None]]) -> None:
         """`take` returns when the updates are in the journal, and raises NotAccepted when they are not."""
         self._api, self._chat, self._take = api, chat, take
-        self._lease_name = f"{PLATFORM}:{bot_id}"
-        self._mine = asyncio.Event()
 
     async def run(self) -> None:
-        """Until cancelled, or until one of the two raises."""
-        works = [asyncio.create_task(self._keep_lease()), asyncio.create_task(self._poll())]
-        try:
-            done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
-            for work in done:
-                work.result()
-        finally:
-            for work in works:
-                work.cancel()
-            await asyncio.gather(*works, return_exceptions=True)
-
-    async def _poll(self) -> None:
-        """An offset confirms and is then forgotten: after a quiet week the ids go on at random, perhaps below it.
+        """Until cancelled. An offset confirms and is then forgotten: after a quiet week the ids go on at random,
+        perhaps below it.
 
         `careful`: so many updates are fetched one by one, to get at one that spoils its batch. An answer that is no
         JSON counts as the update's fault, and not the wire's, when it comes twice the same.
@@ -62,7 +46,6 @@ class Poller:
         offset, failures, careful, spoilt = None, 0, 0, b""
         while True:
             await self._chat.paused()
-            await self._mine.wait()
             try:
                 updates = await self._fetch(offset, 1 if careful else BATCH)
             except Unreadable as error:
@@ -120,31 +103,6 @@ class Poller:
         if not failures:
             log.warning("Telegram: %s", TWO_POLLERS)
         return await asyncio.sleep(random.uniform(*CONFLICT_PAUSE))
-
-    async def _keep_lease(self) -> None:
-        """Hold `_mine` set while the lease is ours; the other instances on this journal wait until it is free."""
-        loop, until, waiting = asyncio.get_running_loop(), 0.0, False
-        try:
-            while True:
-                now = loop.time()
-                try:
-                    held = await self._chat.lease(self._lease_name, LEASE)
-                    until = now + LEASE if held else 0.0
-                    if not held and not waiting:
-                        log.warning("Telegram: another instance polls with this token; waiting to take over")
-                    waiting = not held
-                except NotAccepted as error:
-                    log.debug("the lease is not renewed: %s", error)
-                if loop.time() < until:
-                    self._mine.set()
-                else:
-                    self._mine.clear()
-                await asyncio.sleep(LEASE / 3)
-        finally:
-            if self._mine.is_set():
-                self._mine.clear()
-                with contextlib.suppress(Exception):  # it ends by itself
-                    await self._chat.release(self._lease_name)
 
 
 def _number(update: Any) -> int:

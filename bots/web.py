@@ -94,6 +94,7 @@ def open_web(settings: WebSettings) -> WebBot:
 
 class WebBot:
     name = "web"
+    alone = False
 
     def __init__(self, settings: WebSettings) -> None:
         self.readiness: Callable[[], Awaitable[str]] | None = None
@@ -122,6 +123,8 @@ class WebBot:
         finally:
             self.address = ""
             await runner.cleanup()
+
+    async def turn(self, channel: Channel) -> None: ...
 
     async def send(self, reply: Reply) -> str:
         """To the open tabs; with none, it stands in the journal and the page shows it when it comes back."""

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from core import metrics, systemd
 from core.backoff import backoff
 from core.chat import Chat
-from core.courier import Courier
+from core.courier import Courier, insist
 from core.delivery import NotAccepted, Unservable
 from core.engine.base import Engine
+from core.owner import OWNER
 from core.queue import RequestQueue
 from core.settings import Settings
 from core.tokenizer import Tokenizer
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 BACKUP_EVERY = 3600.0
 LOOK_EVERY = 10.0
 BEAT = 0.25
+HELD = 10.0
+"""Seconds until another process serves a platform whose own stands still; renewed three times as often."""
 STEADY = 60.0
 """A bot that served this long was healthy: its next failure counts as the first."""
 
@@ -99,10 +102,8 @@ class App:
         for bot in bots:
             if hasattr(bot, "readiness"):  # it serves /readyz
                 bot.readiness = self.ready
-        await self.courier.open(bots)
-        await self.chat.open([bot.name for bot in bots])
         house = [asyncio.create_task(self.chat.serve()), asyncio.create_task(self._beat())]
-        serving = [asyncio.create_task(self._supervise(bot)) for bot in bots]
+        serving = [asyncio.create_task(self._serve(bot)) for bot in bots]
         systemd.notify("READY=1")
         ends = [asyncio.create_task(self.stopping.wait()), asyncio.create_task(_all(serving)), *house]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -139,6 +140,42 @@ class App:
         except NotAccepted as error:
             return f"journal: {error}"
         return await self.chat.voice.engine.ready()
+
+    async def _serve(self, bot: Bot) -> None:
+        """When it is this process's turn, take up what the journal owes the bot, and run it."""
+        self.serving[bot.name] = ""
+        async with self._turn(bot.name) if bot.alone else contextlib.nullcontext():
+            await self.courier.open([bot])
+            await self.chat.open([bot.name])
+            await self._supervise(bot)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, name: str) -> AsyncIterator[None]:
+        """Entered when no other process on this journal serves the platform; none does as long as the block runs."""
+        waiting = False
+        while not await insist(self.journal.lease, name, OWNER, HELD):
+            if not waiting:
+                log.warning("another process serves %s from this journal; waiting to take over", name)
+            waiting = True
+            await asyncio.sleep(HELD / 5)
+        keeping = asyncio.create_task(self._keep(name))
+        try:
+            yield
+        finally:
+            keeping.cancel()
+            with contextlib.suppress(NotAccepted):  # it ends by itself
+                await self.journal.release(name, OWNER)
+
+    async def _keep(self, name: str) -> None:
+        """Hold the turn until cancelled. Who stood still until another took it ends here: all it had begun stands in
+        the journal, and the other has taken it up."""
+        while True:
+            await asyncio.sleep(HELD / 3)
+            with contextlib.suppress(NotAccepted):  # while the journal is away nobody can take it
+                if not await self.journal.lease(name, OWNER, HELD):
+                    log.error("another process serves %s since this one stood still: this one ends", name)
+                    logging.shutdown()
+                    os._exit(os.EX_TEMPFAIL)
 
     async def _supervise(self, bot: Bot) -> None:
         """One bot, started again when it dies; the others never notice."""

@@ -21,7 +21,6 @@ from core.courier import TYPING_EVERY, Courier, insist, wall
 from core.crash import crash_point
 from core.engine.base import Cancelled, Completion, EngineError, Failed, PromptTooLong
 from core.messages import Channel, Message, MessageState, Request, Turn
-from core.owner import OWNER
 from core.queue import RequestQueue
 from core.settings import QueueLimits
 from core.text import MAX_CHARS
@@ -164,13 +163,6 @@ class Chat:
         for request in self._queue.take_out(lambda waiting: waiting.message.channel == old):
             self._queue.put(replace(request, message=replace(request.message, channel=new)))
         self._courier.moved(old, new)
-
-    async def lease(self, name: str, seconds: float) -> bool:
-        """Hold `name` for so long; False while another process holds it."""
-        return await self.journal.lease(name, OWNER, seconds)
-
-    async def release(self, name: str) -> None:
-        await self.journal.release(name, OWNER)
 
     async def identified(self, platform: str, new: bool = True) -> int:
         """How many sessions began on the platform in the last 24 hours, with a `new` one, which is counted."""

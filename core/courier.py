@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 TYPING_EVERY = 4.0
 """Telegram shows typing for 5 s, Discord for 10."""
+LAST = 5.0
+"""Seconds that a stop waits for what is on its way, so that nobody has to guess whether it arrived."""
 
 
 def wall() -> datetime:
@@ -60,6 +62,7 @@ class Courier:
         self._platforms: dict[str, Platform] = {}
         self._lines: dict[Channel, deque[Reply]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._attempts: set[asyncio.Task[bool]] = set()
         self._circuits: dict[str, Circuit] = defaultdict(Circuit)
         self._moved: dict[Channel, Channel] = {}
         self._behind: set[Channel] = set()  # channels with more replies in the journal than in their line
@@ -68,8 +71,9 @@ class Courier:
 
     async def open(self, platforms: Iterable[Platform]) -> None:
         """Take up these platforms and what the journal still owes them."""
-        self._platforms |= {platform.name: platform for platform in platforms}
-        self.deliver(reply for reply in await self._journal.due() if reply.channel.platform in self._platforms)
+        opened = {platform.name: platform for platform in platforms}
+        self._platforms |= opened
+        self.deliver(reply for reply in await insist(self._journal.due) if reply.channel.platform in opened)
 
     def deliver(self, replies: Iterable[Reply]) -> None:
         """Take places in the channels' lines; returns at once."""
@@ -136,14 +140,25 @@ class Courier:
         self._start(self._show(channel, note))
 
     async def drain(self, timeout: float) -> bool:
-        """Wait until everything is delivered; False when something was left for the next start."""
+        """Wait until everything is delivered; False when something was left for the next start: then nothing more is
+        begun, and what is on its way may arrive."""
         waiting = {task for task in self._tasks if not task.done()}
         if waiting:
             await asyncio.wait(waiting, timeout=timeout)
-        return not self._lines
+        left = bool(self._lines)
+        await self._stop()
+        if self._attempts:
+            await asyncio.wait(self._attempts, timeout=LAST)
+        return not left
 
     async def aclose(self) -> None:
         """Stop at once; what is not sent stands in the journal."""
+        await self._stop()
+        for attempt in self._attempts:
+            attempt.cancel()
+        await asyncio.gather(*self._attempts, return_exceptions=True)
+
+    async def _stop(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -207,33 +222,55 @@ class Courier:
             return True
         while not self._too_late(reply):
             await circuit.closed(reply.tries)
-            reply = await insist(self._journal.begin_send, reply)
-            crash_point("after T3")
             try:
-                sent_id = await platform.send(reply)
-            except Refused as error:
-                circuit.worked()
-                return await self._give_up(reply, str(error))
+                await platform.turn(reply.channel)
+                arrived = await self._surely(self._attempt(platform, reply))
             except RetryAfter as error:
                 self._count(reply, "retry_after")
-                await insist(self._journal.pending, reply)
                 await asyncio.sleep(error.seconds)
             except NotSent as error:
                 self._count(reply, "not_sent")
                 log.warning("%s: not sent, trying again: %s", reply.channel, error)
-                await insist(self._journal.pending, reply)
-                await circuit.failed(reply.tries)
+                await circuit.failed(reply.tries + 1)
             except MaybeSent as error:
                 self._count(reply, "in_doubt")
                 log.warning("%s: perhaps sent, looking: %s", reply.channel, error)
-                await circuit.failed(reply.tries)
+                await circuit.failed(reply.tries + 1)
                 if await self._arrived(platform, reply):
                     return True
             else:
-                crash_point("before T4")
                 circuit.worked()
-                return await self._sent(reply, sent_id)
+                return arrived
+            reply = replace(reply, tries=reply.tries + 1)
         return await self._give_up(reply, "too late")
+
+    async def _attempt(self, platform: Platform, reply: Reply) -> bool:
+        """From T3 to T4, or to what else came of it: True when it arrived, False when it was refused."""
+        if await insist(self._journal.begin_send, reply) is None:
+            return True
+        crash_point("after T3")
+        try:
+            sent_id = await platform.send(reply)
+        except Refused as error:
+            return await self._give_up(reply, str(error))
+        except (RetryAfter, NotSent):
+            await insist(self._journal.pending, reply)
+            raise
+        crash_point("before T4")
+        return await self._sent(reply, sent_id)
+
+    async def _surely(self, attempt: Coroutine[None, None, bool]) -> bool:
+        """Not cancelled with who waits for it: it may have arrived, and should be on record then."""
+        task = asyncio.create_task(attempt)
+        self._attempts.add(task)
+        task.add_done_callback(self._attempted)
+        await asyncio.wait({task})
+        return task.result()
+
+    def _attempted(self, task: asyncio.Task[bool]) -> None:
+        self._attempts.discard(task)
+        if not task.cancelled():
+            task.exception()  # nobody may be left to hear it
 
     async def _arrived(self, platform: Platform, reply: Reply) -> bool:
         """Settle an attempt in doubt; True when nothing is left to do: it arrived."""

@@ -61,6 +61,10 @@ class Platform(Protocol):
         """`text` (not blank) in pieces the platform takes, each delivered as a Reply of its own."""
         ...
 
+    async def turn(self, channel: Channel) -> None:
+        """Wait until the platform's own limits let one message out; nothing is under way yet. Raises RetryAfter."""
+        ...
+
     async def send(self, reply: Reply) -> str:
         """Send once and return the platform's id of it. Raises NotSent | MaybeSent | Refused | RetryAfter."""
         ...

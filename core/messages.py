@@ -83,7 +83,6 @@ class Reply:
     part: int = 0
     state: ReplyState = "pending"
     tries: int = 0
-    first_try_at: datetime | None = None
     message: int = 0
     """The journal's row of the message it answers; the parts of one answer share it."""
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC))

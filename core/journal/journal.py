@@ -22,7 +22,7 @@ from sqlalchemy import Connection, and_, exists, func, select, update
 from core.journal import storage
 from core.journal.database import JournalBusy, JournalError, file_of, open_database, parse
 from core.journal.rows import KEY, inside, key, plain, request_of, row_of, same, storable, waits
-from core.journal.schema import channels, messages, replies
+from core.journal.schema import channels, messages, replies, unsettled
 from core.journal.upkeep import Upkeep
 from core.messages import Channel, Message, MessageState, Reply, Request, Turn
 
@@ -304,7 +304,7 @@ class Journal(Upkeep):
         query = (
             select(replies, messages.c.platform, messages.c.channel, messages.c.platform_id.label("answers"))
             .join(messages, replies.c.message == messages.c.id)
-            .where(replies.c.state.in_(("pending", "sending")))
+            .where(unsettled)
             .order_by(replies.c.id)
             .limit(limit)
         )
@@ -320,18 +320,17 @@ class Journal(Upkeep):
                 row.part,
                 row.state,
                 row.tries,
-                None if row.first_try_at is None else datetime.fromtimestamp(row.first_try_at, UTC),
                 row.message,
                 datetime.fromtimestamp(row.created_at, UTC),
             )
             for row in await self._read(query)
         ]
 
-    async def begin_send(self, reply: Reply) -> Reply:
-        """T3: an attempt is about to leave."""
-        first = reply.first_try_at or datetime.now(UTC)
-        await self._set(reply, state="sending", tries=reply.tries + 1, first_try_at=first.timestamp())
-        return replace(reply, state="sending", tries=reply.tries + 1, first_try_at=first)
+    async def begin_send(self, reply: Reply) -> Reply | None:
+        """T3: an attempt is about to leave. None: another process has settled the reply."""
+        first = func.coalesce(replies.c.first_try_at, time.time())
+        begun = await self._set(reply, state="sending", tries=reply.tries + 1, first_try_at=first)
+        return replace(reply, state="sending", tries=reply.tries + 1) if begun else None
 
     async def sent(self, reply: Reply, id: str) -> None:
         """T4: it arrived, as the platform's `id`."""
@@ -344,9 +343,10 @@ class Journal(Upkeep):
     async def abandon(self, reply: Reply, note: str) -> None:
         await self._set(reply, state="abandoned", note=plain(note)[:500])
 
-    async def _set(self, reply: Reply, **values: Any) -> None:
-        change = update(replies).where(replies.c.id == reply.id).values(**values)
-        await self._writer.do(lambda connection: connection.execute(change))
+    async def _set(self, reply: Reply, **values: Any) -> bool:
+        """False when it is settled already."""
+        change = update(replies).where(replies.c.id == reply.id, unsettled).values(**values)
+        return await self._writer.do(lambda connection: connection.execute(change).rowcount > 0)
 
     async def replied(self, channel: Channel, id: str) -> bool:
         """Is there a reply to this message that was not given up?"""

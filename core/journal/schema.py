@@ -72,8 +72,8 @@ replies = Table(
     Column("note", Text, nullable=False, default=""),
     UniqueConstraint("message", "part", name="replies_once"),
 )
-_due = replies.c.state.in_(("pending", "sending"))
-Index("replies_due", replies.c.id, sqlite_where=_due, postgresql_where=_due)
+unsettled = replies.c.state.in_(("pending", "sending"))
+Index("replies_due", replies.c.id, sqlite_where=unsettled, postgresql_where=unsettled)
 
 channels = Table(
     "channels",

@@ -95,7 +95,7 @@ class Upkeep:
         void, and so is one that ends later than anyone could have asked for: a clock has jumped since."""
 
         def work(connection: Connection) -> bool:
-            now = time.time()
+            now = self._now(connection)
             holder = connection.execute(select(leases.c.owner).where(leases.c.name == name)).scalar()
             insert = self._insert(leases).values(name=name, owner=owner, until=now + seconds)
             free = or_(leases.c.owner == owner, leases.c.until <= now, leases.c.until > now + 2 * seconds)
@@ -107,6 +107,12 @@ class Upkeep:
             return connection.execute(insert).first() is not None
 
         return await self._writer.do(work)
+
+    def _now(self, connection: Connection) -> float:
+        """By a clock that all processes on the journal share: this machine's, or the server's."""
+        if self._file:
+            return time.time()
+        return float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
 
     async def release(self, name: str, owner: str) -> None:
         gone = delete(leases).where(leases.c.name == name, leases.c.owner == owner)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -306,11 +305,12 @@ async def test_a_flood_in_one_chat_stops_no_other(server: TelegramServer) -> Non
             await bot.send(reply(GROUP))
         assert caught.value.seconds == 3000
         with pytest.raises(RetryAfter) as caught:
-            await bot.send(reply(f"{GROUP}:45"))
+            await bot.turn(Channel("telegram", f"{GROUP}:45"))
         await bot.typing(Channel("telegram", str(GROUP)))
         assert caught.value.seconds > 2900 and len(server.called("sendMessage")) == 1 and not server.typing
-        await bot.send(reply(ANN))
-        await bot.send(reply(BOB))
+        for chat in (ANN, BOB):
+            await bot.turn(Channel("telegram", str(chat)))
+            await bot.send(reply(chat))
     assert [s.chat for s in server.ledger] == [ANN, BOB]
 
 
@@ -375,27 +375,6 @@ async def test_another_poller_is_named_and_outlived(
         async with serving(server, ears):
             await until(lambda: ears.heard)
     assert caplog.text.count("stop the other instance") == 1 and TOKEN not in caplog.text
-
-
-async def test_of_two_on_one_journal_one_polls_and_the_other_takes_over(
-    server: TelegramServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bots.telegram_polling.LEASE", 0.3)
-    one, two = Ears(), Ears()
-    two.leases, two.owner = one.leases, "other"
-    async with contextlib.AsyncExitStack() as stack:
-        async with serving(server, one):
-            await until(lambda: server.called("getUpdates"))
-            await stack.enter_async_context(serving(server, two))
-            await until(lambda: len(server.called("getMe")) == 2)
-            server.say(ANN, ANN, "first")
-            await until(lambda: one.heard)
-            await server.confirmed()
-            assert not two.heard
-        server.say(ANN, ANN, "second")
-        await until(lambda: two.heard)
-    assert (one.texts, two.texts) == (["first"], ["second"])
-    assert not [s for s in server.called("getUpdates") if int(s.get("offset", 0)) < 0]
 
 
 async def test_a_full_house_is_not_fed(server: TelegramServer) -> None:

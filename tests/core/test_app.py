@@ -23,6 +23,8 @@ from tests.faults.burst import Board
 class Player(Board):
     """A platform that lives as `lives` says, one exception for each, and then for ever."""
 
+    alone = False
+
     def __init__(self, name: str, *lives: Exception) -> None:
         super().__init__()
         self.name, self.lives, self.starts = name, list(lives), 0

@@ -52,6 +52,45 @@ def test_by_setting_an_attempt_in_doubt_is_abandoned() -> None:
     play(scene, rules=DeliveryRules(in_doubt="abandon"))
 
 
+def test_a_stop_waits_for_what_is_on_its_way_and_begins_nothing_more() -> None:
+    async def scene(house: House) -> None:
+        house.platform.way = 3.0
+        await house.say("one", "two")
+        await asyncio.sleep(1)
+        assert replies(house) == ["sending", "pending"]
+        assert not await house.courier.drain(1.0)
+        await house.courier.aclose()
+        assert (house.platform.texts(), replies(house)) == (["re one"], ["sent", "pending"])
+
+    play(scene)
+
+
+def test_a_stop_waits_for_ever_for_nothing() -> None:
+    async def scene(house: House) -> None:
+        house.platform.way = 1000.0
+        await house.say("one")
+        await asyncio.sleep(1)
+        began = asyncio.get_running_loop().time()
+        assert not await house.courier.drain(1.0)
+        await house.courier.aclose()
+        assert asyncio.get_running_loop().time() - began < 10
+        assert (house.platform.texts(), replies(house)) == ([], ["sending"])
+
+    play(scene)
+
+
+def test_what_waits_for_its_turn_is_not_in_doubt_when_stopped() -> None:
+    async def scene(house: House) -> None:
+        house.platform.wait = 100.0
+        await house.say("one")
+        await asyncio.sleep(50)
+        assert not await house.courier.drain(1.0)
+        await house.courier.aclose()
+        assert (house.platform.texts(), replies(house)) == ([], ["pending"])
+
+    play(scene)
+
+
 def test_one_chat_that_must_wait_delays_no_other_and_keeps_its_order() -> None:
     async def scene(house: House) -> None:
         house.platform.script[A] = [RetryAfter(35)]

@@ -22,8 +22,6 @@ class Ears:
         """So many calls more raise NotAccepted; -1 is all."""
         self.poison = ""
         """A text that cannot be stored."""
-        self.leases: dict[str, str] = {}
-        self.owner = "me"
         self.room = asyncio.Event()
         self.room.set()
         self.calls = 0
@@ -68,13 +66,6 @@ class Ears:
 
     async def paused(self) -> None:
         await self.room.wait()
-
-    async def lease(self, name: str, seconds: float) -> bool:
-        return self.leases.setdefault(name, self.owner) == self.owner
-
-    async def release(self, name: str) -> None:
-        if self.leases.get(name) == self.owner:
-            del self.leases[name]
 
     async def watermarks(self, platform: str) -> dict[str, str]:
         self._asked()

@@ -34,6 +34,8 @@ class Board:
     def split(self, text: str) -> list[str]:
         return [text]
 
+    async def turn(self, channel: Channel) -> None: ...
+
     async def send(self, reply: Reply) -> str:
         await asyncio.sleep(0)
         self.seen.append(reply)

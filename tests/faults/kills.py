@@ -1,9 +1,11 @@
-"""Dying: at random moments under load, and at every named point."""
+"""Dying: at random moments under load, and at every named point; and who takes over."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -102,6 +104,38 @@ async def stop_when_full(folder: Path, seed: int, waiting: int) -> Tally:
         await town.start()
         town.say(town.places[0])  # all others may have been answered before the stop; this one needs the next start
         await close(town, tally)
+    return tally
+
+
+async def two_on_one_journal(folder: Path, seed: int) -> Tally:
+    """The second process waits; it goes on when the first is stopped, and a third when it stands still itself."""
+    tally = Tally()
+    async with Town(folder, seed, private=12, rooms=6) as town:
+        await open_town(town)
+        people = asyncio.create_task(town.talk(0.02))
+        first = town.process
+        await town.start()
+        second = town.process
+        await town.logged("waiting to take over", 2)
+        town.process = first
+        tally.stops.append(await town.stop())
+        town.process = second
+        await town.news("telegram", town.sends("telegram") + 5)
+        await town.news("discord", town.sends("discord") + 5)
+        await town.start()
+        await town.logged("waiting to take over", 4)
+        people.cancel()
+        await town.settled()  # else it might be stopped with the journal's lock in its hand
+        assert second
+        second.send_signal(signal.SIGSTOP)
+        for place in town.places:
+            town.say(place)
+        await town.settled()
+        second.send_signal(signal.SIGCONT)
+        async with asyncio.timeout(30):
+            assert await second.wait() == os.EX_TEMPFAIL, town.last_words()
+        await close(town, tally)
+    tally.broken = [line for line in tally.broken if "since this one stood still" not in line]
     return tally
 
 

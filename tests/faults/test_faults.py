@@ -15,7 +15,7 @@ from tests.faults.burst import burst, fairness, growth
 from tests.faults.descriptors import run_out
 from tests.faults.hostile import storm
 from tests.faults.judge import unhandled
-from tests.faults.kills import POINTS, kill_at_points, kill_at_random, stop_when_full
+from tests.faults.kills import POINTS, kill_at_points, kill_at_random, stop_when_full, two_on_one_journal
 from tests.faults.soak import soak
 
 
@@ -42,6 +42,12 @@ async def test_killed_at_every_named_point_nothing_is_lost_or_doubled(tmp_path: 
 async def test_stopped_with_a_hundred_waiting_the_next_start_answers_them(tmp_path: Path, silence: None) -> None:
     tally = await stop_when_full(tmp_path, seed=1, waiting=100)
     assert tally.broken == [] and tally.states == {"answered": tally.asked}
+
+
+async def test_of_two_on_one_journal_one_waits_and_takes_over(tmp_path: Path, silence: None) -> None:
+    tally = await two_on_one_journal(tmp_path, seed=1)
+    assert tally.broken == [] and tally.states == {"answered": tally.asked}
+    assert tally.doubled["discord"] == 0
 
 
 @pytest.mark.parametrize("webhook", [False, True])

@@ -297,5 +297,11 @@ class Town:
         except TimeoutError:
             raise AssertionError(f"nothing comes any more on {platform}; {self.last_words()}") from None
 
+    async def logged(self, words: str, times: int) -> None:
+        """Wait until the log has so many lines with them."""
+        async with asyncio.timeout(PATIENCE):
+            while self.log.read_text(errors="replace").count(words) < times:
+                await asyncio.sleep(0.05)
+
     def last_words(self) -> str:
         return "its last words:\n" + "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])

@@ -32,12 +32,17 @@ class ScriptedPlatform:
         self.typed: list[tuple[float, Channel]] = []
         self.told: list[str] = []
         self.limit = 1000
+        self.wait, self.way = 0.0, 0.01
+        """Seconds until a message may leave, and until it is there."""
 
     def split(self, text: str) -> list[str]:
         return [text[at : at + self.limit] for at in range(0, len(text), self.limit)]
 
+    async def turn(self, channel: Channel) -> None:
+        await asyncio.sleep(self.wait)
+
     async def send(self, reply: Reply) -> str:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(self.way)
         trouble = self.script.get(reply.channel)
         if trouble:
             if self.arrives_anyway:

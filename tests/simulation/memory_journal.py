@@ -223,8 +223,7 @@ class MemoryJournal:
 
     async def begin_send(self, reply: Reply) -> Reply:
         await self._before()
-        first = reply.first_try_at or self._now()
-        return await self._set(replace(reply, state="sending", tries=reply.tries + 1, first_try_at=first))
+        return await self._set(replace(reply, state="sending", tries=reply.tries + 1))
 
     async def sent(self, reply: Reply, id: str) -> None:
         await self._before()
@@ -240,7 +239,8 @@ class MemoryJournal:
 
     async def _set(self, reply: Reply, note: str = "") -> Reply:
         place = next(i for i, sent in enumerate(self._disk.replies) if sent.reply.id == reply.id)
-        self._disk.replies[place].reply = reply
+        tries = max(reply.tries, self._disk.replies[place].reply.tries)
+        self._disk.replies[place].reply = replace(reply, tries=tries)
         self._disk.replies[place].note = note
         await self._after()
         return reply

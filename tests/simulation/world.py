@@ -175,6 +175,8 @@ class Client:
             if batch:
                 server.confirmed = max(server.confirmed, start + len(batch))
 
+    async def turn(self, channel: Channel) -> None: ...
+
     async def send(self, reply: Reply) -> str:
         world, server, faults, dice = self._world, self._server, self._world.faults, self._world.dice
         server.doubtful.add(reply.id)  # until something certain is known
