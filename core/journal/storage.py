@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from core.journal.database import JournalError, busy, file_of, open_database
 log = logging.getLogger(__name__)
 
 KEEP = 5
+TABLES = {"alembic_version", "messages", "replies", "channels"}
+"""What the journals of all versions have."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 FOREIGN = (
     "DATABASE_URL: that database holds other tables and no journal; name an empty one, for example sqlite:///palaver.db"
@@ -44,9 +47,10 @@ def prepare(file: Path) -> None:
     missing = not file.exists() or file.stat().st_size == 0
     problems = [] if missing else _problems(file)
     if not problems and not missing and (tables := _tables(file)):
-        if "alembic_version" not in tables:  # opening it as a journal would already change it
+        if not TABLES & tables:  # opening it as a journal would already change it
             raise JournalError(FOREIGN)
-        return
+        if not (problems := _lacking(tables)):
+            return
     copy = newest_good(file)
     if copy:
         restore(file, copy)
@@ -67,6 +71,11 @@ def _left(file: Path) -> Path | None:
     """What a journal that is gone leaves beside it: its log, or the copy that was to take its place."""
     found = (file.with_name(file.name + suffix) for suffix in ("-wal", ".restoring"))
     return next((left for left in found if left.exists() and left.stat().st_size), None)
+
+
+def _lacking(tables: set[str]) -> list[str]:
+    """What a journal should have and this file has not."""
+    return [f"table {name} is missing" for name in sorted(TABLES - tables)] if TABLES & tables else ["it is no journal"]
 
 
 def _tables(file: Path) -> set[str]:
@@ -114,8 +123,19 @@ def copies(file: Path) -> Path:
 
 def newest_good(file: Path) -> Path | None:
     """The newest copy without a problem."""
-    found = sorted(copies(file).glob("*.db"), reverse=True) if copies(file).is_dir() else []
-    return next((copy for copy in found if not _bad(copy)), None)
+    return next((copy for copy in reversed(_kept(file)) if not _bad(copy)), None)
+
+
+def _kept(file: Path) -> list[Path]:
+    """The copies beside the file, oldest first, whatever people named theirs."""
+    folder = copies(file)
+    try:
+        found = [folder / name for name in os.listdir(folder) if name.endswith(".db")]
+        return sorted(found, key=lambda copy: copy.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise JournalError(f"{folder} cannot be read ({error.strerror}); give it to who runs palaver") from None
 
 
 def _bad(copy: Path) -> str:
@@ -123,7 +143,7 @@ def _bad(copy: Path) -> str:
     try:
         if problems := _problems(copy):
             return f"is corrupt itself: {problems[0]}"
-        return "" if {"alembic_version", "messages"} <= _tables(copy) else "is no copy of a journal"
+        return "is no copy of a journal" if _lacking(_tables(copy)) else ""
     except JournalError as error:
         return f"is of no use: {error}"
 
@@ -146,6 +166,7 @@ def restore(file: Path, copy: Path | None = None) -> Path:
     try:
         with _reading(copy) as reader:
             _copy(reader, fresh)
+        _hand_over(fresh, file)
     except (OSError, sqlite3.Error) as error:
         fresh.unlink(missing_ok=True)
         raise JournalError(f"{copy} could not be copied to {file.parent}: {error}") from error
@@ -167,9 +188,11 @@ def rescue(file: Path, connection: sqlite3.Connection) -> str:
     """Save what is behind `connection`, whose file was deleted or replaced, where the next start finds it; what was
     done, one line. Raises JournalError."""
     replaced = _stands(file)
-    target = file.with_name(f"{file.name}.replaced-{_stamp()}") if replaced else _next_copy(file)
+    target = file.with_name(f"{file.name}.replaced-{_stamp()}") if replaced else copies(file) / f"{_stamp()}.db"
     try:
         _save(connection, target)
+        if not replaced:
+            _settle(file, target)
         _aside(file, "replaced", "-wal", "-shm")  # the log is of the old file: played into another, it would spoil that
     except OSError as error:
         raise JournalError(f"{file.parent}: {error}") from error
@@ -208,7 +231,7 @@ def in_use(file: Path) -> bool:
 
 async def check(file: Path) -> list[str]:
     """Problems in a file in use, [] when it is whole; in a thread, since it reads all of it."""
-    return await asyncio.to_thread(_problems, file, "integrity_check")
+    return await asyncio.to_thread(lambda: _problems(file, "integrity_check") or _lacking(_tables(file)))
 
 
 async def backup(file: Path, path: Path | None = None) -> Path:
@@ -217,24 +240,43 @@ async def backup(file: Path, path: Path | None = None) -> Path:
 
 
 def _backup(file: Path, path: Path | None) -> Path:
-    target = path or _next_copy(file)
-    if target.resolve() == file.resolve():
+    target = path or copies(file) / f"{_stamp()}.db"
+    if target.is_dir():
+        raise JournalError(f"{target} is a folder; name a file in it, for example {target / 'palaver-copy.db'}")
+    if target.resolve() in [file.with_name(file.name + suffix).resolve() for suffix in ("", "-wal", "-shm")]:
         raise JournalError(f"{target} is the journal itself: name another file for the copy")
+    if target.exists() and target.stat().st_size and (why := _bad(target)):
+        raise JournalError(f"{target} stands there already and {why}: name another file for the copy")
     try:
         with _reading(file) as reader:
+            rows = reader.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+            if lacking := _lacking({row[0] for row in rows}):
+                raise JournalError(f"{file} is not copied, the older copies stay: {lacking[0]}")
             _save(reader, target)
-    except sqlite3.Error as error:
+        if path is None:
+            _settle(file, target)
+    except (OSError, sqlite3.Error) as error:
         raise JournalError(f"no copy could be made at {target.parent}: {error}") from error
-    if path is None:
-        for old in sorted(copies(file).glob("*.db"), reverse=True)[KEEP:]:
-            old.unlink(missing_ok=True)
     return target
 
 
-def _next_copy(file: Path) -> Path:
-    """Its name sorts behind all others', even where a clock that was wrong named one for a time to come."""
-    newest = max((copy.stem for copy in copies(file).glob("*.db")), default="")
-    return copies(file) / f"{max(_stamp(), newest + '0')}.db"
+def _settle(file: Path, copy: Path) -> None:
+    """It is the newest from now on, also where a clock that was wrong made one for a time to come; the oldest go that
+    have no name of people's own."""
+    for made in (copy.parent, copy):
+        _hand_over(made, file)
+    newest = max((other.stat().st_mtime_ns for other in _kept(file) if other != copy), default=0)
+    if newest >= copy.stat().st_mtime_ns:
+        os.utime(copy, ns=(newest + 1, newest + 1))
+    for old in [kept for kept in _kept(file) if re.fullmatch(r"[\d-]+", kept.stem)][:-KEEP]:
+        old.unlink(missing_ok=True)
+
+
+def _hand_over(made: Path, file: Path) -> None:
+    """What root makes beside a service's journal is the service's."""
+    if os.geteuid() == 0:
+        owner = (file if file.exists() else file.parent).stat()
+        os.chown(made, owner.st_uid, owner.st_gid)
 
 
 def _save(reader: sqlite3.Connection, target: Path) -> None:

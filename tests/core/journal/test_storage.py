@@ -438,9 +438,7 @@ async def test_a_corrupt_file_is_replaced_by_the_newest_good_copy(file: Path) ->
     bad = newer.with_name("99990101-000000-000000.db")
     bad.write_bytes(newer.read_bytes())
     spoil(bad)
-    await filled(file, "3")
-    newest = max(newer.parent.glob("*.db"))
-    spoil(newest)
+    spoil(await filled(file, "3"))
     spoil(file)
     async with opened(file) as journal:
         assert await states(journal) == {"waiting": 2} and await journal.check() == []
@@ -525,8 +523,77 @@ async def test_the_newest_copies_are_kept(file: Path, tmp_path: Path) -> None:
     async with opened(file) as journal:
         made = [await journal.backup() for _ in range(storage.KEEP + 2)]
         elsewhere = await journal.backup(tmp_path / "elsewhere" / "my copy 100%?.db")
+        again = await journal.backup(elsewhere)
     assert sorted(storage.copies(file).iterdir()) == made[2:]
-    assert elsewhere.is_file() and ids(elsewhere) == []
+    assert again == elsewhere and ids(elsewhere) == []
+
+
+async def test_whatever_people_name_theirs_the_last_copy_is_the_newest(file: Path) -> None:
+    await filled(file, "1")
+    theirs = await storage.backup(file, storage.copies(file) / "before-upgrade.db")
+    ahead = storage.copies(file) / "20990101-000000-000000.db"
+    ahead.write_bytes(theirs.read_bytes())
+    later = time.time() + 1e9
+    os.utime(ahead, (later, later))
+    made = [await filled(file, str(number)) for number in range(2, storage.KEEP + 4)]
+    assert sorted(storage.copies(file).iterdir()) == [*made[-storage.KEEP :], theirs]
+    assert storage.newest_good(file) == made[-1]
+    file.unlink()
+    async with opened(file) as journal:
+        assert await states(journal) == {"waiting": storage.KEEP + 3}
+
+
+@pytest.mark.parametrize("statement", ["", "CREATE TABLE accounts (money INTEGER)", "DROP TABLE replies"])
+async def test_what_is_no_journal_takes_no_copys_place(file: Path, statement: str) -> None:
+    copy = await filled(file, "1")
+    if not statement.startswith("DROP"):
+        file.unlink()
+        file.touch()
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        database.execute(statement)
+    assert await storage.check(file)
+    for target in (None, copy, file.with_name("another.db")):
+        with pytest.raises(JournalError, match="is not copied"):
+            await storage.backup(file, target)
+    assert list(storage.copies(file).iterdir()) == [copy] and not file.with_name("another.db").exists()
+    if not statement.startswith("CREATE"):
+        async with opened(file) as journal:
+            assert await states(journal) == {"waiting": 1}
+
+
+async def test_a_copy_takes_nothing_elses_place(file: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    async with opened(file) as journal:
+        await ask(journal, "1")
+        for target in (notes, tmp_path, file, file.with_name("palaver.db-wal"), file.with_name("palaver.db-shm")):
+            with pytest.raises(JournalError, match="name a"):
+                await journal.backup(target)
+    assert notes.read_text() == "mine" and ids(file) == ["1"]
+
+
+async def test_copies_that_cannot_be_read_are_not_taken_for_none(file: Path) -> None:
+    await filled(file, "1")
+    file.unlink()
+    opens = "from core.journal.journal import open_journal as o; import asyncio, sys; asyncio.run(o(sys.argv[1]))"
+    os.chmod(storage.copies(file), 0)
+    try:
+        drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+        command = [*(drop if os.geteuid() == 0 else []), sys.executable, "-c", opens, url_of(file)]
+        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, cwd=ROOT)
+    finally:
+        os.chmod(storage.copies(file), 0o700)
+    assert "give it to who runs palaver" in done.stderr and not file.exists()
+
+
+async def test_what_root_makes_beside_a_services_journal_is_the_services(file: Path) -> None:
+    await filled(file, "1")
+    shutil.rmtree(storage.copies(file))
+    service = 65534 if os.geteuid() == 0 else os.geteuid()  # only root can give away, and needs to
+    os.chown(file, service, -1)
+    copy = await storage.backup(file)
+    storage.restore(file)
+    assert {path.stat().st_uid for path in (copy.parent, copy, file)} == {service}
 
 
 async def test_a_folder_with_any_name_will_do(tmp_path: Path) -> None:
