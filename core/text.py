@@ -12,7 +12,7 @@ from functools import cache
 from typing import Protocol
 
 MAX_CHARS = 2000
-"""Longer input is cut, before any pattern runs over it."""
+"""Longer input is cut, before any pattern runs over it: some take time that grows with its square."""
 MAX_BYTES = 8192
 
 _SMILES = (
@@ -50,7 +50,7 @@ _CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _LINKED = re.compile(r"\[([^\[\]]*)\]\([^()\s]*\)")
 _TAG = re.compile(r"<(?:[@#!&:/]|a:|t:|https?:)[^<>\s]*>")
 _LINK = re.compile(r"\b(?:https?://|www\.)\S+", re.IGNORECASE)
-_WORDS_OUT = re.compile(r"(?<!\S)[#@]\S*|\S+@\S+\.\S+")
+_WORDS_OUT = re.compile(r"(?<!\S)(?:[#@]\S*|\S+@\S+\.\S+)")  # from a word's start: else each letter tries the rest
 _MARKS = re.compile(r"\*+|_{2,}|~{2,}|\|{2,}|`+")
 _OUTSIDE = re.compile(r"[^A-Za-z0-9()\[\]:,.!?'\"]+")
 _DOTS = re.compile(r"\.(?:\s*\.)+")
@@ -81,7 +81,7 @@ def normalise(text: str) -> str:
     """
     text = text[:MAX_CHARS].encode("utf-8", "ignore")[:MAX_BYTES].decode("utf-8", "ignore")
     text = unicodedata.normalize("NFKD", text.translate(_SAID))[:MAX_BYTES]
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))[:MAX_CHARS]
     text = _LINKED.sub(r"\1", _CODE_BLOCK.sub(" ", text))
     for pattern in (_TAG, _LINK, _WORDS_OUT):
         text = pattern.sub(" ", text)

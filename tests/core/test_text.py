@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 
 import pytest
@@ -51,6 +52,15 @@ def test_typed_text_becomes_spaced(typed: str, spaced: str) -> None:
 )
 def test_spaced_text_is_restored(spaced: str, shown: str) -> None:
     assert restore(spaced) == shown
+
+
+@pytest.mark.parametrize("text", ["\u3316@" * 1000, "a@" * 1000, "\u33c2" * 2000, "\u2488" * 2000, "'a" * 1000])
+def test_no_text_takes_long(text: str) -> None:
+    """Whoever may write to the bot could stop it for all others: the first of these once took 35 seconds."""
+    normalise("hello")  # with its import
+    began = time.process_time()
+    normalise(text)
+    assert time.process_time() - began < 0.25
 
 
 @given(ANYTHING)
