@@ -221,7 +221,7 @@ class Courier:
         if reply.state == "sending" and await self._arrived(platform, reply):
             return True
         while not self._too_late(reply):
-            await circuit.closed(reply.tries)
+            await circuit.closed(reply.channel, reply.tries)
             try:
                 await platform.turn(reply.channel)
                 arrived = await self._surely(self._attempt(platform, reply))
@@ -231,11 +231,11 @@ class Courier:
             except NotSent as error:
                 self._count(reply, "not_sent")
                 log.warning("%s: not sent, trying again: %s", reply.channel, error)
-                await circuit.failed(reply.tries + 1)
+                await circuit.failed(reply.channel, reply.tries + 1)
             except MaybeSent as error:
                 self._count(reply, "in_doubt")
                 log.warning("%s: perhaps sent, looking: %s", reply.channel, error)
-                await circuit.failed(reply.tries + 1)
+                await circuit.failed(reply.channel, reply.tries + 1)
                 if await self._arrived(platform, reply):
                     return True
             else:
@@ -312,24 +312,28 @@ class Courier:
 
 
 class Circuit:
-    """A platform that fails again and again is asked by one channel at a time until it answers."""
+    """A platform on which chat after chat fails is asked by one of them at a time until it answers. A chat that has not
+    failed goes at once: none suffers from what is wrong with others, and it is the best to try with."""
 
     OPENS_AT = 5
 
     def __init__(self) -> None:
-        self._failures = 0
+        self._failing: set[Channel] = set()
         self._probe = asyncio.Lock()
 
-    async def closed(self, tries: int) -> None:
+    async def closed(self, channel: Channel, tries: int) -> None:
         """Wait for leave to send."""
-        if self._failures >= self.OPENS_AT:
+        if self._is_open(channel):
             async with self._probe:
-                if self._failures >= self.OPENS_AT:
-                    await asyncio.sleep(backoff(tries))
+                if self._is_open(channel):
+                    await asyncio.sleep(backoff(tries, 5.0))
 
-    async def failed(self, tries: int) -> None:
-        self._failures += 1
+    def _is_open(self, channel: Channel) -> bool:
+        return channel in self._failing and len(self._failing) >= self.OPENS_AT
+
+    async def failed(self, channel: Channel, tries: int) -> None:
+        self._failing.add(channel)
         await asyncio.sleep(backoff(tries))
 
     def worked(self) -> None:
-        self._failures = 0
+        self._failing.clear()

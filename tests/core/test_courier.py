@@ -237,6 +237,20 @@ def test_a_platform_that_is_down_is_asked_by_few() -> None:
     play(scene)
 
 
+def test_chats_that_always_fail_delay_no_other() -> None:
+    async def scene(house: House) -> None:
+        for number in range(8):
+            house.platform.script[Channel("test", str(number))] = [MaybeSent("500")] * 1000
+            await house.say("hi", channel=str(number))
+        for number in range(8):
+            await asyncio.sleep(100)
+            await house.say(f"calm {number}")
+            await asyncio.sleep(1)
+            assert house.platform.texts()[-1] == f"re calm {number}"
+
+    play(scene)
+
+
 @pytest.mark.parametrize("seconds", [float("nan"), -3, float("inf"), 10**400, None, "soon", "", "-3", "nan", [5]])
 def test_a_wait_that_is_no_number_is_a_second(seconds: object) -> None:
     assert RetryAfter(seconds).seconds == 1
