@@ -122,6 +122,8 @@ def open_telegram(settings: TelegramSettings) -> TelegramBot:
 class TelegramBot:
     name = PLATFORM
     alone = True
+    watch = 60.0
+    """Seconds between two looks at whether Telegram still knows our webhook."""
 
     def __init__(self, settings: TelegramSettings) -> None:
         if settings.telegram_token is None:
@@ -212,23 +214,25 @@ class TelegramBot:
         if isinstance(what, Moved):
             await self._follow(what.old, what.new)
             return
-        if (what.channel, what.id) in self._obeyed:  # the same update again
+        channel, id = what.message.channel, what.message.id
+        if (channel, id) in self._obeyed:  # the same update again
             return
         said = GREETING
         if what.name == "reset":
-            said = await self._reset(what.channel)
-        self._obeyed[what.channel, what.id] = None
+            said = await self._reset(what.message)
+        self._obeyed[channel, id] = None
         if len(self._obeyed) > 1000:
             self._obeyed.popitem(last=False)
-        if self._confirming[what.channel] < CONFIRMATIONS:
-            self._confirming[what.channel] += 1
+        if said and self._confirming[channel] < CONFIRMATIONS:
+            self._confirming[channel] += 1
             self._start(self._confirm(what, said))
 
-    async def _reset(self, channel: Channel) -> str:
+    async def _reset(self, asked: Message) -> str:
+        """What to say; "" when this very command was obeyed before we died."""
         assert self._chat is not None
+        channel = asked.channel
         try:
-            await self._chat.reset(channel)
-            return FORGOTTEN
+            return FORGOTTEN if await self._chat.reset(channel, asked) else ""
         except NotAccepted:
             raise
         except Exception:
@@ -237,13 +241,14 @@ class TelegramBot:
 
     async def _confirm(self, command: Command, said: str) -> None:
         """Said directly, once: whoever does not see it can ask again."""
+        channel = command.message.channel
         try:
-            await self.turn(command.channel)
-            await self._say(command.channel, said, command.id)
+            await self.turn(channel)
+            await self._say(channel, said, command.message.id)
         except SendError as error:
-            log.warning("%s: /%s is not confirmed: %s", command.channel, command.name, error)
+            log.warning("%s: /%s is not confirmed: %s", channel, command.name, error)
         finally:
-            self._confirming -= Counter([command.channel])
+            self._confirming -= Counter([channel])
 
     async def _follow(self, old: Channel, new: Channel) -> None:
         """The conversation goes on under the supergroup's id."""
@@ -283,19 +288,39 @@ class TelegramBot:
                 raise Unservable(f"{where} ({error.strerror or error}): name a free port") from None
             if host not in LOOPBACK:
                 log.info("Telegram: the webhook listens on %s:%d without TLS; put a proxy before it", host, port)
-            try:
-                await self._api.insist(
-                    "setWebhook",
-                    url=settings.telegram_webhook_url,
-                    secret_token=secret,
-                    allowed_updates=WANTED,
-                    drop_pending_updates=False,
+            while True:
+                await self._set_webhook(secret)
+                await self._webhook_gone()
+                log.warning("Telegram: somebody took our webhook away; it is set again")
+
+    async def _set_webhook(self, secret: str) -> None:
+        url = self._settings.telegram_webhook_url
+        more = {"secret_token": secret, "allowed_updates": WANTED, "drop_pending_updates": False}
+        try:
+            await self._api.insist("setWebhook", url=url, **more)
+        except Rejected as error:
+            if "resolve" in error.description:  # a new name takes a while to get round
+                raise ConnectionError(f"TELEGRAM_WEBHOOK_URL: {error.description}") from None
+            raise Unservable(f"TELEGRAM_WEBHOOK_URL: Telegram does not take it: {error.description}") from None
+
+    async def _webhook_gone(self) -> None:
+        """Returns when Telegram posts to another address, or none: whoever polls with the token takes ours away. What
+        it says of its own failures is in the log, once each."""
+        told: object = None
+        while True:
+            await asyncio.sleep(self.watch)
+            info: Any = None
+            with contextlib.suppress(Rejected, Unreadable, SendError):  # then the next time
+                info = await self._api.call("getWebhookInfo")
+            if not isinstance(info, dict) or "url" not in info:
+                continue
+            if info["url"] != self._settings.telegram_webhook_url:
+                return
+            if info.get("last_error_date") not in (None, told):
+                told = info["last_error_date"]
+                log.warning(
+                    "Telegram could not post an update: %s", clean(str(info.get("last_error_message", "")))[:200]
                 )
-            except Rejected as error:
-                if "resolve" in error.description:  # a new name takes a while to get round
-                    raise ConnectionError(f"TELEGRAM_WEBHOOK_URL: {error.description}") from None
-                raise Unservable(f"TELEGRAM_WEBHOOK_URL: Telegram does not take it: {error.description}") from None
-            await asyncio.Event().wait()
 
     # -- speaking ------------------------------------------------------------------------------------------------
 

@@ -97,8 +97,9 @@ def _rejected(code: int, payload: bytes) -> Rejected:
         answer = json.loads(payload)
     except (ValueError, RecursionError):
         answer = None
-    if not isinstance(answer, dict):  # some proxy's page: it may show the address, and with it the token
-        return Rejected(code, "", {})
+    if not isinstance(answer, dict) or "ok" not in answer:
+        # Some proxy's page, and no word about the token or a message. It may show the address, and with it the token.
+        return Rejected(429 if code == 429 else 502, f"HTTP {code}, and not in Telegram's words", {})
     parameters, said = answer.get("parameters"), answer.get("error_code")
     return Rejected(
         said if isinstance(said, int) and 300 <= said < 600 else code,

@@ -38,8 +38,7 @@ class Me:
 @dataclass(frozen=True, slots=True)
 class Command:
     name: str
-    channel: Channel
-    id: str
+    message: Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
         if target and target.lower() != me.username.lower():
             return None
         if name in COMMANDS:
-            return Command(name, channel, id)
+            return Command(name, replace(said(text), kind="heard"))
         if not target and not private:
             return None  # some other bot's
         return said(match[1] + text[match.end() :])

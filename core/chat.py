@@ -116,10 +116,13 @@ class Chat:
                 self._answering[row].cancel("deleted")
         self._measure()
 
-    async def reset(self, channel: Channel) -> None:
-        """The conversation starts anew: what was said before is not in any later prompt."""
-        await self.journal.reset(channel)
+    async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
+        """The conversation starts anew: what was said before is not in any later prompt. False: `asked`, a platform's
+        message that may come again, has been obeyed already."""
+        if not await self.journal.reset(channel, asked):
+            return False
         self._spawn(self._forget(channel))  # nobody waits for an engine that is away: it may only cost, never tell
+        return True
 
     async def _forget(self, channel: Channel) -> None:
         try:

@@ -287,15 +287,26 @@ class Journal(Upkeep):
             turns.append(Turn("assistant", "", row.spoken, 2 * row.turn + 1, row.platform_id))
         return turns[-limit:]
 
-    async def reset(self, channel: Channel) -> None:
-        """What was said before is in no later history, what still waits for its answer included."""
+    async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
+        """What was said before is in no later history, what still waits for its answer included. With the message that
+        `asked` for it, only when that is not stored yet: False when it is."""
         here = {"platform": channel.platform, "channel": channel.id}
         newest = select(func.coalesce(func.max(messages.c.id), 0)).where(inside(channel)).scalar_subquery()
         insert = self._insert(channels).values(**here, next_turn=0, history_after=newest)
         forget = insert.on_conflict_do_update(
             index_elements=list(here), set_={"history_after": insert.excluded.history_after}
         )
-        await self._writer.do(lambda connection: connection.execute(forget))
+
+        def work(connection: Connection) -> bool:
+            if asked:
+                now = time.time()
+                store = self._insert(messages).values(row_of(storable(asked), now, now)).on_conflict_do_nothing()
+                if connection.execute(store.returning(messages.c.id)).first() is None:
+                    return False
+            connection.execute(forget)
+            return True
+
+        return await self._writer.do(work)
 
     # -- delivering ----------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ async def test_a_call_and_its_parameters() -> None:
         (Fault("reset_before"), MaybeSent, False),
         (Fault("reset_after"), MaybeSent, True),
         (Fault("garbage"), Unreadable, False),
-        (Fault("bad_gateway"), Rejected, False),
+        (Fault("page"), Rejected, False),
         (Fault("blocked"), Rejected, False),
         (Fault("flood"), Rejected, False),
         (Fault("migrated", value=-1005), Rejected, False),
@@ -147,7 +147,8 @@ async def test_no_error_and_no_log_shows_the_token(caplog: pytest.LogCaptureFixt
 async def test_insist_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bots.telegram_api.backoff", lambda failures: 0.02)
     async with TelegramServer() as server:
-        server.faults += [Fault("bad_gateway", "getMe"), Fault("reset_before", "getMe")]
+        server.faults += [Fault("page", "getMe", value=code) for code in (400, 401, 403, 404, 502)]
+        server.faults += [Fault("reset_before", "getMe")]
         api = TelegramApi(server.token, server.base)
         assert (await api.insist("getMe"))["is_bot"] is True
         await api.aclose()

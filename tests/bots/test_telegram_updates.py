@@ -97,9 +97,15 @@ def test_a_caption_is_text_and_a_topic_a_channel() -> None:
 
 
 def test_commands() -> None:
-    assert read(said("/reset"), ME) == Command("reset", Channel("telegram", "7"), "17")
-    assert read(said("/Start deep-link"), ME) == Command("start", Channel("telegram", "7"), "17")
-    assert read(said("/reset@PALAVER_bot", GROUP), ME) == Command("reset", Channel("telegram", "-100123"), "17")
+    for typed, chat, name, channel in (
+        ("/reset", PRIVATE, "reset", "7"),
+        ("/Start deep-link", PRIVATE, "start", "7"),
+        ("/reset@PALAVER_bot", GROUP, "reset", "-100123"),
+    ):
+        what = read(said(typed, chat), ME)
+        assert isinstance(what, Command) and what.name == name
+        assert (what.message.channel, what.message.id) == (Channel("telegram", channel), "17")
+        assert (what.message.kind, what.message.text) == ("heard", typed)
     assert heard(said("/joke please")).text == "joke please"
     assert heard(said("/ what")).text == "/ what"
 

@@ -67,6 +67,24 @@ async def test_updates_arrive_in_order_and_nothing_is_polled(server: TelegramSer
     assert given["drop_pending_updates"] == "false" and len(given["secret_token"]) >= 32
 
 
+async def test_a_webhook_that_was_taken_away_is_set_again(
+    server: TelegramServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("bots.telegram.TelegramBot.watch", 0.1)
+    ears, where = Ears(), hook()
+    async with serving(server, ears, **where):
+        for number, url in enumerate(("", "https://elsewhere.example.org/")):
+            await until(lambda: server.webhook["url"] == where["telegram_webhook_url"])
+            server.webhook = {"url": url}
+            await until(lambda: server.webhook["url"] == where["telegram_webhook_url"])
+            server.say(ANN, ANN, f"still there, {number}?")
+            await server.confirmed()
+        looks = len(server.called("getWebhookInfo"))
+        await until(lambda: len(server.called("getWebhookInfo")) > looks + 3)
+    assert ears.texts == ["still there, 0?", "still there, 1?"]
+    assert len(server.called("setWebhook")) == 3 and caplog.text.count("took our webhook away") == 2
+
+
 async def test_200_comes_after_the_commit_and_503_when_there_is_none(server: TelegramServer) -> None:
     ears, where = Ears(), hook()
     ears.refuse = 2

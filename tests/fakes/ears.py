@@ -56,9 +56,10 @@ class Ears:
         self._asked()
         (self.expired if state == "expired" else self.failed).extend((message, note) for message in messages)
 
-    async def reset(self, channel: Channel) -> None:
+    async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
         self._asked()
         self.resets.append(channel)
+        return True
 
     async def rekey(self, old: Channel, new: Channel) -> None:
         self._asked()

@@ -37,7 +37,7 @@ Kind = Literal[
     "flood",
     "blocked",
     "migrated",
-    "bad_gateway",
+    "page",
     "delay",
     "reset_before",
     "reset_after",
@@ -55,7 +55,8 @@ class Fault:
     chat: int | None = None
     times: int = 1
     value: Any = None
-    """flood: the parameters, e.g. {"retry_after": 3}; delay: seconds; migrated: the new chat; error: [code, text]."""
+    """flood: the parameters, e.g. {"retry_after": 3}; delay: seconds; migrated: the new chat; error: [code, text];
+    page: the HTTP status of some proxy's page, 502 when None."""
 
 
 @dataclass
@@ -328,8 +329,9 @@ class TelegramServer:
                 raise Answer(400, text, {"migrate_to_chat_id": fault.value})
             case "error":
                 raise Answer(*fault.value)
-            case "bad_gateway":
-                return web.Response(status=502, text="<html><h1>502 Bad Gateway</h1></html>", content_type="text/html")
+            case "page":
+                html = "<html><h1>Not from Telegram</h1></html>"
+                return web.Response(status=fault.value or 502, text=html, content_type="text/html")
             case "garbage":
                 return web.Response(text='{"ok": tr')
         return _reset(request)

@@ -121,7 +121,7 @@ async def _trouble(town: Town, what: str, outcome: Soak) -> None:
             await asyncio.sleep(3.0)
             limit(town, 1024)
         case "down":
-            town.telegram.faults += [TelegramFault("bad_gateway", m, times=-1) for m in ("sendMessage", "getUpdates")]
+            town.telegram.faults += [TelegramFault("page", m, times=-1) for m in ("sendMessage", "getUpdates")]
             town.discord.faults.append(DiscordFault("error", times=-1, value=[503, 0, "down"]))
             await asyncio.sleep(5.0)
             town.telegram.faults.clear()

@@ -30,7 +30,7 @@ PATIENCE = 240.0
 IN_A_PLACE = 4
 """Questions open in one place at most: nothing is shed, so that each must be answered."""
 TELEGRAM_CHAOS: dict[Any, float] = {
-    "bad_gateway": 0.05,
+    "page": 0.05,
     "reset_before": 0.05,
     "reset_after": 0.05,
     "flood": 0.03,

@@ -197,9 +197,10 @@ class MemoryJournal:
             ]
         return sorted(turns, key=lambda turn: turn.index)[-limit:]
 
-    async def reset(self, channel: Channel) -> None:
+    async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
         await self._before()
         self._disk.after[channel] = len(self._disk.rows)
+        return True
 
     async def rekey(self, old: Channel, new: Channel) -> None:
         """As far as replies and waiting questions go; turns are not renumbered."""

@@ -229,6 +229,16 @@ async def test_a_delivery_step_by_step(journal: Journal) -> None:
     assert await journal.replied(HERE, "1") and not await journal.replied(HERE, "2")
 
 
+async def test_a_reset_that_comes_again_is_obeyed_once(journal: Journal) -> None:
+    asked = message("2", "/reset", kind="heard")
+    await answered(journal, "1")
+    assert await journal.reset(HERE, asked)
+    await answered(journal, "3")
+    assert not await journal.reset(HERE, asked) and not await journal.reset(HERE, asked)
+    assert [turn.id for turn in await journal.history(HERE)] == ["3", "3"]
+    assert await journal.reset(HERE) and await journal.history(HERE) == []
+
+
 async def test_what_is_settled_stays_settled(journal: Journal) -> None:
     """Another process may have taken the platform over and sent it."""
     (sent,), (given_up,) = await answered(journal, "1"), await answered(journal, "2")
