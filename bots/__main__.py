@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import math
+import os
+import re
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -94,6 +99,8 @@ def engine(
     """
     from core.engine.server import serve_engine
 
+    if not re.fullmatch(r"unix:.+|.+:\d{1,5}", address):
+        _stop([f"{address} is no address: name HOST:PORT, for example 127.0.0.1:8100, or unix:PATH"])
     (settings,) = _settings(Settings)
     raise typer.Exit(_go(serve_engine(settings, address)))
 
@@ -240,25 +247,42 @@ def journal_export(
     channel: Annotated[str, typer.Argument(help="platform:id, for example discord:123 or web:abc")],
     file: Annotated[Path | None, typer.Argument(help="where to write; standard output when left out")] = None,
 ) -> None:
-    """One channel's conversation as JSON lines, oldest first."""
+    """One channel's conversation as JSON lines, oldest first.
+
+    FILE is replaced when all of it is there. Exit code 1: the journal has nothing of that channel, or it failed.
+    """
     from core.messages import Channel
 
     try:
         where = Channel.parse(channel)
     except ValueError as error:
         _stop([str(error)])
+    part = file.with_name(f"{file.name}.part") if file and file.name else None
 
     async def export() -> int:
+        lines = 0
         async with _journal() as journal:
-            try:
-                with file.open("w", encoding="utf-8") if file else contextlib.nullcontext(sys.stdout) as out:
-                    async for line in journal.export(where):
-                        print(json.dumps(line, ensure_ascii=False), file=out)
-            except OSError as error:
-                _stop([f"{file or 'standard output'} cannot be written: {error.strerror or error}"])
-        return 0
+            if file and journal.holds(file):
+                _stop([f"{file} belongs to the journal itself: name another file"])
+            with part.open("w", encoding="utf-8") if part else contextlib.nullcontext(sys.stdout) as out:
+                async for line in journal.export(where):
+                    print(json.dumps(line, ensure_ascii=False), file=out)
+                    lines += 1
+        if not lines:
+            print(f"the journal has nothing of {where}", file=sys.stderr)
+        elif file and part:
+            part.replace(file)
+        return 0 if lines else 1
 
-    raise typer.Exit(_go(export()))
+    try:
+        code = _go(export())
+    except OSError as error:
+        print(f"{file or 'standard output'} cannot be written: {error.strerror or error}", file=sys.stderr)
+        code = 1
+    finally:
+        if part:
+            part.unlink(missing_ok=True)
+    raise typer.Exit(code)
 
 
 @journal_cli.command("backup")
@@ -323,7 +347,7 @@ def _journal_file(tool: str, must_exist: bool = True) -> Path:
     logging.getLogger().setLevel(logging.WARNING)
     file = file_of(parse(settings.database_url.get_secret_value()))
     if file is None:
-        raise JournalError(f"DATABASE_URL: that journal is in PostgreSQL, which has its own tool for this: {tool}")
+        _stop([f"DATABASE_URL: that journal is in PostgreSQL, which has its own tool for this: {tool}"])
     if must_exist and not file.is_file():
         raise JournalError(f"DATABASE_URL: there is no journal at {file}")
     return file
@@ -376,10 +400,19 @@ def _stop(lines: list[str]) -> NoReturn:
 
 
 async def _serve(settings: Settings, bots: list[Bot]) -> int:
+    """Loading may take minutes, and a container's first process hears no signal that it has not asked for."""
     from core.app import open_app
 
-    async with open_app(settings) as app:
-        return await app.run(bots)
+    loop, opening = asyncio.get_running_loop(), asyncio.current_task()
+    assert opening
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, opening.cancel)  # app.run hears them from then on
+    try:
+        async with open_app(settings) as app:
+            return await app.run(bots)
+    except asyncio.CancelledError:
+        print("stopped before it served", file=sys.stderr)
+        return 128 + signal.SIGTERM
 
 
 def _go(work: Coroutine[None, None, int]) -> int:
@@ -401,7 +434,21 @@ def _go(work: Coroutine[None, None, int]) -> int:
 
 
 def main() -> None:
-    cli(prog_name="palaver")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # people's names, on a terminal that knows fewer letters
+    try:
+        try:
+            cli(prog_name="palaver")
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is tried again at the end
+        print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from core.delivery import NotAccepted
+from core.delivery import NotAccepted, Unservable
 from core.messages import Author, Channel, Message, Reply
 from core.text import MAX_CHARS, clean
 
@@ -39,7 +39,7 @@ class ConsoleBot:
         self._asked: dict[str, asyncio.Future[str]] = {}
 
     async def serve(self, chat: Chat) -> None:
-        """Returns at the end of the input or at /quit."""
+        """Returns at the end of the input or at /quit. Raises Unservable when nothing can be shown."""
         self._show(f"{WELCOME}\n> " if self.at_terminal else "")
         try:
             async for line in read_lines():
@@ -47,8 +47,10 @@ class ConsoleBot:
                     break
                 said = await self._answer(chat, line)
                 self._show(f"\r\x1b[K{said}\n> " if self.at_terminal else f"{said}\n")
-        except BrokenPipeError:  # nobody reads on: `palaver chat | head -1`
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):  # else nobody reads on: `palaver chat | head -1`
+                raise Unservable(f"standard output cannot be written: {error.strerror}") from None
 
     async def _answer(self, chat: Chat, text: str) -> str:
         if text == "/reset":

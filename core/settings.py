@@ -6,18 +6,24 @@ A wrong setting is one line that names the variable, what is wrong and an exampl
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from core.engine.base import SamplingParams
+
+log = logging.getLogger(__name__)
 
 ENV_FILE = ".env"
 JOURNALS = ("sqlite", "sqlite+aiosqlite", "postgres", "postgresql", "postgresql+asyncpg")
@@ -64,9 +70,15 @@ def _read(name: str, path: Path) -> str:
 
 def _dotenv() -> dict[str, str | None]:
     try:
-        return dotenv_values(ENV_FILE, encoding="utf-8") if Path(ENV_FILE).is_file() else {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise WrongSettings([f"{ENV_FILE}: cannot be read ({type(error).__name__}); save it as UTF-8 text"]) from None
+        text = Path(ENV_FILE).read_text("utf-8") if Path(ENV_FILE).is_file() else ""
+    except UnicodeDecodeError:
+        raise WrongSettings([f"{ENV_FILE}: is no UTF-8 text; save it as that"]) from None
+    except OSError as error:
+        raise WrongSettings([f"{ENV_FILE}: cannot be read ({error.strerror}); check its rights"]) from None
+    wrong = [line.original for line in parse_stream(StringIO(text)) if line.error]  # each with blank lines before it
+    if lines := [bad.line + len(bad.string) - len(bad.string.lstrip("\n")) for bad in wrong]:
+        raise WrongSettings([f"{ENV_FILE}: line {number} is not NAME=value" for number in lines])
+    return dotenv_values(stream=StringIO(text))
 
 
 class Group(BaseSettings):
@@ -169,6 +181,12 @@ class Settings(Group):
             raise ValueError("must be the address of a SQLite file (sqlite:///palaver.db) or a PostgreSQL database")
         if scheme.startswith("sqlite") and rest.lstrip("/").split("?")[0] in ("", ":memory:"):
             raise ValueError("must name a file: a journal in memory would lose everything")
+        if scheme.startswith("sqlite") and not rest.startswith("/"):
+            raise ValueError(
+                "wants three slashes before a file's name, sqlite:///palaver.db, and four before a path's /"
+            )
+        if not scheme.startswith("sqlite") and not _has_port(url.get_secret_value().strip()):
+            raise ValueError("has a port that is no number up to 65535")
         return SecretStr(url.get_secret_value().strip())
 
     @field_validator("device")
@@ -181,9 +199,18 @@ class Settings(Group):
     @field_validator("engine")
     @classmethod
     def _known_engine(cls, value: str) -> str:
-        if value in ("process", "inprocess", "echo") or value.startswith(("http://", "https://", "unix:")):
+        http = value.startswith(("http://", "https://")) and urlsplit(value).hostname and _has_port(value)
+        if value in ("process", "inprocess", "echo") or http or (value.startswith("unix:") and value != "unix:"):
             return value.rstrip("/")
-        raise ValueError("must be process, inprocess, echo or an http:// address")
+        raise ValueError("must be process, inprocess, echo or the address of a palaver engine")
+
+
+def _has_port(url: str) -> bool:
+    """One from 1 to 65535, or none."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def read(*groups: type[GroupT]) -> list[GroupT]:
@@ -259,4 +286,7 @@ def _misspelt(groups: tuple[type[GroupT], ...]) -> list[str]:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if name not in ours and (near or name.split("__")[0] in nested):
             lines.append(f"{name}: is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+    for name in {name.upper() for name in os.environ} - ours:  # others set variables too: no mistake, but worth a word
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
+            log.warning("%s is no setting and does nothing here; %s is one", name, near[0])
     return lines

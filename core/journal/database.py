@@ -67,12 +67,23 @@ def parse(url: str) -> URL:
         raise JournalError(f"DATABASE_URL: only SQLite and PostgreSQL hold a journal; {EXAMPLES}")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise JournalError(f"DATABASE_URL: a journal in memory would lose everything; name a file, {EXAMPLES}")
-    return parsed.set(drivername=drivers[parsed.drivername])
+    parsed = parsed.set(drivername=drivers[parsed.drivername])
+    if parsed.get_backend_name() == "sqlite":
+        return parsed
+    given = {
+        {"sslmode": "ssl"}.get(name, name): value for name, value in parsed.query.items()
+    }  # libpq's name, asyncpg's
+    if unknown := sorted(given.keys() - {"ssl", "host", "port"}):
+        raise JournalError(f"DATABASE_URL: {', '.join(unknown)} cannot be given there; sslmode, host and port can")
+    return parsed.set(query=given)
 
 
 def file_of(url: URL) -> Path | None:
     """SQLite's file; None for PostgreSQL."""
-    return Path(url.database).absolute() if url.get_backend_name() == "sqlite" and url.database else None
+    try:
+        return Path(url.database).absolute() if url.get_backend_name() == "sqlite" and url.database else None
+    except FileNotFoundError:
+        raise JournalError("the working directory is gone; change into one that exists") from None
 
 
 class Database(Protocol):

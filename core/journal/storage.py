@@ -95,7 +95,7 @@ async def migrate(url: URL, progress: Callable[[str], None]) -> None:
             f"the journal was written by a newer Palaver ({error}); start that version, or restore an older copy"
         ) from None
     except Exception as error:
-        where = file_of(url) or url.host
+        where = file_of(url) or url.host or url.query.get("host")
         reason = busy(error)
         raise JournalError(f"the journal cannot be opened at {where}: {reason or error}") from error
     finally:
@@ -114,6 +114,11 @@ def _upgrade(connection: Connection, progress: Callable[[str], None]) -> None:
     if tables:
         progress("the journal is checked for migrations")
     command.upgrade(config, "head")
+
+
+def parts(file: Path) -> list[Path]:
+    """What a journal in use consists of."""
+    return [file.with_name(file.name + suffix).resolve() for suffix in ("", "-wal", "-shm")]
 
 
 def copies(file: Path) -> Path:
@@ -243,7 +248,7 @@ def _backup(file: Path, path: Path | None) -> Path:
     target = path or copies(file) / f"{_stamp()}.db"
     if target.is_dir():
         raise JournalError(f"{target} is a folder; name a file in it, for example {target / 'palaver-copy.db'}")
-    if target.resolve() in [file.with_name(file.name + suffix).resolve() for suffix in ("", "-wal", "-shm")]:
+    if target.resolve() in parts(file):
         raise JournalError(f"{target} is the journal itself: name another file for the copy")
     if target.exists() and target.stat().st_size and (why := _bad(target)):
         raise JournalError(f"{target} stands there already and {why}: name another file for the copy")

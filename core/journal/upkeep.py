@@ -177,6 +177,10 @@ class Upkeep:
             return []
         return await storage.check(self._file)
 
+    def holds(self, path: Path) -> bool:
+        """Is it the journal's file, or one that SQLite has beside it?"""
+        return self._file is not None and path.resolve() in storage.parts(self._file)
+
     @property
     def is_file(self) -> bool:
         """PostgreSQL has tools of its own for what we do to a file."""

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import os
 import signal
 import socket
+import sqlite3
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -146,6 +151,73 @@ async def test_the_journal_counts_and_exports(tmp_path: Path) -> None:
     assert code == 0 and "answered" in output and "heard" in output and errors == ""
     code, _, errors = await palaver(tmp_path, "journal", "export", "nowhere")
     assert code == 78 and "platform:id" in errors
+
+
+async def test_an_export_takes_nothings_place_before_it_is_whole(tmp_path: Path) -> None:
+    async with running(tmp_path) as (_, address), aiohttp.ClientSession() as session:
+        await say(address, "question-1", "héllo", session)
+        [(channel,)] = sqlite3.connect(tmp_path / "palaver.db").execute("SELECT channel FROM messages").fetchall()
+        for name in ("palaver.db", "palaver.db-wal"):
+            code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", name)
+            assert code == 78 and "belongs to the journal itself" in errors
+        code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", "talk.jsonl")
+        assert code == 0 and json.loads((tmp_path / "talk.jsonl").read_text("utf-8"))["text"] == "héllo", errors
+        code, _, errors = await palaver(tmp_path, "journal", "export", "web:another", "talk.jsonl")
+        assert (code, errors) == (1, "the journal has nothing of web:another\n")
+        assert (tmp_path / "talk.jsonl").stat().st_size and not list(tmp_path.glob("*.part"))
+        code, output, _ = await palaver(tmp_path, "journal", "export", f"web:{channel}", PYTHONIOENCODING="ascii")
+        assert code == 0 and "h\\xe9llo" in output
+        code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", "nowhere/talk.jsonl")
+        assert code == 1 and errors.startswith("nowhere/talk.jsonl cannot be written")
+
+
+@pytest.mark.parametrize("arguments", [("journal",), ("journal", "check"), ("chat",)])
+async def test_output_that_cannot_be_written_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    await palaver(tmp_path, "chat", said="hello\n")
+    shell = f"{sys.executable} -m bots {' '.join(arguments)} > /dev/full"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2]), "ENGINE": "echo"}
+    process = await asyncio.create_subprocess_shell(
+        shell, cwd=tmp_path, env=environment, stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(PATIENCE):
+        _, errors = await process.communicate(b"hello\n")
+    last = errors.decode().splitlines()[-1]
+    assert process.returncode == 1 and "standard output cannot be written: No space left on device" in last
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_while_the_model_loads_ends_it(tmp_path: Path, name: signal.Signals) -> None:
+    """Also where it is the first process of a container, which hears only signals that it asked for."""
+    first = ["unshare", "--pid", "--fork", "--kill-child"] if os.geteuid() == 0 else []
+    process = await asyncio.create_subprocess_exec(
+        *(*first, sys.executable, "-m", "bots", "run"),
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2]), "WEB_PORT": "0"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    child = process.pid
+    async with asyncio.timeout(PATIENCE):
+        while not (engines := await asyncio.to_thread(engine_of, tmp_path)):
+            await asyncio.sleep(0.05)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            child = int(pid) if first else child
+        os.kill(child, name)
+        _, errors = await process.communicate()
+    assert errors.decode().splitlines()[-1] == "stopped before it served" and b"Traceback" not in errors
+    assert process.returncode == 143
+    assert not any(Path(f"/proc/{pid}").exists() for pid in engines)
+
+
+def engine_of(folder: Path) -> list[int]:
+    """Processes that serve an engine for bots in the folder."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            here = process.name.isdigit() and (process / "cwd").resolve() == folder.resolve()
+            if here and b"core.engine.child" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 async def test_a_journal_deleted_while_nobody_talks_is_noticed_and_there_after_the_next_start(tmp_path: Path) -> None:

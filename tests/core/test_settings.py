@@ -43,6 +43,12 @@ def test_without_any_setting_all_is_well() -> None:
         ("DATABASE_URL", "mysql://root:hunter2@db/x"),
         ("DATABASE_URL", "palaver.db"),
         ("DATABASE_URL", "sqlite:///:memory:"),
+        ("DATABASE_URL", "sqlite://palaver.db"),
+        ("DATABASE_URL", "postgresql://u@h:99999/x"),
+        ("ENGINE", "http://"),
+        ("ENGINE", "http://h:99999"),
+        ("ENGINE", "http://[::1"),
+        ("ENGINE", "unix:"),
         ("ENGINE", "steam"),
         ("DEVICE", "tpu"),
         ("DTYPE", "int3"),
@@ -79,6 +85,15 @@ def test_a_misspelt_name_is_a_mistake(empty_house: Path, monkeypatch: pytest.Mon
     ]
 
 
+def test_a_misspelt_name_in_the_environment_is_worth_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LOGLEVEL", "debug")
+    monkeypatch.setenv("HOMEWORK", "1")
+    read(Settings)
+    assert caplog.messages == ["LOGLEVEL is no setting and does nothing here; LOG_LEVEL is one"]
+
+
 def test_the_environment_goes_before_the_file(empty_house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (empty_house / ".env").write_text("HISTORY_TOKENS=64\nQUEUE__TOTAL=7\nMODEL=\n")
     monkeypatch.setenv("HISTORY_TOKENS", "32")
@@ -111,7 +126,9 @@ def test_files_that_cannot_be_read_are_said(empty_house: Path, monkeypatch: pyte
     monkeypatch.setenv("SOME_TOKEN_FILE", str(empty_house / "nothing"))
     assert mistakes(Tokens) == ["SOME_TOKEN_FILE: the file is empty"]
     (empty_house / ".env").write_bytes(b"\xff\xfe")
-    assert mistakes(Settings)[0].startswith(".env: cannot be read")
+    assert mistakes(Settings) == [".env: is no UTF-8 text; save it as that"]
+    (empty_house / ".env").write_text('# mine\nGRACE=3\nSOME_TOKEN "secret"\n\nLOG_LEVEL="info\n')
+    assert mistakes(Tokens) == [".env: line 3 is not NAME=value", ".env: line 5 is not NAME=value"]
     (empty_house / ".env").unlink()
     monkeypatch.delenv("SOME_TOKEN_FILE")
     monkeypatch.setenv("QUEUE", "{broken")

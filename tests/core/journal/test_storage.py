@@ -74,6 +74,9 @@ def ids(file: Path) -> list[str]:
         ("sqlite:////nowhere/at/all/palaver.db", "does not exist; make it"),
         ("sqlite:////tmp", "is a folder"),
         ("postgresql://u:hunter2@127.0.0.1:1/x", "cannot be opened at 127.0.0.1"),
+        ("postgresql://u:hunter2@/x?host=127.0.0.1&port=1", "cannot be opened at 127.0.0.1"),
+        ("postgresql://u:hunter2@127.0.0.1:1/x?sslmode=require", "cannot be opened at 127.0.0.1"),
+        ("postgresql://u:hunter2@127.0.0.1/x?sslmode=require&pool=3&a=b", "a, pool cannot be given there"),
     ],
 )
 async def test_a_wrong_address_is_one_clear_line(url: str, says: str) -> None:
