@@ -98,8 +98,8 @@ class Chat:
         received = await self.journal.receive(*messages, deadline=self._limits.deadline, marks=marks)
         crash_point("after T1")
         metrics.commit_seconds.observe(self._clock() - began)
-        for message in messages:
-            metrics.received.labels(message.channel.platform).inc()
+        for request in received.asked:
+            metrics.received.labels(request.message.channel.platform).inc()
         for request in received.asked if self._taking else ():  # nothing is awaited: arrival order is answer order
             if bound := self._queue.full(request):
                 self._spawn(self._shed(request, bound))
@@ -114,6 +114,7 @@ class Chat:
         for row in received.cancelled:
             if not self._queue.remove(row) and row in self._answering:
                 self._answering[row].cancel("deleted")
+            metrics.finished.labels(messages[0].channel.platform, "cancelled").inc()
         self._measure()
 
     async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
@@ -177,7 +178,10 @@ class Chat:
         """Take up what the journal still owes `platforms` (None: all); before any bot serves, or a message could stand
         here twice. What waits on other platforms is the business of the process that runs them."""
         for request in await insist(self.journal.backlog, self._limits.deadline, MAX_ATTEMPTS, platforms):
-            self._queue.put(self._timed(request))
+            if request.deadline > self._now():
+                self._queue.put(self._timed(request))
+            else:
+                await self._close(request, "failed", "no answer in so many starts", SORRY)
 
     async def serve(self) -> None:
         """Answer until cancelled."""

@@ -9,8 +9,10 @@ from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 
-received = Counter("palaver_messages_received", "Messages stored, by platform.", ["platform"])
-finished = Counter("palaver_messages_finished", "Messages that reached a final state.", ["platform", "state"])
+received = Counter("palaver_messages_received", "Questions stored, each once.", ["platform"])
+finished = Counter(
+    "palaver_messages_finished", "Questions that reached a final state in this process.", ["platform", "state"]
+)
 waiting = Gauge("palaver_requests_waiting", "Requests in the queue.")
 under_way = Gauge("palaver_requests_under_way", "Answers being made.")
 answer_seconds = Histogram("palaver_answer_seconds", "From receipt to the reply in the journal.", buckets=_SECONDS)

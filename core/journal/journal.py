@@ -10,7 +10,6 @@ import base64
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -141,40 +140,39 @@ class Journal(Upkeep):
         self, deadline: float, max_attempts: int = 3, platforms: Collection[str] | None = None
     ) -> list[Request]:
         """At start, in arrival order: what still waits on `platforms` (None: on all). Of what is past its deadline, the
-        newest question of each channel gets a fresh one (`max_attempts` times, then it failed); the others expire."""
-        owed, ended = await self._writer.do(
+        newest question of each channel gets a fresh one (`max_attempts` times, then it comes with the old one, to be
+        closed); the others expire."""
+        owed, expired = await self._writer.do(
             lambda connection: self._backlog(connection, deadline, max_attempts, platforms)
         )
-        if ended:
-            log.warning("too old at the start: %d expired, %d failed", ended["expired"], ended["failed"])
+        if expired:
+            log.warning("too old at the start: %d expired", expired)
         return owed
 
     def _backlog(
         self, connection: Connection, deadline: float, max_attempts: int, platforms: Collection[str] | None
-    ) -> tuple[list[Request], Counter[str]]:
-        """What is owed, and how many came to which end."""
+    ) -> tuple[list[Request], int]:
+        """What is owed, and how many expired."""
         now = time.time()
         waiting = select(messages).where(messages.c.state == "waiting").order_by(messages.c.id)
         if platforms is not None:
             waiting = waiting.where(messages.c.platform.in_(platforms))
         rows = connection.execute(waiting).all()
         newest = {(row.platform, row.channel): row.id for row in rows}
-        owed = []
-        ended = Counter[str]()
+        owed, expired = [], 0
         for row in rows:
-            if row.deadline > now:
-                owed.append(request_of(row))
+            this = update(messages).where(messages.c.id == row.id)
+            request = request_of(row)
+            if row.deadline <= now and newest[row.platform, row.channel] != row.id:
+                connection.execute(this.values(state="expired", note="too old at start"))
+                expired += 1
                 continue
-            last = newest[row.platform, row.channel] == row.id
-            if last and row.attempts < max_attempts:
-                values: dict[str, Any] = {"attempts": row.attempts + 1, "deadline": now + deadline}
-                request = replace(request_of(row), deadline=datetime.fromtimestamp(now + deadline, UTC))
-                owed.append(replace(request, attempts=row.attempts + 1))
-            else:
-                values = {"state": "failed" if last else "expired", "note": "too old at start"}
-                ended[values["state"]] += 1
-            connection.execute(update(messages).where(messages.c.id == row.id).values(**values))
-        return owed, ended
+            if row.deadline <= now and row.attempts < max_attempts:
+                connection.execute(this.values(attempts=row.attempts + 1, deadline=now + deadline))
+                fresh = datetime.fromtimestamp(now + deadline, UTC)
+                request = replace(request, deadline=fresh, attempts=row.attempts + 1)
+            owed.append(request)
+        return owed, expired
 
     # -- answering -----------------------------------------------------------------------------------------------
 

@@ -376,3 +376,19 @@ def test_after_a_long_night_the_newest_question_is_answered() -> None:
         assert house.platform.texts() == ["re three"]
 
     play(scene)
+
+
+def test_what_no_start_could_answer_ends_with_an_apology() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1000
+        await house.say("one")
+        for _ in range(4):  # the first time it has not been tried yet
+            assert house.states() == ["waiting"]
+            await house.kill()
+            await asyncio.sleep(3600)
+            house.build()
+            await house.open()
+        await asyncio.sleep(10)
+        assert (house.states(), house.platform.texts()) == (["failed"], [SORRY])
+
+    play(scene)

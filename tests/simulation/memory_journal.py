@@ -127,9 +127,7 @@ class MemoryJournal:
                 continue
             if newest[row.message.channel] != row.row:
                 row.state = "expired"
-            elif row.attempts >= max_attempts:
-                row.state = "failed"
-            else:
+            elif row.attempts < max_attempts:
                 row.attempts += 1
                 row.deadline = self._now() + timedelta(seconds=deadline)
         await self._after()
