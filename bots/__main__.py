@@ -382,11 +382,17 @@ def _settings(*groups: type[Any]) -> list[Any]:
 
 @contextlib.asynccontextmanager
 async def _journal() -> AsyncIterator[Journal]:
+    """One that stands there: to look at a journal makes none."""
+    from core.journal.database import JournalError, file_of, parse
     from core.journal.journal import open_journal
 
     (settings,) = _settings(Settings)
     logging.getLogger().setLevel(logging.WARNING)
-    journal = await open_journal(settings.database_url.get_secret_value())
+    url = settings.database_url.get_secret_value()
+    file = file_of(parse(url))
+    if file and file.parent.is_dir() and not any(name.startswith(file.name) for name in os.listdir(file.parent)):
+        raise JournalError(f"DATABASE_URL: there is no journal at {file}")
+    journal = await open_journal(url)
     try:
         yield journal
     finally:

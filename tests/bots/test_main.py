@@ -146,6 +146,8 @@ def test_help_says_something(arguments: tuple[str, ...]) -> None:
 
 
 async def test_the_journal_counts_and_exports(tmp_path: Path) -> None:
+    code, output, errors = await palaver(tmp_path, "journal")
+    assert (code, output) == (75, "") and "there is no journal at" in errors and not list(tmp_path.iterdir())
     await palaver(tmp_path, "chat", said="hello\n🦄\n")
     code, output, errors = await palaver(tmp_path, "journal")
     assert code == 0 and "answered" in output and "heard" in output and errors == ""
