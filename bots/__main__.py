@@ -418,7 +418,7 @@ async def _serve(settings: Settings, bots: list[Bot]) -> int:
             return await app.run(bots)
     except asyncio.CancelledError:
         print("stopped before it served", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        return 0  # as it was asked to, and as when it had served: systemd calls all else a failure
 
 
 def _go(work: Coroutine[None, None, int]) -> int:
