@@ -37,15 +37,22 @@ SHORT = 16
 """Rows of one sequence up to which each gathers its keys for itself."""
 
 FEWEST, MOST = 4, 256
-"""Pages that a table has at least; rows that one graph takes at most."""
+"""Pages that a table has at least, and rows that are taken at once with so many; with twice the pages half the rows, so
+that what a step gathers of the pool stays as large (of a medium model in 16 bits 256 MiB)."""
 
-NOTHING, SCRATCH = 0, 1
+ZEROS, SCRATCH = 0, 1
 """The page of zeros that fills tables up, never written; and where padding rows write."""
 
 NEAR = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far logits may be from those of the same weights launched kernel by kernel, relative to their spread."""
 
 Step = Callable[[], None]
+
+
+def lost(error: Exception) -> bool:
+    """Is the device of no more use to this process? Not where a capture was refused or went wrong: CUDA's errors 900 to
+    909 (https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html)."""
+    return isinstance(error, torch.AcceleratorError) and not 900 <= getattr(error, "error_code", 0) < 910
 
 
 class Pages:
@@ -114,25 +121,29 @@ class GraphedGPT2(GPT2):
             for row, position in enumerate(range(r.start, r.start + r.count), first):
                 groups.setdefault(self._pages(position + 1), []).append(row)
                 table[row] = [batch.ids[row], position, *self._filled(r.kv, position + 1)]
+        # What a sequence's row needs of its earlier ones is there: they are in a chunk before, or in its own.
+        chunks = [
+            (pages, groups[pages][first : first + most])
+            for pages in sorted(groups)
+            for most in [MOST * FEWEST // pages]
+            for first in range(0, len(groups[pages]), most)
+        ]
         with sdpa_kernel(self._backend):
-            # What a sequence's row needs of its earlier ones is there: they are in a group before, or in its own.
-            ordered = [(pages, groups[pages]) for pages in sorted(groups)]
             if long:
-                short = [(rows, [table[row] for row in rows]) for _, rows in ordered]
+                short = [(rows, [table[row] for row in rows]) for _, rows in chunks]
                 return self._launch(batch, self._attending(long, short))
-            logits = torch.empty(len(batch.wanted), self.config.vocab_size)
-            for pages, rows in ordered:
-                for chunk in (rows[i : i + MOST] for i in range(0, len(rows), MOST)):
-                    self._replay([table[row] for row in chunk], pages)
-                    at = {row: i for i, row in enumerate(chunk)}
-                    wanted = [i for i, row in enumerate(batch.wanted) if row in at]
-                    logits[wanted] = self._logits[[at[batch.wanted[i]] for i in wanted]].float().cpu()
-            return logits
+            logits = torch.empty(len(batch.wanted), self.config.vocab_size, dtype=self.dtype, device=self.device)
+            for pages, rows in chunks:
+                self._replay([table[row] for row in rows], pages)
+                at = {row: i for i, row in enumerate(rows)}
+                wanted = [i for i, row in enumerate(batch.wanted) if row in at]
+                logits[wanted] = self._logits[[at[batch.wanted[i]] for i in wanted]]
+            return logits.float().cpu()  # once: each copy waits for the device
 
     def _replay(self, table: list[list[int]], pages: int) -> None:
         """One step of rows that all have `pages`; their logits stand in `_logits` until the next."""
         count = 1 << (len(table) - 1).bit_length()
-        padding = [[0, 0, SCRATCH, *[NOTHING] * (pages - 1)]] * (count - len(table))
+        padding = [[0, 0, SCRATCH, *[ZEROS] * (pages - 1)]] * (count - len(table))
         self._table[:count, : 2 + pages] = torch.tensor(table + padding)
         if (count, pages) not in self._graphs:
             self._graphs[count, pages] = self._captured(lambda: self._step(count, pages))
@@ -141,9 +152,9 @@ class GraphedGPT2(GPT2):
     def _captured(self, step: Step) -> Step:
         try:
             return self._capture(step)
-        except torch.AcceleratorError:
-            raise  # the device is lost
         except RuntimeError as error:
+            if lost(error):
+                raise
             log.warning("a CUDA graph cannot be captured (%r): new ones are launched kernel by kernel", error)
             self._capture = uncaptured
             return step
@@ -203,9 +214,9 @@ class GraphedGPT2(GPT2):
         return min(max(FEWEST, 1 << ((end - 1) // TILE).bit_length()), max(FEWEST, most))
 
     def _filled(self, kv: Pages, end: int) -> list[int]:
-        """The pages of the positions before `end`, and NOTHING up to the table's end."""
+        """The pages of the positions before `end`, and ZEROS up to the table's end."""
         own = kv.numbers[: -(-end // TILE)]
-        return own + [NOTHING] * (self._pages(end) - len(own))
+        return own + [ZEROS] * (self._pages(end) - len(own))
 
     def _places(self, table: Tensor) -> Places:
         """`table` (b, 2 + pages): id, position, pages of each row."""
@@ -235,7 +246,8 @@ class Capture:
     def __call__(self, step: Step) -> Step:
         """Calls `step` a few times first, on the side: what libraries allocate at first use must not be captured."""
         graph = torch.cuda.CUDAGraph()
-        with self._device:
+        # The inner stream is today's again at the end: torch.cuda.graph stays on its own where a capture fails.
+        with self._device, torch.cuda.stream(torch.cuda.current_stream()):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 for _ in range(3):

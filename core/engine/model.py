@@ -128,7 +128,8 @@ def pack(weight: Tensor) -> Tensor | None:
 
 
 class GPT2:
-    """The torch model, float32, bfloat16 or float16. Residuals, attention and KV stay float32 on the CPU."""
+    """The torch model, float32, bfloat16 or float16: products, logits too, are rounded to that. Residuals stay float32;
+    on the CPU so do attention and KV."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, block: int = 0) -> None:
         """Takes the tensors out of `checkpoint` one by one, so that the originals are freed while it packs."""
@@ -215,7 +216,7 @@ class GPT2:
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """(T, E) -> (T, vocab_size)"""
+        """(T, E) -> (T, vocab_size), rounded to `dtype`."""
         return self.lm_head(self._norm(x, self.ln_f))
 
     def _attend(self, layer: int, qkv: Tensor, placed: Sequence[tuple[int, Rows]]) -> Tensor:

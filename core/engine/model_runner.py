@@ -21,7 +21,7 @@ from torch import Tensor
 
 from core.engine import hub, weights
 from core.engine.base import BadCheckpoint
-from core.engine.graphs import GraphedGPT2, check
+from core.engine.graphs import GraphedGPT2, check, lost
 from core.engine.kv_cache import ROUND, Slot, round_up
 from core.engine.machine import cores, free_memory
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
@@ -182,6 +182,8 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: i
         model = eager = agreeing(lambda: weights.load(folder), device, dtype)
         if device.type == "cuda" and os.environ.get("GRAPHS") != "0":
             model = graphed(eager, cache_tokens(eager, cache_bytes))
+        if device.type == "cuda" and model is eager and not rows_agree(first_layer(eager)):
+            log.warning("without CUDA graphs this device's rows depend on the batch: so may replies, in rare cases")
     weights.trim()
     return model
 
@@ -199,10 +201,10 @@ def graphed(eager: GPT2, tokens: int) -> GPT2:
     """`eager` with CUDA graphs where they are seen to compute the same; else `eager`, and a warning why."""
     try:
         return checked(GraphedGPT2(eager, tokens), eager)  # no name here holds it, should that fail
-    except torch.AcceleratorError:
-        log.error("the device was lost in trying CUDA graphs: GRAPHS=0 in the environment leaves them out")
-        raise
     except Exception as error:
+        if lost(error):
+            log.error("the device was lost in trying CUDA graphs: GRAPHS=0 in the environment leaves them out")
+            raise
         log.warning("CUDA graphs are left out, steps are slower: %r", error)
     gc.collect()
     torch.cuda.empty_cache()  # the memory that they took

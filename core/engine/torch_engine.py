@@ -31,6 +31,7 @@ from core.engine.base import (
 )
 from core.engine.draft import Draft
 from core.engine.futures import settle
+from core.engine.graphs import lost
 from core.engine.guesses import Phrases
 from core.engine.kv_cache import KVCache
 from core.engine.model_runner import ModelRunner, cache_tokens, open_runner
@@ -60,9 +61,9 @@ class Core:
         """What raises is run again in halves, until the one at fault stands alone and fails alone."""
         try:
             drawn = self.runner.run(spans)
-        except torch.AcceleratorError:
-            raise  # the device is lost; only a new process helps
         except Exception as error:
+            if lost(error):
+                raise  # only a new process helps
             log.warning("a step of %d sequences raised %r", len(spans), error)
             reason = f"the model raised {type(error).__name__}"
         else:

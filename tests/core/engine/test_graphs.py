@@ -6,9 +6,12 @@ import asyncio
 import gc
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from core.engine import model_runner, weights
+from core.engine import graphs, model_runner, weights
 from core.engine.base import SamplingParams
-from core.engine.graphs import MOST, NOTHING, SCRATCH, SHORT, GraphedGPT2, Step, check
+from core.engine.graphs import FEWEST, MOST, SCRATCH, SHORT, ZEROS, Capture, GraphedGPT2, Places, Step, check
 from core.engine.model import GPT2, TILE, Batch, Rows
 from core.engine.torch_engine import TorchEngine
 from tests.core.engine.oracle import greedy, prompts, reference
@@ -92,7 +95,7 @@ def test_rows_do_not_depend_on_each_other_nor_on_how_they_are_cut(
         while (left := len(ids) - sum(counts)) > 0:
             counts.append(min(rng.choice([1, 1, 2, 3, SHORT, most]), left))
         assert torch.equal(run(model, ids, counts, mates), whole)
-    assert not model.pool[:, :, NOTHING].any()
+    assert not model.pool[:, :, ZEROS].any()
 
 
 def test_greedy_is_transformers_over_the_tables_border(checkpoint: Make) -> None:
@@ -132,6 +135,35 @@ def test_hundreds_of_rows_are_what_each_is_alone(checkpoint: Make) -> None:
     wanted = model.forward(Batch([5, 6, 7], [Rows(kvs[k], starts[k], 1) for k in range(3)], [2, 0]))
     assert torch.equal(wanted, decode(model, kvs, starts, [2, 0]))
     assert {rows for rows, _ in model._graphs} <= {1 << i for i in range(9)}
+
+
+@pytest.mark.parametrize("beside", [0, 40])
+def test_the_wider_the_table_the_fewer_rows_at_once_and_one_copy(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, beside: int
+) -> None:
+    """Sequences of 13 rows that are cut between two groups, in steps of few rows and beside a long prompt."""
+    model, sizes = opened(checkpoint("deep"), tokens=8192), list[int]()
+    starts = [5] + 11 * [250] + 6 * [600]
+    ids, copied, places = prompts([13] * len(starts), 517), mock.Mock(wraps=Tensor.cpu), model._places
+
+    def step(which: list[int], beside: int = 0) -> Tensor:
+        rows = [Rows(model.new_kv(beside), 0, beside)] if beside else []
+        rows += [Rows(model.new_kv(starts[k] + 13), starts[k], 13) for k in which]
+        flat = [3] * beside + [i for k in which for i in ids[k]]
+        return model.forward(Batch(flat, rows, list(range(beside, len(flat)))))
+
+    def counted(table: Tensor) -> Places:
+        sizes.append(len(table) * (table.shape[1] - 2))
+        return places(table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "cpu", lambda tensor: copied(tensor))
+        patch.setattr(model, "_places", counted)
+        together = step(list(range(len(starts))), beside)
+    assert copied.call_count == 1
+    assert max(sizes) == MOST * FEWEST
+    for k in range(len(starts)):
+        assert torch.equal(step([k]), together[13 * k : 13 * k + 13])
 
 
 def test_padding_writes_to_nobodys_page_and_is_read_by_nobody(checkpoint: Make) -> None:
@@ -195,7 +227,7 @@ def test_pages_are_given_back(checkpoint: Make) -> None:
         model.new_kv(100_000)
     held.clear()
     assert sorted(model._free) == everything
-    assert not {NOTHING, SCRATCH} & set(everything)
+    assert not {ZEROS, SCRATCH} & set(everything)
 
 
 async def test_the_smallest_pool_serves_many_and_is_whole_again(
@@ -233,15 +265,25 @@ def spoilt(model: GraphedGPT2, spoil: Callable[[int], object]) -> None:
     model._step = wrong  # type: ignore[method-assign]
 
 
-def raising(_: int) -> None:
-    raise TypeError("out of graphs")
+def raising(error: Exception) -> Any:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
+
+
+def cuda_error(code: int, message: str) -> torch.AcceleratorError:
+    error: Any = torch.AcceleratorError(message)
+    error.error_code = code
+    return error  # type: ignore[no-any-return]
 
 
 FAULTS: dict[str, Callable[[GraphedGPT2], Any]] = {
     "not finite": lambda m: spoilt(m, lambda _: m._logits[:1].fill_(float("inf"))),
     "without graphs": lambda m: spoilt(m, lambda count: m._logits[:count].copy_(m._logits[:count].flip(1))),
     "depend on the batch": lambda m: spoilt(m, lambda count: m._logits[:count].mul_(1 + count / 2**20)),
-    "out of graphs": lambda m: spoilt(m, raising),
+    "out of graphs": lambda m: spoilt(m, raising(TypeError("out of graphs"))),
+    "capture refused": lambda m: spoilt(m, raising(cuda_error(901, "capture refused"))),
 }
 
 
@@ -267,26 +309,66 @@ def test_graphs_are_taken_where_they_compute_the_same_and_else_left_out(
         assert model_runner.cache_tokens(model, 1) == 1024
 
 
+@pytest.mark.parametrize("agree", [False, True])
+def test_where_a_gpu_has_neither_graphs_nor_rows_that_agree_the_log_says_so(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, agree: bool
+) -> None:
+    eager = GPT2(weights.load(checkpoint("plain")), torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(model_runner, "agreeing", lambda *_: eager)
+    monkeypatch.setattr(model_runner, "rows_agree", lambda _: agree)
+    monkeypatch.setenv("GRAPHS", "0")
+    assert model_runner.build(checkpoint("plain"), torch.device("cuda"), torch.float32) is eager
+    assert ("rows depend on the batch" in caplog.text) is not agree
+
+
 def test_a_lost_device_is_not_kept(
     checkpoint: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def lost(*_: Any) -> None:
-        raise torch.AcceleratorError("lost", 1)
-
-    monkeypatch.setattr(GraphedGPT2, "_step", lost)
+    monkeypatch.setattr(GraphedGPT2, "_step", raising(cuda_error(700, "illegal address")))
     eager = GPT2(weights.load(checkpoint("plain")), torch.device("cpu"), torch.float32)
     with pytest.raises(torch.AcceleratorError):
         model_runner.graphed(eager, 1024)
     assert "GRAPHS=0" in caplog.text
 
 
-def test_what_cannot_be_captured_is_launched(checkpoint: Make, caplog: pytest.LogCaptureFixture) -> None:
-    def refuse(step: Step) -> Step:
-        raise torch.OutOfMemoryError("no memory for a graph")
-
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory for a graph"), cuda_error(901, "no graph here")])
+def test_what_cannot_be_captured_is_launched(
+    checkpoint: Make, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
     model, plain = opened(checkpoint("plain")), opened(checkpoint("plain"))
-    model._capture = refuse
+    model._capture = raising(error)
     [ids] = prompts([40], 384)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(run(model, ids, [16, 1, 7, 16]), run(plain, ids, [16, 1, 7, 16]))
-    assert len(caplog.records) == 1 and "no memory for a graph" in caplog.text
+    assert len(caplog.records) == 1 and str(error) in caplog.text
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for torch.cuda, whose graph stays on its stream when its end raises, as torch's does."""
+
+    def make_stream() -> Any:
+        return SimpleNamespace(wait_stream=lambda _: None)
+
+    @contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        before, now[0] = now[0], stream
+        try:
+            yield
+        finally:
+            now[0] = before
+
+    @contextmanager
+    def capturing(*_: Any, stream: Any, **__: Any) -> Iterator[None]:
+        now[0] = stream
+        yield
+        raise cuda_error(901, "the capture was invalidated")
+
+    now = [todays := make_stream()]
+    cuda = SimpleNamespace(
+        device=lambda _: nullcontext(), graph_pool_handle=lambda: None, Stream=make_stream, stream=on, graph=capturing,
+        CUDAGraph=SimpleNamespace, current_stream=lambda: now[0],
+    )  # fmt: skip
+    monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=cuda))
+    with pytest.raises(torch.AcceleratorError):
+        Capture(torch.device("cuda"))(lambda: None)
+    assert now == [todays]

@@ -587,6 +587,15 @@ async def test_a_dead_engine_says_so(engine: Open) -> None:
         await ask(e, [1])
 
 
+async def test_a_capture_that_is_refused_is_no_lost_device(engine: Open, checkpoint: Make) -> None:
+    e, error = await engine(), cast("Any", torch.AcceleratorError("capture refused"))
+    error.error_code = 901
+    Faulty(e, lambda batch: error if [9, 9] in prefills(batch) else None)
+    with pytest.raises(Failed, match="AcceleratorError"):
+        await ask(e, [9, 9])
+    assert (await ask(e, [1])).token_ids == greedy(checkpoint("plain"), [1])
+
+
 async def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint, match=r"no config\.json"):
         await open_torch_engine(tmp_path)
