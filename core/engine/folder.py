@@ -9,7 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-_PREFIX, _LOCK = "palaver-engine-", "lock"
+_PREFIX, _UNFINISHED, _LOCK = "palaver-engine-", ".palaver-engine-", "lock"
 _LONGEST = 60
 """Bytes of the folder above; a Unix socket's path has about 100 at most."""
 
@@ -21,9 +21,10 @@ class PrivateFolder:
         above = Path(tempfile.gettempdir())
         above = above if len(os.fsencode(above)) <= _LONGEST else Path("/tmp")
         _sweep(above)
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=above))
-        self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=above))
+        self._lock = os.open(made / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.path = made.rename(made.with_name(made.name.removeprefix(".")))  # locked before another's sweep sees it
 
     def close(self) -> None:
         """Remove it with all that is in it. Harmless the second time."""
@@ -34,7 +35,7 @@ class PrivateFolder:
 
 
 def _sweep(above: Path) -> None:
-    """Remove what a killed process left; what cannot be locked is in use, what has no lock yet is being made."""
+    """Remove what a killed process left; what cannot be locked is in use."""
     for folder in above.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -51,3 +52,24 @@ def test_what_a_killed_process_left_is_swept_and_what_lives_is_not() -> None:
     dead.communicate()
     PrivateFolder().close()
     assert not used.exists()
+
+
+def test_a_folder_that_is_being_made_is_not_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process sweeps between all that is done to make it."""
+    lock = fcntl.flock
+
+    def sweep() -> None:
+        code = "from core.engine.folder import PrivateFolder as F; F().close()"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    def slowly(fd: int, how: int) -> None:
+        sweep()
+        lock(fd, how)
+        sweep()
+
+    monkeypatch.setattr(fcntl, "flock", slowly)
+    folder = PrivateFolder()
+    assert folder.path.is_dir() and folder.path.name.startswith("palaver-engine-")
+    assert sorted(file.name for file in folder.path.iterdir()) == ["lock"]
+    folder.close()
+    assert not folder.path.exists()
