@@ -14,7 +14,7 @@ The native library, where there is one, sums up rows and draws among the top_k; 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ def process(logits: Row, tokens: list[int], params: SamplingParams, banned: int 
     if banned is not None:
         scores[banned] = NEVER
     if grams and scores.max() == NEVER:  # a tiny vocabulary, all of it forbidden: then repeating is the lesser evil
-        return process(logits, tokens, SamplingParams(), banned)
+        return process(logits, tokens, replace(params, no_repeat_ngram=0), banned)
     return scores
 
 

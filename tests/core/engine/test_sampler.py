@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -207,6 +209,8 @@ def test_a_vocabulary_that_is_used_up_may_repeat() -> None:
     logits = np.array([0, 1, 2], np.float32)
     params = SamplingParams(temperature=0, no_repeat_ngram=1)
     assert draw(logits, [0, 1, 2], params, 0, eos_id=2, is_first=True) == 1
+    penalised = replace(params, repetition_penalty=2.0)
+    assert process(logits, [0, 1, 2], penalised, 2).tolist() == [0, 0.5, -math.inf]
 
 
 def test_draws_follow_the_distribution() -> None:
