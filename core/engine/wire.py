@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from core.engine.base import (
@@ -38,16 +38,10 @@ ERRORS = {error.__name__: error for error in STATUS}
 BAD_REQUEST = "BadRequest"
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
 """What a client elsewhere needs of the checkpoint's folder."""
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "repetition_penalty": (int, float),
-    "no_repeat_ngram": (int,),
-    "max_tokens": (int,),
-    "seed": (int, type(None)),
-    "n": (int,),
-}
+_KINDS = {"float": (int, float), "int": (int,), "int | None": (int, type(None))}
+_FIELDS: dict[str, tuple[type, ...]] = {field.name: _KINDS[str(field.type)] for field in fields(SamplingParams)}
+_FARTHEST = 1e9
+"""Seconds to a deadline, from now."""
 _LONGEST_SESSION = 512
 
 
@@ -70,8 +64,8 @@ def load_request(body: bytes, vocab_size: int) -> tuple[list[int], SamplingParam
     if not all(type(i) is int and 0 <= i < vocab_size for i in prompt):
         raise ValueError(f"prompt must be token ids from 0 below {vocab_size}")
     deadline = asked.get("deadline")
-    if deadline is not None and not (type(deadline) in (int, float) and deadline < float("inf")):
-        raise ValueError("deadline must be seconds from now, or null")
+    if deadline is not None and not (type(deadline) in (int, float) and abs(deadline) < _FARTHEST):
+        raise ValueError(f"deadline must be seconds from now, less than {_FARTHEST:.0f}, or null")
     if not isinstance(params, dict):
         raise ValueError("params must be an object")
     for name, value in params.items():
