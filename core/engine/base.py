@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
+"""The model said eos; or max_tokens were drawn, or no position is left."""
 
 
 class EngineError(Exception):
@@ -47,7 +48,7 @@ def _knob(default: Any, about: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn. Field names are Transformers' `GenerationConfig`'s where it has them.
+    """How the next token is drawn. Field names are those of vLLM's `SamplingParams`, `no_repeat_ngram` excepted.
 
     temperature 0 is greedy. top_k 0 and top_p 1 switch those filters off. `repetition_penalty` is CTRL's
     (arXiv 1909.05858, section 4.1), over prompt and reply. `no_repeat_ngram` forbids n-grams that stand in prompt or
@@ -81,7 +82,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One reply: `token_ids` without the closing eos; `logprob` sums natural logs under the unfiltered model."""
+    """One reply: `token_ids` without the closing eos; `logprob` sums natural logs under the unfiltered model, of the
+    closing eos too."""
 
     token_ids: list[int]
     logprob: float
@@ -96,12 +98,18 @@ class ModelInfo:
 
     name: str
     max_positions: int
+    """Tokens that prompt and reply have at most, together."""
     vocab_size: int
     eos_id: int
     path: str
     """The local folder with config.json and the tokenizer's files."""
     how: str
     """One line for people: device, precision, which path runs."""
+
+    def check(self, ids: Sequence[int]) -> None:
+        """ValueError where they are no prompt: none, or one outside the vocabulary."""
+        if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise ValueError(f"a prompt is 1 or more ids from 0 below {self.vocab_size}")
 
 
 class Engine(Protocol):
@@ -120,15 +128,15 @@ class Engine(Protocol):
     ) -> list[Completion]:
         """`params.n` completions of `prompt` (1 to max_positions - 1 ids). `deadline` in seconds from now.
 
-        Raises an EngineError.
+        Raises an EngineError; ValueError for an empty prompt or an id outside the vocabulary.
         """
         ...
 
     def prepare(self, session: str, ids: Sequence[int]) -> None:
         """A hint, taken at once: the next prompt of `session` will probably begin with `ids`, 1 to max_positions - 1.
 
-        Computed while nobody waits and there is free room, for a session of which something is cached. Never raises
-        for want of anything.
+        Computed while nobody waits and there is free room, for a session of which something is cached. Never raises:
+        what cannot be prepared is not.
         """
         ...
 

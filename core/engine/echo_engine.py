@@ -49,10 +49,11 @@ class EchoEngine:
         """`params.n` times the ids between the last two ends of text."""
         if self._closed:
             raise EngineClosed("the engine is closed")
+        self._info.check(prompt)
+        if len(prompt) >= self._info.max_positions:
+            raise PromptTooLong(f"{len(prompt)} tokens; at most {self._info.max_positions - 1} are taken")
         if deadline is not None and deadline <= 0:
             raise Cancelled("the deadline has passed")
-        if not 1 <= len(prompt) < self._info.max_positions:
-            raise PromptTooLong(f"a prompt has 1 to {self._info.max_positions - 1} tokens, this one {len(prompt)}")
         turn = self._last_turn(prompt)
         said = turn[: params.max_tokens]
         return [Completion(list(said), 0.0, "stop" if said == turn else "length", 0) for _ in range(params.n)]

@@ -110,10 +110,10 @@ class TorchEngine:
         session: str = "",
         deadline: float | None = None,
     ) -> list[Completion]:
-        """`params.n` completions of `prompt`. Raises an EngineError; ValueError for ids that are no tokens."""
+        """As core.engine.base says."""
         if self._end:
             raise EngineClosed(str(self._end))
-        self._check(prompt)
+        self.info.check(prompt)
         future: asyncio.Future[list[Completion]] = self._loop.create_future()
         until = None if deadline is None else time.monotonic() + deadline
         request = Request(tuple(prompt), params, session, until, lambda end: settle(future, end))
@@ -128,15 +128,12 @@ class TorchEngine:
             self._under_way.discard(future)
 
     def prepare(self, session: str, ids: Sequence[int]) -> None:
-        """ValueError for ids that are no tokens."""
-        self._check(ids)
-        if session and not self._end:
-            mine = list(ids)
-            self._inbox.put(lambda scheduler: scheduler.prepare(session, mine))
-
-    def _check(self, prompt: Sequence[int]) -> None:
-        if not prompt or min(prompt) < 0 or max(prompt) >= self.info.vocab_size:
-            raise ValueError(f"a prompt is 1 or more ids from 0 below {self.info.vocab_size}")
+        """As core.engine.base says."""
+        with contextlib.suppress(ValueError):
+            self.info.check(ids)
+            if session and not self._end:
+                mine = list(ids)
+                self._inbox.put(lambda scheduler: scheduler.prepare(session, mine))
 
     async def ready(self) -> str:
         return str(self._end) if self._end else ""

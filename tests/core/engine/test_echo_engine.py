@@ -45,9 +45,12 @@ async def test_it_cuts_at_max_tokens_and_draws_n(folder: Path) -> None:
 
 async def test_it_refuses_like_any_engine(folder: Path) -> None:
     engine = EchoEngine(folder)
-    for prompt in ([], [1] * 12):
-        with pytest.raises(PromptTooLong):
+    for prompt in ([], [300], [-1]):
+        with pytest.raises(ValueError, match="from 0 below 300"):
             await engine.generate(prompt, SamplingParams())
+        engine.prepare("anybody", prompt)
+    with pytest.raises(PromptTooLong, match="12 tokens; at most 11"):
+        await engine.generate([1] * 12, SamplingParams())
     with pytest.raises(Cancelled):
         await engine.generate([1], SamplingParams(), deadline=0)
     await engine.forget("anybody")

@@ -193,14 +193,17 @@ async def test_a_turn_prepared_for_is_mostly_cached_and_says_the_same(engine: Op
     assert got.cached_tokens and not want.cached_tokens
 
 
-async def test_ids_that_are_no_tokens_cannot_be_prepared(engine: Open) -> None:
-    e = await engine("plain")
-    for bad in ([], [-1], [384]):
-        with pytest.raises(ValueError, match="from 0 below 384"):
-            e.prepare("s", bad)
-    e.prepare("s", [1] * 256)  # longer than any prompt, and nothing is cached of the session anyway
+async def test_what_is_no_prompt_is_not_prepared(engine: Open) -> None:
+    e, steps = await engine("plain"), list[Batch]()
+    await ask(e, [1, 2], session="s")
+    Faulty(e, lambda batch: steps.append(batch))  # type: ignore[func-returns-value]
+    for bad in ([], [-1], [384], [1] * 256):
+        e.prepare("s", bad)
+        await until_prepared(e)
+    assert not steps
+    e.prepare("s", [1] * 255)
     await until_prepared(e)
-    assert e.core.scheduler.cache.used == 0
+    assert steps
 
 
 async def test_eviction_under_pressure_changes_nothing(engine: Open, checkpoint: Make) -> None:
