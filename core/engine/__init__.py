@@ -1,4 +1,27 @@
-"""From ids to ids. Reading order: base, torch_engine, scheduler, kv_cache, sequence, guesses, model_runner, model,
-sampler, draft; weights and hub bring checkpoints, native/ is the same step in C++, graphs is it for CUDA, reference is
-the model written down plainly, which a precision is held against; server, process and http_engine put it elsewhere.
+"""From ids to ids. In reading order:
+
+base           the contract: requests, replies, refusals
+torch_engine   the engine in this process: one thread, step after step
+scheduler      who runs in the next step
+kv_cache       who owns which keys and values, in tokens
+sequence       what is being generated
+guesses        what may come next, tried in the same step
+model_runner   one step; at start, which model computes here
+model          GPT-2 in torch
+sampler        from logits to tokens
+draft          a copy in int8 that guesses for a large model
+weights        a checkpoint's config and tensors, checked
+native/        the model in C++
+graphs         the model as CUDA graphs
+reference      the model written down plainly, which a precision is held against
+hub            from a model's name to its folder
+machine        what cores and memory this process may use
+echo_engine    says it back, without a model
+wire           requests, replies and refusals as JSON
+server         an engine behind HTTP
+child          the process in which it serves
+process        starts that and keeps it alive
+folder         where their socket is
+http_engine    the engine at the other end
+futures        how a thread answers the event loop
 """

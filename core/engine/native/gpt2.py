@@ -12,7 +12,7 @@ from torch import Tensor
 from core.engine.kv_cache import round_up
 from core.engine.model import TILE, Batch
 from core.engine.native import library as c
-from core.engine.native.pages import Arena, zeros
+from core.engine.native.memory import Arena, zeros
 from core.engine.sampler import Summary
 from core.engine.weights import Checkpoint
 
@@ -25,8 +25,8 @@ WEIGHTS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """step.cpp's number of what a checkpoint may store; anything else becomes float32 first."""
 
-NOTHING = -3e38
-"""A logit beyond the vocabulary: finite, and e to it is 0 beside any other."""
+BEYOND = -3e38
+"""A logit beyond the vocabulary: finite, and e to it too small to count beside any other."""
 
 ACTIVATION = {"relu": 2, "tanh": 3, "none": 4}
 """step.cpp's number of each value of `weights.ACTIVATIONS`; "none" is the exact GELU."""
@@ -117,7 +117,7 @@ class NativeGPT2:
         wte = self._linear(tensors.pop("wte.weight"))
         head = self._linear(tensors.pop("lm_head.weight")) if "lm_head.weight" in tensors else wte
         beyond = torch.zeros(BLOCK * head.groups)
-        beyond[config.vocab_size :] = NOTHING
+        beyond[config.vocab_size :] = BEYOND
         scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         self._layers = (c.Layer * config.n_layer)(
             *(
@@ -190,7 +190,7 @@ class NativeGPT2:
             "wide": torch.zeros(rows, wide),
             "mixed": torch.zeros(rows, width),
             "logits": torch.empty(wanted, BLOCK * groups),
-            "tops": torch.full((wanted, round_up(groups, 16)), NOTHING),
+            "tops": torch.full((wanted, round_up(groups, 16)), BEYOND),
             "sums": torch.zeros(wanted, round_up(groups, 16)),
             "scratch": torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width),
             "narrow": torch.zeros(rows, wide, dtype=torch.bfloat16),

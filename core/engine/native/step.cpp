@@ -61,6 +61,8 @@ namespace {
 enum Weights { INT8, BFLOAT16, FLOAT32 };
 enum After { STORE, ADD, RELU, TANH, ERF, LOGITS };
 constexpr int QUERIES = 4;
+constexpr float ROUND = 0x1.8p23f;  // added to a small number, it leaves the nearest whole one in the lowest bits
+constexpr int32_t ROUND_BITS = 0x4B400000;
 template <class K> constexpr int PER = 4 / sizeof(K);
 }
 #define INLINE static inline __attribute__((always_inline))
@@ -127,7 +129,7 @@ void pack_block(const float (&x)[32][32], uint32_t *fours, uint16_t *scales) {
     for (int j = 0; j < 32; j += 4)
         for (int i = 0; i < 32; i++) {
             uint32_t four = 0;
-            for (int b = 0; b < 4; b++) four |= (uint32_t)(int)((x[j + b][i] / scale[i] + 12582912.0f) - 12582784.0f) << 8 * b;
+            for (int b = 0; b < 4; b++) four |= (uint32_t)(int)((x[j + b][i] / scale[i] + ROUND) - (ROUND - 128.0f)) << 8 * b;
             fours[j / 4 * 32 + i] = four;  // the nearest of each, + 128
         }
 }
@@ -214,7 +216,7 @@ int palaver_draw(const float *x, const float *tops, int n, int k, int banned, do
     struct Choice { int32_t id; double weight; };
     static thread_local std::vector<int32_t> ids;
     static thread_local std::vector<Choice> choices;
-    ON(path, largest(x, tops, n, k, banned, ids));
+    ON(path, largest_ids(x, tops, n, k, banned, ids));
     double top = -INFINITY, total = 0, reached = 0;
     for (int32_t id : ids) top = std::max(top, (double)x[id]);
     choices.clear();
@@ -287,7 +289,7 @@ INLINE void keep(uint16_t *p, float v) {
     memcpy(&bits, &v, 4);
     *p = v != v ? 0x7FC0 : (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
-INLINE F all(float v) {  // by its bits: 0 + v would be an addition
+INLINE F broadcast(float v) {  // by its bits: 0 + v would be an addition
     int32_t bits;
     memcpy(&bits, &v, 4);
     return (F)(I{} + bits);
@@ -309,8 +311,8 @@ template <> struct Meets<uint8_t> { typedef int8_t Number; };
 INLINE F words(const float *p) { return *(const F *)p; }
 INLINE I words(const uint16_t *p) { return *(const I *)p; }
 /// `plus` is for products; `add`, for attention, rounds before it adds: so int8 agrees where nothing can be fused.
-INLINE F plus(F sum, F word, const float *x) { return fused(word, all(*x), sum); }
-INLINE F add(F sum, F word, const float *x) { return sum + word * all(*x); }
+INLINE F plus(F sum, F word, const float *x) { return fused(word, broadcast(*x), sum); }
+INLINE F add(F sum, F word, const float *x) { return sum + word * broadcast(*x); }
 #if defined(PATH_BF16)
 template <> struct Meets<uint16_t> { typedef uint16_t Number; };
 INLINE F plus(F sum, I word, const uint16_t *x) {
@@ -322,7 +324,7 @@ INLINE F add(F sum, I word, const uint16_t *x) { return plus(sum, word, x); }
 INLINE void put(uint16_t *to, F v) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
 #else
 INLINE F plus(F sum, I word, const float *x) {
-    return fused((F)(word & -0x10000), all(x[1]), fused((F)(word << 16), all(x[0]), sum));
+    return fused((F)(word & -0x10000), broadcast(x[1]), fused((F)(word << 16), broadcast(x[0]), sum));
 }
 INLINE F add(F sum, I word, const float *x) { return (sum + (F)(word << 16) * x[0]) + (F)(word & -0x10000) * x[1]; }
 INLINE void put(uint16_t *to, F v) {
@@ -336,7 +338,7 @@ INLINE I first(I word) { return word & 0xFFFF; }
 INLINE void put(float *to, F v) { store(to, v); }
 
 /// from, from + 1, ...
-INLINE I count(int from) {
+INLINE I iota(int from) {
     static const int32_t steps[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return *(const I *)steps + from;
 }
@@ -344,33 +346,33 @@ INLINE int padded(int n, int step) { return (n + step - 1) / step * step; }
 
 /// Over 16 lanes, always in the same order: halves onto halves.
 INLINE float sum(const F *parts) {
-    F all[PARTS];
-    memcpy(all, parts, sizeof all);
+    F lanes[PARTS];
+    memcpy(lanes, parts, sizeof lanes);
     for (int n = PARTS / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) all[i] += all[i + n];
-    for (int n = LANES / 2; n; n /= 2) all[0] += __builtin_shuffle(all[0], count(n));
-    return all[0][0];
+        for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+    for (int n = LANES / 2; n; n /= 2) lanes[0] += __builtin_shuffle(lanes[0], iota(n));
+    return lanes[0][0];
 }
 INLINE float max(const F *parts) {
-    F all[PARTS];
-    memcpy(all, parts, sizeof all);
+    F lanes[PARTS];
+    memcpy(lanes, parts, sizeof lanes);
     for (int n = PARTS / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) all[i] = all[i] > all[i + n] ? all[i] : all[i + n];
+        for (int i = 0; i < n; i++) lanes[i] = lanes[i] > lanes[i + n] ? lanes[i] : lanes[i + n];
     for (int n = LANES / 2; n; n /= 2) {
-        const F other = __builtin_shuffle(all[0], count(n));
-        all[0] = all[0] > other ? all[0] : other;
+        const F other = __builtin_shuffle(lanes[0], iota(n));
+        lanes[0] = lanes[0] > other ? lanes[0] : other;
     }
-    return all[0][0];
+    return lanes[0][0];
 }
 INLINE int32_t largest(I v) {
     for (int n = LANES / 2; n; n /= 2) {
-        const I other = __builtin_shuffle(v, count(n));
+        const I other = __builtin_shuffle(v, iota(n));
         v = other > v ? other : v;
     }
     return v[0];
 }
 INLINE int32_t total(I v) {
-    for (int n = LANES / 2; n; n /= 2) v += __builtin_shuffle(v, count(n));
+    for (int n = LANES / 2; n; n /= 2) v += __builtin_shuffle(v, iota(n));
     return v[0];
 }
 /// Where the numbers of W or K meet bfloat16 products, bits are this path's own.
@@ -382,16 +384,16 @@ template <class W> constexpr bool OWN = false;
 /// e^x, relative error below 2e-7 (Cephes' polynomial); NaN stays NaN.
 template <class W> INLINE F exp(F x) {
     const auto term = [](F a, F b, F c) { return OWN<W> ? fused(a, b, c) : a * b + c; };
-    x = x < -87.0f ? all(-87.0f) : x;
-    x = x > 88.0f ? all(88.0f) : x;
-    const F shifted = term(x, all(1.44269504f), all(12582912.0f)), n = shifted - 12582912.0f;  // n in its lowest bits
-    const F r = term(n, all(2.12194440e-4f), term(n, all(-0.693359375f), x));
-    F p = all(1.9875691500e-4f);
-    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = term(p, r, all(next));
+    x = x < -87.0f ? broadcast(-87.0f) : x;
+    x = x > 88.0f ? broadcast(88.0f) : x;
+    const F shifted = term(x, broadcast(1.44269504f), broadcast(ROUND)), n = shifted - ROUND;  // n in its lowest bits
+    const F r = term(n, broadcast(2.12194440e-4f), term(n, broadcast(-0.693359375f), x));
+    F p = broadcast(1.9875691500e-4f);
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = term(p, r, broadcast(next));
     return (term(p * r, r, r) + 1.0f) * (F)(((I)shifted << 23) + (127 << 23));
 }
 template <class W> INLINE F activate(F y, int after) {
-    if (after == RELU) return y < 0.0f ? all(0) : y;
+    if (after == RELU) return y < 0.0f ? broadcast(0) : y;
     if (after == TANH) return y / (exp<W>(-1.5957691216f * (y + 0.044715f * y * y * y)) + 1.0f);  // 1 + tanh, written out
     if (after == ERF)
         for (int i = 0; i < LANES; i++) y[i] = 0.5f * y[i] * (1.0f + erff(y[i] * 0.70710678f));
@@ -420,7 +422,7 @@ INLINE void summarise(const float *x, float *top, float *total) {
 /// From these of all groups, whose number is a multiple of 16, log(sum(e^x)) of the row. Every 256 go into a double.
 static double logsumexp(const float *tops, const float *totals, int groups) {
     F most[PARTS];
-    for (F &some : most) some = all(-3e38f);
+    for (F &some : most) some = broadcast(-3e38f);
     for (int i = 0; i < groups; i += LANES) {
         F &some = most[i / LANES % PARTS];
         some = load(tops + i) > some ? load(tops + i) : some;
@@ -454,7 +456,7 @@ static float kth_largest(std::vector<float> &values, int k) {
 }
 /// Ids, ascending, of the k largest but `banned` (-1: none), and of all that tie with the last of them. `tops` has the largest of
 /// each 32, or is null; the k-th of those is no larger than that of all numbers.
-static void largest(const float *x, const float *tops, int n, int k, int banned, std::vector<int32_t> &ids) {
+static void largest_ids(const float *x, const float *tops, int n, int k, int banned, std::vector<int32_t> &ids) {
     const int groups = (n + 31) / 32;
     std::vector<float> some, own;
     if (!tops) {
@@ -521,7 +523,7 @@ INLINE void fetch(const Ahead &ahead, int block, int step, int steps) {
 }
 
 /// y += rows x columns `first`, first + 1, ... of a group.
-template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows, int row, const Ahead &ahead, const uint8_t *w) {
+template <int M, int N> INLINE void multiply(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows, int row, const Ahead &ahead, const uint8_t *w) {
     const uint16_t *scale = l.scale + (size_t)group * l.blocks * 32 + first;
     w += (size_t)group * l.blocks * 1024 + 4 * first;
     for (int b = 0; b < l.blocks; b++, w += 1024, scale += 32) {
@@ -545,7 +547,7 @@ template <int M, int N> INLINE void sums(F (&y)[M][N], const Linear &l, int grou
     }
 }
 /// W is float, or uint16_t for bfloat16.
-template <int M, int N, class W> INLINE void sums(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows rows, int row, const Ahead &ahead, const W *w) {
+template <int M, int N, class W> INLINE void multiply(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows rows, int row, const Ahead &ahead, const W *w) {
     constexpr int RUN = 256, STEPS = 32 / PER<W>;  // one long sum would lose more
     const int k = 32 * l.blocks;
     const Met<W> *x = (sizeof(Met<W>) == 4 ? (const Met<W> *)rows.x : (const Met<W> *)s.narrow) + (size_t)row * rows.stride;
@@ -570,7 +572,7 @@ template <class W, int M> INLINE void tile(const Linear &l, int group, const Ste
         F y[M][AT_ONCE];
         for (auto &of_row : y)  // one by one: as a whole, GCC has memory cleared
             for (F &of : of_row) of = F{};
-        sums(y, l, group, first, s, in, row, ahead, (const W *)l.weight);
+        multiply(y, l, group, first, s, in, row, ahead, (const W *)l.weight);
         ahead.next += (size_t)l.blocks * ahead.bytes;
         for (int j = 0; j < AT_ONCE; j++) {
             const int column = 32 * group + first + LANES * j;
@@ -586,7 +588,7 @@ template <class W, int M> INLINE void rows_of(const Linear &l, int group, const 
     for (; row + M <= rows; row += M) tile<W, M>(l, group, s, in, row, ahead, out, stride, after);
     if constexpr (M > 1) rows_of<W, M - 1>(l, group, s, in, row, rows, ahead, out, stride, after);
 }
-static __attribute__((noinline)) void summarise(const Step &s, int group, int row, int end, const float *x, int stride) {
+static __attribute__((noinline)) void summarise_rows(const Step &s, int group, int row, int end, const float *x, int stride) {
     for (int groups = padded(stride / 32, 16); row < end; row++) {
         const size_t at = (size_t)row * groups + group;
         summarise(x + (size_t)row * stride + 32 * group, s.tops + at, s.sums + at);
@@ -603,17 +605,17 @@ template <class W> static void linear(const Linear &l, const Step &s, Rows in, i
             const char *next = (const char *)((const W *)l.weight + (size_t)(group + 1) * l.blocks * 1024);
             Ahead ahead{next, passes > 1 ? padded(1024 * (int)sizeof(W) / passes, 64) : 0};
             rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out, stride, after);
-            if (after == LOGITS) summarise(s, group, row, end, out, stride);
+            if (after == LOGITS) summarise_rows(s, group, row, end, out, stride);
         }
 }
 
 /// Row `row` of `narrow`, if products read that, from k floats (a multiple of 32), as they stand: int8 [k / 32][rows][32]
 /// with `scales` and `offsets` [k / 32][rows], bfloat16 [rows][k].
-INLINE void narrow(const float *, int, const Step &, int, const float *) {}
-INLINE void narrow(const float *x, int k, const Step &s, int row, const uint16_t *) {
+INLINE void narrow_row(const float *, int, const Step &, int, const float *) {}
+INLINE void narrow_row(const float *x, int k, const Step &s, int row, const uint16_t *) {
     for (int i = 0; i < k; i += LANES) put((uint16_t *)s.narrow + (size_t)row * k + i, load(x + i));
 }
-INLINE void narrow(const float *x, int k, const Step &s, int row, const int8_t *) {
+INLINE void narrow_row(const float *x, int k, const Step &s, int row, const int8_t *) {
     for (int b = 0; b < k / 32; b++, x += 32) {
         I sizes{}, totals{};  // floats above 0 compare as their bits do, infinity and NaN above all
         for (int i = 0; i < 32; i += LANES) {
@@ -627,7 +629,7 @@ INLINE void narrow(const float *x, int k, const Step &s, int row, const int8_t *
         const float inverse = some ? 127.0f / most : 0.0f;
         const size_t at = (size_t)b * s.rows + row;
         for (int i = 0; i < 32; i += LANES) {
-            I q = (I)(load(x + i) * inverse + 12582912.0f) - 0x4B400000;
+            I q = (I)(load(x + i) * inverse + ROUND) - ROUND_BITS;
             *(B *)((int8_t *)s.narrow + at * 32 + i) = __builtin_convertvector(q, B);
             totals += q;
         }
@@ -643,7 +645,7 @@ INLINE void norm(const float *x, const Norm &n, const Model &m, float *out) {
     float mean = sum(total) / (float)e;
     for (int i = 0; i < width; i += 16)
         for (int j = 0; j < PARTS; j++) {
-            F d = count(i + LANES * j) < e ? load(x + i + LANES * j) - mean : F{};
+            F d = iota(i + LANES * j) < e ? load(x + i + LANES * j) - mean : F{};
             squares[j] += d * d;
         }
     float scale = 1.0f / sqrtf(sum(squares) / (float)e + m.epsilon);
@@ -656,14 +658,14 @@ template <class W> static void norm_rows(const Norm &n, const Model &m, const St
     for (int row = 0; row < s.rows; row++) {
         float *out = s.mixed + (size_t)row * width;
         norm(s.x + (size_t)row * width, n, m, out);
-        narrow(out, width, s, row, (const Met<W> *)nullptr);
+        narrow_row(out, width, s, row, (const Met<W> *)nullptr);
     }
 }
 /// Before a product reads `x` (rows, k).
 template <class W> static void ready(const float *x, int k, const Step &s) {
     if (sizeof(Met<W>) == 4) return;
 #pragma omp for
-    for (int row = 0; row < s.rows; row++) narrow(x + (size_t)row * k, k, s, row, (const Met<W> *)nullptr);
+    for (int row = 0; row < s.rows; row++) narrow_row(x + (size_t)row * k, k, s, row, (const Met<W> *)nullptr);
 }
 
 /// Number `i` of row `n` of a weight.
@@ -703,7 +705,7 @@ template <int Q, int T, class K> INLINE void score(const Head<K> &h, const Met<K
         for (int q = 0; q < Q; q++)
             for (int j = 0; j < PARTS; j++) {
                 const int at = t + 16 * i + LANES * j;
-                F score = count(at) <= position + q ? dots[i][q][j] * h.scale : all(-INFINITY);
+                F score = iota(at) <= position + q ? dots[i][q][j] * h.scale : broadcast(-INFINITY);
                 store(h.scratch + q * h.room + at, score);
                 best[q][j] = score > best[q][j] ? score : best[q][j];
             }
@@ -747,7 +749,7 @@ template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int
             put(queries + q * h.width + d, load(h.qkv + (size_t)(row + q) * h.stride + d, h.dim - d));
     F best[Q][PARTS];
     for (int q = 0; q < Q; q++)
-        for (int j = 0; j < PARTS; j++) best[q][j] = all(-INFINITY);
+        for (int j = 0; j < PARTS; j++) best[q][j] = broadcast(-INFINITY);
     int t = 0;
     for (; t + 16 * T <= end; t += 16 * T) score<Q, T>(h, queries, position, t, best);
     for (; t < end; t += 16) score<Q, 1>(h, queries, position, t, best);
@@ -757,7 +759,7 @@ template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int
         F total[PARTS] = {};
         for (t = 0; t < end; t += LANES) {  // a weight may be half as wide as its score, whose place it takes
             F weight = exp<K>(load(from + t) - top);
-            weight = count(t) <= position + q ? weight : F{};
+            weight = iota(t) <= position + q ? weight : F{};
             put((Met<K> *)from + t, weight);
             total[t / LANES % PARTS] += weight;
         }

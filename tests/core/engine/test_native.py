@@ -24,7 +24,7 @@ from core.engine.base import BadCheckpoint
 from core.engine.model import GPT2, Batch, Model, Rows
 from core.engine.native import library
 from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
-from core.engine.native.pages import ARENA, Arena, zeros
+from core.engine.native.memory import ARENA, Arena, zeros
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
 
