@@ -45,7 +45,7 @@ class Draft(Guesses):
             summary = self.model.summary(logits)
             if math.isnan(summary.totals[0]):
                 break
-            how = sequence.params, sequence.seed
+            how = sequence.request.params, sequence.seed
             is_first = len(tokens) == sequence.prompt_len
             token = draw(logits[0].numpy(), tokens, *how, eos_id=eos_id, is_first=is_first, tops=summary.tops[0])
             if token == eos_id:

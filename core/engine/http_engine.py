@@ -35,14 +35,10 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 60.0
 """Seconds without an engine that a request without a deadline bears, and that a start waits for a remote one."""
-PROBE_EVERY, PROBE_WAITS, PROBES = 3.0, 10.0, 2
-"""A child that is silent to so many probes in a row, each so long, hangs."""
 OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """What keeps us from asking, and says nothing of a child."""
 HINT = 5.0
 """Seconds for a hint to be taken, after which it is void."""
-MERCY = 10.0
-"""A hung engine is killed at twice a request's deadline, but never sooner than so many seconds after it."""
 SUSPECT, MOST_DEATHS = 2, 5
 """A request that was under way when so many children died is sent while no other suspect is; at last it is given up."""
 ResultT = TypeVar("ResultT")
@@ -55,7 +51,10 @@ class Unreachable(Exception):
 class HttpEngine:
     """Speaks to a core.engine.server. With `process`, that server is ours."""
 
-    mercy, probe_every, probe_waits = MERCY, PROBE_EVERY, PROBE_WAITS
+    mercy = 10.0
+    """A hung engine is killed at twice a request's deadline, but never sooner than so many seconds after it."""
+    probe_every, probe_waits, probes = 3.0, 10.0, 2
+    """A child that is silent to so many probes in a row, each so many seconds, hangs."""
 
     def __init__(self, address: str, process: EngineProcess | None = None, patience: float = PATIENCE) -> None:
         """`address`: http://…, https://… or unix:PATH."""
@@ -276,7 +275,7 @@ class HttpEngine:
                 silent, generation = 0, process.generation
             alive = await self._alive()
             silent = silent if alive is None else 0 if alive else silent + 1
-            if silent >= PROBES:
+            if silent >= self.probes:
                 process.kill(f"silent for {silent * self.probe_waits:g} s")
 
     async def _alive(self) -> bool | None:
@@ -318,7 +317,7 @@ class HttpEngine:
 async def connect_engine(address: str, patience: float = PATIENCE) -> HttpEngine:
     """The engine that listens at `address`: http://…, https://… or unix:PATH. Raises EngineClosed after `patience`."""
     try:
-        place = address[5:] if address.startswith("unix:") else urlsplit(address).hostname
+        place = address.removeprefix("unix:") if address.startswith("unix:") else urlsplit(address).hostname
     except ValueError:
         place = None
     if not place:
@@ -331,13 +330,12 @@ async def spawn_engine(settings: Settings) -> HttpEngine:
 
     What must be fetched from the hub is fetched here, where the terminal is: the child needs no network.
     """
-    echo = settings.engine == "echo"
     folder = await asyncio.to_thread(resolve, settings.model, settings.model_revision or None)
     log.info("loading %s …", settings.model)
     process = EngineProcess(
-        "echo" if echo else settings.model,
+        settings.model,
         {
-            "kind": "echo" if echo else "torch",
+            "kind": "torch",
             "model": str(folder),
             "revision": "",
             "device": settings.device,

@@ -157,7 +157,7 @@ class GPT2:
         self.wpe = take("wpe.weight")
         self.ln_f = take("ln_f.weight"), take("ln_f.bias")
         self.h = [
-            Block(
+            Layer(
                 ln_1=(take(f"h.{i}.ln_1.weight"), take(f"h.{i}.ln_1.bias")),
                 c_attn=linear(f"h.{i}.attn.c_attn"),
                 attn_c_proj=linear(f"h.{i}.attn.c_proj"),
@@ -206,13 +206,13 @@ class GPT2:
         """(T,), (T,) -> (T, E) or what is `wanted` of it; `attend` takes a layer's number and its (T, 3 E), and gives
         (T, E)."""
         x = F.embedding(ids, self.wte).float() + F.embedding(positions, self.wpe)  # (T, E)
-        for i, block in enumerate(self.h):
-            qkv = block.c_attn(self._norm(x, block.ln_1))  # (T, 3 E)
+        for i, layer in enumerate(self.h):
+            qkv = layer.c_attn(self._norm(x, layer.ln_1))  # (T, 3 E)
             mixed = attend(i, qkv)
-            if block is self.h[-1]:  # nobody reads its other rows
+            if layer is self.h[-1]:  # nobody reads its other rows
                 x, mixed = x[wanted], mixed[wanted]
-            x = x + block.attn_c_proj(mixed)
-            x = x + block.mlp_c_proj(block.c_fc(self._norm(x, block.ln_2)))
+            x = x + layer.attn_c_proj(mixed)
+            x = x + layer.mlp_c_proj(layer.c_fc(self._norm(x, layer.ln_2)))
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -266,8 +266,8 @@ class GPT2:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """One layer; an ln is (weight, bias)."""
+class Layer:
+    """An ln is (weight, bias)."""
 
     ln_1: tuple[Tensor, Tensor]
     c_attn: Linear

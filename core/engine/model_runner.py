@@ -44,7 +44,7 @@ FAR = 0.03
 """Nats by which int8 may differ from float32 for DTYPE=auto to keep it: the embedded model's 0.005 cost it 0.04 % of
 perplexity; made to bear int8 badly, 0.02 cost 0.3 %, 0.06 0.7 % and 0.16 2.4 %."""
 
-BLOCK = {"cpu": 16, "cuda": TILE}
+BLOCK_ROWS = {"cpu": 16, "cuda": TILE}
 """Rows per product where products of different heights do not agree bit for bit."""
 
 
@@ -64,21 +64,21 @@ class ModelRunner:
         Changes nothing but KV rows that count as unwritten until the scheduler books them: it may be run again.
         """
         for span in spans:
-            self._prepare(span.sequence.slot)
+            self._furnish(span.sequence.slot)
         logits = self.model.forward(self._batch(spans))
         summary = self.model.summary(logits)
-        rows = zip(logits.numpy(), summary.totals, summary.tops, strict=True)
+        rows = zip(logits.numpy(), summary.totals, summary.tops, strict=False)
         return [self._draw(span, list(islice(rows, 1 + len(span.guess)))) for span in spans if span.is_last]
 
     def _draw(self, span: Span, rows: list[tuple[Row, float, int]]) -> list[tuple[int, float]] | None:
         """One token from each row, to the first that was not guessed: as if each had been a step of its own."""
         s, eos_id, drawn = span.sequence, self.model.config.eos_id, []
-        tokens = list(s.tokens)
-        for (logits, total, tops), guessed in zip(rows, (*span.guess, None), strict=True):
+        tokens, params = list(s.tokens), s.request.params
+        for (logits, total, tops), guessed in zip(rows, (*span.guess, None), strict=False):
             if math.isnan(total):
                 break
             is_first = len(tokens) == s.prompt_len
-            tokens.append(draw(logits, tokens, s.params, s.seed, eos_id=eos_id, is_first=is_first, tops=tops))
+            tokens.append(draw(logits, tokens, params, s.seed, eos_id=eos_id, is_first=is_first, tops=tops))
             drawn.append((tokens[-1], float(logits[tokens[-1]]) - total))
             if tokens[-1] != guessed:
                 break
@@ -121,7 +121,7 @@ class ModelRunner:
                 wanted += range(len(ids) - 1 - len(span.guess), len(ids))
         return Batch(ids, rows, wanted)
 
-    def _prepare(self, slot: Slot | None) -> None:
+    def _furnish(self, slot: Slot | None) -> None:
         """Give a new slot its tensor, with the prefix it was forked from."""
         assert slot
         if slot.kv is None:
@@ -138,16 +138,19 @@ def open_runner(
     dtype: str,
     threads: int,
     cache_bytes: int = 0,
-    draft: bool = False,
+    with_draft: bool = False,
 ) -> ModelRunner:
-    """Resolve, load, choose, check, warm up; with a `draft` where one may pay. Raises BadCheckpoint."""
+    """Resolve, load, choose, check, warm up; `with_draft`, with a copy that guesses where one may pay.
+
+    Raises BadCheckpoint.
+    """
     folder = hub.resolve(model, revision)
     place = choose_device(device)
     if place.type == "cpu":
         torch.set_num_threads(threads or (cores() if parameters(folder) >= SHARED else 1))
     with torch.inference_mode():
         runner = ModelRunner(choose(folder, place, dtype, cache_bytes), folder)
-        runner.draft = copy_in_int8(runner.model, folder) if draft else None
+        runner.draft = copy_in_int8(runner.model, folder) if with_draft else None
         runner.warm_up()
     if runner.draft:
         runner.model.how += ", guesses in int8"
@@ -190,7 +193,7 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: i
 
 def copy_in_int8(model: Model, folder: Path) -> Model | None:
     """To guess for a large model of another precision; it takes the same keys and values."""
-    if not isinstance(model, gpt2.NativeGPT2) or model.dtype is torch.int8 or parameters(folder) < DRAFTED:
+    if not isinstance(model, gpt2.NativeGPT2) or model.dtype is torch.int8 or model.config.parameters < DRAFTED:
         return None
     draft = gpt2.NativeGPT2(weights.load(folder), model.native, torch.int8, kv_dtype=model.kv_dtype)
     weights.trim()
@@ -219,11 +222,12 @@ def checked(model: GraphedGPT2, eager: GPT2) -> GraphedGPT2:
 
 
 def agreeing(load: Callable[[], weights.Checkpoint], device: torch.device, dtype: torch.dtype) -> GPT2:
-    block = 0 if device.type == "cpu" else BLOCK["cuda"]
+    block = 0 if device.type == "cpu" else BLOCK_ROWS["cuda"]
     model = GPT2(load(), device, dtype, block=block)
     if not block and not rows_agree(first_layer(model)):
-        log.warning("this machine's matrix products depend on the batch's size: slower blocks of %d rows", BLOCK["cpu"])
-        model = GPT2(load(), device, dtype, block=BLOCK["cpu"])
+        block = BLOCK_ROWS["cpu"]
+        log.warning("this machine's matrix products depend on the batch's size: slower blocks of %d rows", block)
+        model = GPT2(load(), device, dtype, block=block)
     return model
 
 
@@ -302,7 +306,8 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def parameters(folder: Path) -> int:
-    return sum(math.prod(shape) for shape in weights.read_config(folder / "config.json").shapes().values())
+    """Of a checkpoint that is not loaded yet."""
+    return weights.read_config(folder / "config.json").parameters
 
 
 def cache_tokens(model: Model, cache_bytes: int) -> int:

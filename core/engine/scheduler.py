@@ -11,14 +11,13 @@ to do, the step takes a small piece of a prompt that is still to come (prepare),
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 from time import monotonic
 
 from core.engine.base import Cancelled, EngineError, Failed, PromptTooLong, QueueFull, SamplingParams
-from core.engine.guesses import Guesses, Phrases
+from core.engine.guesses import Guesses
 from core.engine.kv_cache import KVCache
 from core.engine.sequence import Request, Sequence, Span
 
@@ -44,23 +43,24 @@ class Scheduler:
         max_running: int,
         token_budget: int,
         max_waiting: int,
-        draw_seed: Callable[[], int] | None = None,
-        guess: int = GUESS,
-        guesses: Guesses | None = None,
+        draw_seed: Callable[[], int],
+        guess: int,
+        guesses: Guesses,
     ) -> None:
-        """At most `guess` tokens are guessed at once; None: from what was said before."""
+        """At most `max_running` sequences run, `token_budget` rows are in a step and `max_waiting` requests wait.
+        `draw_seed` is for requests without one; of `guesses` at most `guess` tokens are taken at once."""
         self.cache = cache
         self.max_positions = max_positions
         self.eos_id = eos_id
         self.max_running = max_running
         self.token_budget = max(token_budget, max_running)
         self.max_waiting = max_waiting
-        self.draw_seed = draw_seed or (lambda: random.SystemRandom().getrandbits(62))
+        self.draw_seed = draw_seed
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.requests: set[Request] = set()
         self.guess = guess
-        self.guesses = guesses or Phrases()
+        self.guesses = guesses
         self.preparing: dict[str, Sequence] = {}
         """By session, oldest first: what its next prompt will begin with."""
 
@@ -69,19 +69,18 @@ class Scheduler:
         room = self.max_positions - len(request.prompt)
         waiting = {s.request for s in self.waiting}
         if room < 1:
-            return request.deliver(
-                PromptTooLong(f"{len(request.prompt)} tokens; the model takes at most {self.max_positions - 1}")
-            )
-        if len(waiting) >= self.max_waiting:
-            return request.deliver(QueueFull(f"{len(waiting)} requests wait already"))
-        params = request.params
-        seed = self.draw_seed() if params.seed is None else params.seed
-        most = min(params.max_tokens, room)
-        request.sequences = [Sequence(request, seed + k, most) for k in range(params.n)]
-        self.requests.add(request)
-        self.waiting.extend(request.sequences)
-        self.preparing.pop(request.session, None)
-        return None
+            most = self.max_positions - 1
+            request.deliver(PromptTooLong(f"{len(request.prompt)} tokens; the model takes at most {most}"))
+        elif len(waiting) >= self.max_waiting:
+            request.deliver(QueueFull(f"{len(waiting)} requests wait already"))
+        else:
+            params = request.params
+            seed = self.draw_seed() if params.seed is None else params.seed
+            most = min(params.max_tokens, room)
+            request.sequences = [Sequence(request, seed + k, most) for k in range(params.n)]
+            self.requests.add(request)
+            self.waiting.extend(request.sequences)
+            self.preparing.pop(request.session, None)
 
     def prepare(self, session: str, ids: list[int]) -> None:
         """Compute `ids` when there is nothing else to do, so that the session's next prompt finds them in the cache."""

@@ -18,7 +18,6 @@ class Sequence:
 
     def __init__(self, request: Request, seed: int, max_new: int) -> None:
         self.request = request
-        self.params = request.params
         self.tokens = list(request.prompt)
         self.prompt_len = len(request.prompt)
         self.max_new = max_new

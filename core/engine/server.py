@@ -163,7 +163,7 @@ def bound(address: str) -> Iterator[socket.socket]:
     Raises EngineClosed, one line.
     """
     try:
-        sock = _bind_unix(Path(address[5:])) if address.startswith("unix:") else _bind_tcp(address)
+        sock = _bind_unix(Path(address.removeprefix("unix:"))) if address.startswith("unix:") else _bind_tcp(address)
     except OSError as error:
         raise EngineClosed(f"cannot listen at {address}: {error.strerror or error}") from error
     try:
@@ -171,7 +171,7 @@ def bound(address: str) -> Iterator[socket.socket]:
             yield sock
     finally:
         if address.startswith("unix:"):
-            Path(address[5:]).unlink(missing_ok=True)
+            Path(address.removeprefix("unix:")).unlink(missing_ok=True)
 
 
 def _bind_tcp(address: str) -> socket.socket:

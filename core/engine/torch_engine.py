@@ -210,14 +210,16 @@ async def open_torch_engine(
     guess: int = GUESS,
     price: float | None = None,
 ) -> TorchEngine:
-    """Load `model` (embedded, a folder or a hub name) and start the engine. 0 chooses; memory is in bytes.
+    """Load `model` (embedded, a folder or a hub name) and start the engine.
 
+    `threads` and `cache_bytes` 0 choose. At most `max_running` sequences run, `token_budget` rows (a token of a prompt
+    or of a reply each) are in a step, and `max_waiting` requests wait.
     `seed` makes the seeds that requests without one are given repeatable; `guess` 0 leaves speculative decoding out,
     `price` is what it costs here, measured when None. Raises BadCheckpoint.
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
-        runner = open_runner(model, revision, device, dtype, threads, cache_bytes, draft=guess > 0)
+        runner = open_runner(model, revision, device, dtype, threads, cache_bytes, with_draft=guess > 0)
         config = runner.model.config
         cost = runner.price(guess) if guess and price is None else price or 0.0
         guesses = Draft(runner.draft, cost) if runner.draft else Phrases(cost)

@@ -60,6 +60,11 @@ class Config:
     scale_attn_weights: bool
     scale_attn_by_inverse_layer_idx: bool
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model has."""
+        return sum(map(math.prod, self.shapes().values()))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the model; linear layers stand (in, out), as GPT-2 stores them."""
         e, inner = self.n_embd, self.n_inner

@@ -34,6 +34,7 @@ from core.engine.base import (
 from core.engine.echo_engine import EchoEngine
 from core.engine.folder import PrivateFolder
 from core.engine.http_engine import HttpEngine, connect_engine, spawn_engine
+from core.engine.process import EngineProcess
 from core.engine.server import Server, bound
 from core.engine.torch_engine import TorchEngine
 from core.settings import Settings
@@ -45,13 +46,23 @@ Open = Callable[..., Coroutine[Any, Any, TorchEngine]]
 Make = Callable[..., Path]
 
 
-def settings(model: Path | str, **others: Any) -> Settings:
-    return Settings(model=str(model), threads=1, dtype="float32", **others)
+def settings(folder: Path) -> Settings:
+    return Settings(model=str(folder), threads=1, dtype="float32")
+
+
+def echo(folder: Path) -> dict[str, Any]:
+    """What a child opens that needs no model, and so is there soon."""
+    return {"kind": "echo", "model": str(folder), "revision": "", "device": "", "dtype": "", "threads": 1}
+
+
+async def spawn_echo(folder: Path) -> HttpEngine:
+    process = EngineProcess("echo", echo(folder))
+    return await HttpEngine(f"unix:{process.path}", process).open()
 
 
 @contextlib.asynccontextmanager
-async def spawned(model: Path | str, **others: Any) -> AsyncIterator[HttpEngine]:
-    engine = await spawn_engine(settings(model, **others))
+async def spawned(folder: Path, *, is_echo: bool = False) -> AsyncIterator[HttpEngine]:
+    engine = await (spawn_echo(folder) if is_echo else spawn_engine(settings(folder)))
     try:
         yield engine
     finally:
@@ -282,7 +293,7 @@ async def test_what_was_forgotten_is_sent_again_as_nobodys(checkpoint: Make) -> 
 
 
 async def test_killed_again_and_again_it_comes_back(checkpoint: Make, restarts: Callable[[], float]) -> None:
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         for kill in range(4):
             os.kill(pid(engine), signal.SIGKILL)
             answers = await asyncio.gather(*(engine.generate([i, 256], LONG, deadline=60) for i in range(5)))
@@ -291,7 +302,7 @@ async def test_killed_again_and_again_it_comes_back(checkpoint: Make, restarts: 
 
 
 async def test_a_child_that_hangs_is_replaced(checkpoint: Make, restarts: Callable[[], float]) -> None:
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         engine.probe_every, engine.probe_waits = 0.1, 1.0
         os.kill(pid(engine), signal.SIGSTOP)
         asked = [asyncio.create_task(engine.generate([i, 256], LONG, deadline=120)) for i in range(5)]
@@ -304,7 +315,7 @@ async def test_a_child_is_not_killed_because_we_have_no_descriptor_to_ask_with(
 ) -> None:
     monkeypatch.setattr(HttpEngine, "probe_every", 0.5)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         child = pid(engine)
         resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))  # before the first probe, whose connection would be kept
         try:
@@ -316,7 +327,7 @@ async def test_a_child_is_not_killed_because_we_have_no_descriptor_to_ask_with(
 
 
 async def test_no_answer_at_twice_the_deadline_ends_the_child(checkpoint: Make, restarts: Callable[[], float]) -> None:
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         engine.probe_every, engine.mercy = 600.0, 0.5
         os.kill(pid(engine), signal.SIGSTOP)
         with pytest.raises(Cancelled):
@@ -329,7 +340,7 @@ async def test_no_answer_at_twice_the_deadline_ends_the_child(checkpoint: Make, 
 async def test_a_child_killed_by_a_signal_without_a_name_is_replaced(
     checkpoint: Make, restarts: Callable[[], float]
 ) -> None:
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         os.kill(pid(engine), signal.SIGRTMIN + 1)
         await until(lambda: restarts() == 1)
         assert await engine.generate([5, 256], LONG, deadline=60)
@@ -359,14 +370,14 @@ async def test_an_engine_that_died_inside_its_process_is_a_dead_process(
     (tmp_path / "sitecustomize.py").write_text(DIES_INSIDE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         assert await engine.generate([5, 256], LONG, deadline=60)
         assert restarts() == 1
 
 
 async def test_while_it_is_down_a_request_waits_for_its_deadline_at_most(checkpoint: Make) -> None:
     """And ready() says in one line what is wrong."""
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         config = checkpoint() / "config.json"
         text = config.read_text("utf-8")
         try:
@@ -403,7 +414,7 @@ async def test_a_request_that_kills_is_given_up_and_the_others_live(
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(POISON)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         asked = [engine.generate([i, 256], LONG, deadline=120) for i in range(20)]
         *ends, last = await asyncio.gather(*asked, return_exceptions=True)
         assert isinstance(ends[13], Failed)
@@ -434,7 +445,7 @@ async def test_a_child_that_dies_at_its_start_says_its_last_words(
     (tmp_path / "aiohttp" / "__init__.py").write_text("raise RuntimeError('no such day')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(EngineClosed, match=r"ended with exit code 1 while it started: .*no such day") as caught:
-        await spawn_engine(settings(checkpoint(), engine="echo"))
+        await spawn_echo(checkpoint())
     assert "\n" not in str(caught.value)
 
 
@@ -443,7 +454,7 @@ async def test_the_working_directory_cannot_replace_modules(
 ) -> None:
     (tmp_path / "aiohttp.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.chdir(tmp_path)
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         assert await engine.ready() == ""
 
 
@@ -456,7 +467,7 @@ async def test_it_has_no_secrets(checkpoint: Make, monkeypatch: pytest.MonkeyPat
     for name in ("HF_TOKEN", "TELEGRAM_WEBHOOK_SECRET", "PGPASSWORD", "OPENAI_API_KEY", "discord_token"):
         monkeypatch.setenv(name, secret)
     monkeypatch.setenv("HISTORY_TOKENS", "64")
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         environment, arguments = proc(engine, "environ"), proc(engine, "cmdline")
     assert secret not in environment + arguments
     assert "HISTORY_TOKENS=64" in environment
@@ -468,7 +479,7 @@ async def test_its_log_lines_are_ours(
     says = "'ERROR core.engine.odd one\\ntwo ' + 'x' * 200_000 + '\\rthree'"
     (tmp_path / "sitecustomize.py").write_text(f"import sys; print({says}, file=sys.stderr); print('four')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    async with spawned(checkpoint(), engine="echo"):
+    async with spawned(checkpoint(), is_echo=True):
         pass
     assert ("core.engine.odd", logging.ERROR, "one") in caplog.record_tuples
     for stray in ("three", "four"):
@@ -478,7 +489,7 @@ async def test_its_log_lines_are_ours(
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 async def test_what_is_sent_to_all_of_a_service_does_not_end_it(checkpoint: Make, how: signal.Signals) -> None:
-    async with spawned(checkpoint(), engine="echo") as engine:
+    async with spawned(checkpoint(), is_echo=True) as engine:
         before = pid(engine)
         os.kill(before, how)
         assert await engine.generate([1, 256], LONG, deadline=60)
@@ -486,7 +497,7 @@ async def test_what_is_sent_to_all_of_a_service_does_not_end_it(checkpoint: Make
 
 
 async def test_closing_ends_even_a_child_that_hangs_and_what_waits(checkpoint: Make) -> None:
-    engine = await spawn_engine(settings(checkpoint(), engine="echo"))
+    engine = await spawn_echo(checkpoint())
     os.kill(pid(engine), signal.SIGSTOP)
     asked = asyncio.create_task(engine.generate([1, 256], LONG))
     await asyncio.sleep(0.05)
@@ -510,7 +521,7 @@ from core.engine.base import SamplingParams
 from core.settings import Settings
 
 async def main():
-    engine = await spawn_engine(Settings(model=sys.argv[1], engine=sys.argv[2], threads=1))
+    engine = await spawn_engine(Settings(model=sys.argv[1], threads=1))
     (completion,) = await engine.generate([1, 256], SamplingParams(max_tokens=2, temperature=0))
     assert completion.token_ids
     print(engine.process.pid, *sorted({"torch", "transformers", "numpy"} & set(sys.modules)), flush=True)
@@ -520,11 +531,10 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("kind", ["process", "echo"])
-def test_the_child_dies_with_its_parent_which_never_imports_torch(checkpoint: Make, kind: str) -> None:
+def test_the_child_dies_with_its_parent_which_never_imports_torch(checkpoint: Make) -> None:
     """The child is stopped first: only the kernel can end it then."""
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(checkpoint()), kind], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PARENT, str(checkpoint())], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout
     child, *imported = parent.stdout.readline().split()
@@ -541,9 +551,8 @@ def test_the_child_dies_with_its_parent_which_never_imports_torch(checkpoint: Ma
 def test_the_child_ends_with_its_standard_input(checkpoint: Make) -> None:
     """The way that works where no kernel helps."""
     folder = PrivateFolder()
-    echo = {"kind": "echo", "model": str(checkpoint()), "revision": "", "device": "", "dtype": "", "threads": 1}
     address = f"unix:{folder.path}/socket"
-    options = {"parent": os.getpid(), "address": address, "log_level": "INFO", "engine": echo}
+    options = {"parent": os.getpid(), "address": address, "log_level": "INFO", "engine": echo(checkpoint())}
     child = subprocess.Popen(
         [sys.executable, "-m", "core.engine.child", json.dumps(options)],
         cwd=ROOT,

@@ -73,7 +73,7 @@ def test_a_machine_whose_products_depend_on_height_gets_blocks(
 
     monkeypatch.setattr(models.Linear, "_product", fickle)
     model = model_runner.agreeing(lambda: weights.load(checkpoint("plain")), CPU, torch.float32)
-    assert model.block == model_runner.BLOCK["cpu"]
+    assert model.block == model_runner.BLOCK_ROWS["cpu"]
     assert "slower blocks" in caplog.text
     [ids] = prompts([100], 384)
     assert torch.equal(run(model, ids, [100]), run(model, ids, [1, 40, 3, 56], lambda: 30))

@@ -13,15 +13,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from core.engine.base import Cancelled, Completion, EngineError, Failed, QueueFull, SamplingParams
 from core.engine.guesses import MOST, PROBE, Phrases
 from core.engine.kv_cache import ROUND, KVCache, common_prefix
-from core.engine.scheduler import PIECE, Drawn, Scheduler
+from core.engine.scheduler import GUESS, PIECE, Drawn, Scheduler
 from core.engine.sequence import Request, Sequence, Span
 
 EOS = 9
 
 
 def make_scheduler(total: int = 4 * ROUND, **options: Any) -> Scheduler:
-    limits: dict[str, Any] = {"max_running": 8, "token_budget": 64, "max_waiting": 100} | options
-    return Scheduler(KVCache(total), max_positions=2 * ROUND, eos_id=EOS, draw_seed=lambda: 5, **limits)
+    limits: dict[str, Any] = {"max_running": 8, "token_budget": 64, "max_waiting": 100, "guess": GUESS} | options
+    model: dict[str, Any] = {"max_positions": 2 * ROUND, "eos_id": EOS}
+    return Scheduler(KVCache(total), draw_seed=lambda: 5, guesses=Phrases(), **model, **limits)
 
 
 class Client:

@@ -196,7 +196,7 @@ async def test_a_turn_prepared_for_is_mostly_cached_and_says_the_same(engine: Op
 async def test_what_is_no_prompt_is_not_prepared(engine: Open) -> None:
     e, steps = await engine("plain"), list[Batch]()
     await ask(e, [1, 2], session="s")
-    Faulty(e, lambda batch: steps.append(batch))  # type: ignore[func-returns-value]
+    Faulty(e, steps.append)
     for bad in ([], [-1], [384], [1] * 256):
         e.prepare("s", bad)
         await until_prepared(e)
