@@ -7,7 +7,6 @@ shared: a fork copies the prefix into a slot of its own.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,34 +43,34 @@ class KVCache:
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self.running: set[Slot] = set()
-        self.idle: list[Slot] = []
-        """Least recently used first."""
-
-    @property
-    def used(self) -> int:
+        self.used = 0
         """Tokens of room taken."""
-        return sum(s.capacity for s in self.running) + sum(s.capacity for s in self.idle)
+        self.running: set[Slot] = set()
+        self.idle: dict[Slot, None] = {}
+        """Least recently used first; a dict, so that one may leave from anywhere at no cost."""
+        self.kept: dict[str, list[Slot]] = {}
+        """The idle ones of each session that has any, in the same order."""
 
     def acquire(self, session: str, prompt: Sequence[int], need: int, sibling: Slot | None = None) -> Slot | None:
         """A slot for `need` tokens that holds the longest prefix of `prompt` at hand, never all of it.
 
         Looks at what the session left behind, and at `sibling`, a running slot of the same request. None: no room now.
         """
-        left = [s for s in self.idle if session and s.session == session]
+        left = list(self.kept.get(session, []))
         best = max(left, key=lambda s: common_prefix(s.tokens, prompt), default=None)
         source = sibling or best
         in_place = source is not None and source is best and source.capacity >= need
         slot = source if source is not None and in_place else Slot(session, round_up(need, ROUND))
         if sum(s.capacity for s in self.running) + slot.capacity > self.total:
             return None
-        self.idle = [s for s in self.idle if s not in left]
+        for idle in left:
+            self._drop(idle)
         while self.used + slot.capacity > self.total:
-            self.idle.remove(self._victim())
+            self._drop(self._victim())
         prefix = min(common_prefix(source.tokens, prompt), len(prompt) - 1) if source else 0
         slot.copy_from = source if prefix and not in_place else None
         slot.tokens = list(prompt[:prefix])
-        self.running.add(slot)
+        self._run(slot)
         return slot
 
     def prepare(self, session: str, ids: Sequence[int]) -> Slot | None:
@@ -80,46 +79,67 @@ class KVCache:
         Takes nothing from anybody, the session's other slots stay. None: all of it is there, or there is no free room,
         or nothing is kept of the session, so that one that was forgotten stays forgotten.
         """
-        kept = [s for s in self.idle if s.session == session]
+        kept = self.kept.get(session)
         if not kept or any(common_prefix(s.tokens, ids) == len(ids) for s in kept):
             return None
         slot = next((s for s in kept if len(ids) <= s.capacity and s.tokens == ids[: len(s.tokens)]), None)
         if slot:
-            self.idle.remove(slot)
+            self._drop(slot)
         else:
             slot = Slot(session, round_up(len(ids), ROUND) + ROUND)  # with room for the turn to come and its reply
             if self.used + slot.capacity > self.total:
                 return None
-        self.running.add(slot)
+        self._run(slot)
         return slot
-
-    def _victim(self) -> Slot:
-        """The oldest idle slot whose session has another (of n candidates one is said), else the oldest."""
-        slots = Counter(s.session for s in self.idle)
-        return next((s for s in self.idle if slots[s.session] > 1), self.idle[0])
 
     def release(self, slot: Slot, *, keep: bool) -> None:
         """The sequence is done with it. Kept for the session's next turn, or gone."""
         self.running.remove(slot)
+        self.used -= slot.capacity
         if keep and slot.session and slot.copy_from is None:
-            self.idle.append(slot)
+            self.idle[slot] = None
+            self.kept.setdefault(slot.session, []).append(slot)
+            self.used += slot.capacity
 
     def forget(self, session: str) -> None:
         """Nothing of the session stays: idle slots go now, running ones when they are released."""
-        self.idle = [s for s in self.idle if s.session != session]
+        for slot in list(self.kept.get(session, [])):
+            self._drop(slot)
         for slot in self.running:
             if slot.session == session:
                 slot.session = ""
 
     def drop_idle(self) -> None:
-        self.idle.clear()
+        for slot in list(self.idle):
+            self._drop(slot)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the books are wrong."""
+        assert self.used == sum(s.capacity for s in (*self.running, *self.idle)), "room is miscounted"
         assert self.used <= self.total, f"{self.used} tokens of room taken, {self.total} there"
-        assert len(set(self.idle)) == len(self.idle), "a slot is idle twice"
-        assert not self.running & set(self.idle), "a slot is idle and running"
+        assert not self.running & self.idle.keys(), "a slot is idle and running"
         for slot in (*self.running, *self.idle):
             assert len(slot.tokens) <= slot.capacity, "more tokens than room"
             assert slot.capacity % ROUND == 0
-        assert all(s.session and s.copy_from is None for s in self.idle), "an idle slot is nobody's or half made"
+        for slot in self.idle:
+            assert slot.session and slot.copy_from is None, "an idle slot is nobody's or half made"
+            assert slot in self.kept[slot.session], "an idle slot is not with its session"
+        assert sum(map(len, self.kept.values())) == len(self.idle), "a slot is kept twice, or is not idle"
+        assert all(self.kept.values()), "a session is kept that has no slot"
+
+    def _run(self, slot: Slot) -> None:
+        self.running.add(slot)
+        self.used += slot.capacity
+
+    def _drop(self, slot: Slot) -> None:
+        """It is no longer idle."""
+        del self.idle[slot]
+        self.kept[slot.session].remove(slot)
+        if not self.kept[slot.session]:
+            del self.kept[slot.session]
+        self.used -= slot.capacity
+
+    def _victim(self) -> Slot:
+        """The oldest idle slot whose session has another (of n candidates one is said), else the oldest."""
+        alone = len(self.idle) == len(self.kept)  # each of them
+        return next(s for s in self.idle if alone or len(self.kept[s.session]) > 1)
