@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Draft(Guesses):
     """Its model's `forward` takes the other's KV."""
 
-    def __init__(self, model: Model, price: float = 0.0) -> None:
+    def __init__(self, model: Model, price: float) -> None:
         super().__init__(price)
         self.model = model
 

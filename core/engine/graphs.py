@@ -47,6 +47,8 @@ NEAR = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far logits may be from those of the same weights launched kernel by kernel, relative to their spread."""
 
 Step = Callable[[], None]
+Chunk = tuple[list[int], list[list[int]]]
+"""Rows that are taken at once, and for each its id, its position and its pages."""
 
 
 def lost(error: Exception) -> bool:
@@ -121,33 +123,37 @@ class GraphedGPT2(GPT2):
             for row, position in enumerate(range(r.start, r.start + r.count), first):
                 groups.setdefault(self._pages(position + 1), []).append(row)
                 table[row] = [batch.ids[row], position, *self._filled(r.kv, position + 1)]
+        chunks: list[Chunk] = []
+        for pages, rows in sorted(groups.items()):
+            most = MOST * FEWEST // pages
+            parts = (rows[i : i + most] for i in range(0, len(rows), most))
+            chunks += [(part, [table[row] for row in part]) for part in parts]
         # What a sequence's row needs of its earlier ones is there: they are in a chunk before, or in its own.
-        chunks = [
-            (pages, groups[pages][first : first + most])
-            for pages in sorted(groups)
-            for most in [MOST * FEWEST // pages]
-            for first in range(0, len(groups[pages]), most)
-        ]
         with sdpa_kernel(self._backend):
             if long:
-                short = [(rows, [table[row] for row in rows]) for _, rows in chunks]
-                return self._launch(batch, self._attending(long, short))
-            logits = torch.empty(len(batch.wanted), self.config.vocab_size, dtype=self.dtype, device=self.device)
-            for pages, rows in chunks:
-                self._replay([table[row] for row in rows], pages)
-                at = {row: i for i, row in enumerate(rows)}
-                wanted = [i for i, row in enumerate(batch.wanted) if row in at]
-                logits[wanted] = self._logits[[at[batch.wanted[i]] for i in wanted]]
-            return logits.float().cpu()  # once: each copy waits for the device
+                return self._launch(batch, self._attending(long, chunks))
+            return self._replayed(batch.wanted, chunks)
 
-    def _replay(self, table: list[list[int]], pages: int) -> None:
-        """One step of rows that all have `pages`; their logits stand in `_logits` until the next."""
-        count = 1 << (len(table) - 1).bit_length()
-        padding = [[0, 0, SCRATCH, *[ZEROS] * (pages - 1)]] * (count - len(table))
-        self._table[:count, : 2 + pages] = torch.tensor(table + padding)
+    def _replayed(self, wanted: list[int], chunks: list[Chunk]) -> Tensor:
+        """The logits of `wanted` rows. All numbers are there before the first graph, and come back after the last:
+        each copy waits for the device."""
+        asked, place = set(wanted), dict[int, int]()
+        steps: list[tuple[Tensor, Tensor]] = []
+        for rows, table in chunks:
+            picked = [i for i, row in enumerate(rows) if row in asked]
+            place |= {rows[i]: k for k, i in enumerate(picked, len(place))}
+            steps.append((self._indices(padded(table)), self._indices(picked)))
+        order = self._indices([place[row] for row in wanted])
+        return torch.cat([self._replay(*step) for step in steps])[order].float().cpu()
+
+    def _replay(self, table: Tensor, picked: Tensor) -> Tensor:
+        """One step of the rows of a `padded` table; the logits of those that are `picked`, in `dtype`."""
+        count, pages = len(table), table.shape[1] - 2
+        self._table[:count, : 2 + pages] = table
         if (count, pages) not in self._graphs:
             self._graphs[count, pages] = self._captured(lambda: self._step(count, pages))
         self._graphs[count, pages]()
+        return self._logits[picked]
 
     def _captured(self, step: Step) -> Step:
         try:
@@ -170,10 +176,8 @@ class GraphedGPT2(GPT2):
         )
         self._logits[:count] = self.logits(x)[:count]
 
-    def _attending(
-        self, long: list[tuple[int, Rows]], short: list[tuple[list[int], list[list[int]]]]
-    ) -> Callable[[int, Tensor], Tensor]:
-        """Attention of a mixed step: `long` tile by tile, `short`, rows and their tables, all of one kind at once."""
+    def _attending(self, long: list[tuple[int, Rows]], short: list[Chunk]) -> Callable[[int, Tensor], Tensor]:
+        """Attention of a mixed step: `long` tile by tile, of `short` each chunk at once."""
         spans = []
         for first, r in long:
             end = r.start + r.count
@@ -228,6 +232,12 @@ class GraphedGPT2(GPT2):
 
     def _indices(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def padded(table: list[list[int]]) -> list[list[int]]:
+    """With rows that write to SCRATCH, up to a number of rows that a graph has."""
+    count = 1 << (len(table) - 1).bit_length()
+    return table + [[0, 0, SCRATCH, *[ZEROS] * (len(table[0]) - 3)]] * (count - len(table))
 
 
 def uncaptured(step: Step) -> Step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import random
 from collections.abc import Callable, Coroutine, Iterator
@@ -11,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -138,13 +138,13 @@ def test_hundreds_of_rows_are_what_each_is_alone(checkpoint: Make) -> None:
 
 
 @pytest.mark.parametrize("beside", [0, 40])
-def test_the_wider_the_table_the_fewer_rows_at_once_and_one_copy(
+def test_the_wider_the_table_the_fewer_rows_at_once_and_the_device_is_waited_for_once(
     checkpoint: Make, monkeypatch: pytest.MonkeyPatch, beside: int
 ) -> None:
     """Sequences of 13 rows that are cut between two groups, in steps of few rows and beside a long prompt."""
-    model, sizes = opened(checkpoint("deep"), tokens=8192), list[int]()
+    model, sizes, done = opened(checkpoint("deep"), tokens=8192), list[int](), list[str]()
     starts = [5] + 11 * [250] + 6 * [600]
-    ids, copied, places = prompts([13] * len(starts), 517), mock.Mock(wraps=Tensor.cpu), model._places
+    ids, places = prompts([13] * len(starts), 517), model._places
 
     def step(which: list[int], beside: int = 0) -> Tensor:
         rows = [Rows(model.new_kv(beside), 0, beside)] if beside else []
@@ -156,11 +156,17 @@ def test_the_wider_the_table_the_fewer_rows_at_once_and_one_copy(
         sizes.append(len(table) * (table.shape[1] - 2))
         return places(table)
 
+    def noted(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **more: [call(*args, **more), done.append(what)][0]  # type: ignore[func-returns-value]
+
     with monkeypatch.context() as patch:
-        patch.setattr(Tensor, "cpu", lambda tensor: copied(tensor))
+        patch.setattr(torch, "tensor", noted("to", torch.tensor))
+        patch.setattr(model, "hidden", noted("run", model.hidden))
+        patch.setattr(Tensor, "cpu", noted("from", Tensor.cpu))
         patch.setattr(model, "_places", counted)
         together = step(list(range(len(starts))), beside)
-    assert copied.call_count == 1
+    assert [what for what, _ in itertools.groupby(done)] == ["to", "run", "from"]
+    assert done.count("from") == 1
     assert max(sizes) == MOST * FEWEST
     for k in range(len(starts)):
         assert torch.equal(step([k]), together[13 * k : 13 * k + 13])
