@@ -27,7 +27,9 @@ from core.engine.sampler import Summary, summarise
 from core.engine.weights import Checkpoint, Config
 
 TILE = 64
+"""Positions that attention takes together; a graph's pages are as long."""
 MIN_ROWS = 4
+"""Rows that a product has at least."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,6 +227,7 @@ class NativeGPT2:
 
 
 def padded(vector: Tensor) -> Tensor:
+    """(n,) -> float32 (N,), with zeros; N is the next multiple of 32."""
     whole = torch.zeros(round_up(len(vector), BLOCK))
     whole[: len(vector)] = vector
     return whole

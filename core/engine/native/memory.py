@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 ARENA = 64 << 20
+"""Bytes taken at once, or as many as one tensor needs."""
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
