@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -114,26 +114,28 @@ def finetune(
     minutes: Annotated[float, typer.Option(min=0, help="train that long instead; 0 goes by epochs")] = 0.0,
     learning_rate: Annotated[float, typer.Option(min=1e-7, max=1.0, help="at its peak")] = 5e-5,
     batch_tokens: Annotated[int, typer.Option(min=16, help="tokens in one step; fewer need less memory")] = 4096,
-    max_length: Annotated[int, typer.Option(min=8, help="tokens; longer dialogues are left out")] = 128,
+    max_length: Annotated[int, typer.Option(min=8, help="tokens; longer dialogues are split between turns")] = 128,
     reverse: Annotated[bool, typer.Option("--reverse", help="learn what was said from its answer instead")] = False,
 ) -> None:
     """Train MODEL further on dialogues of your own. It uses all cores (as many as THREADS, where set), or the GPU.
 
-    Stopped, or killed? The same command goes on where it was. In the end the folder holds the model, a plot of the
-    losses and a card.
+    Stopped with Ctrl-C or SIGTERM? The same command goes on where it was; kill -9 costs the last 5 minutes. With more
+    epochs it goes on after its end; with other dialogues or options, OUT must be another folder. In the end the folder
+    holds the model, a plot of the losses and a card. NORMALISE=false takes the texts of a .jsonl as they are.
     """
     finetune = _trainer()
     from core.engine import hub
     from core.engine.base import BadCheckpoint
     from core.engine.machine import cores
     from core.training.datasets import BadData
-    from core.training.finetune import Recipe
+    from core.training.finetune import Recipe, summary
 
     (settings,) = _settings(Settings)
     recipe = Recipe(
         learning_rate=learning_rate, epochs=epochs, minutes=minutes, batch_tokens=batch_tokens,
-        max_length=max_length, reverse=reverse, threads=settings.threads or cores(),
+        max_length=max_length, reverse=reverse, normalise=settings.normalise, threads=settings.threads or cores(),
     )  # fmt: skip
+    _stop_as_by_hand()
     try:
         base = hub.resolve(settings.model, settings.model_revision)
         progress = finetune(data, out, base, valid=valid, recipe=recipe)
@@ -143,14 +145,16 @@ def finetune(
         _stop([str(error)])
     except OSError as error:
         _stop([f"{error.filename}: {error.strerror}" if error.filename else str(error)])
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on where {out} stands", file=sys.stderr)
-        raise typer.Exit(130) from None
-    loss = progress.valid[-1][1]
-    print(
-        f"held-out loss {loss:.3f} nats per token, perplexity {math.exp(loss):.1f}\n"
-        f"talk to it: MODEL={out} palaver chat"
-    )
+    except KeyboardInterrupt as stopped:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"stopped; the same command goes on where {out} stands", file=sys.stderr)
+        raise typer.Exit(128 + (stopped.args or [signal.SIGINT])[0]) from None
+    print(f"{summary(progress)}\ntalk to it: MODEL={out} palaver chat")
+    if not progress.valid[-1][1] < progress.valid[0][1]:
+        print(
+            "warning: that is no better than before: try more dialogues, fewer --epochs or a lower --learning-rate",
+            file=sys.stderr,
+        )
 
 
 @cli.command("eval")
@@ -360,6 +364,17 @@ def _trainer() -> Any:
     except ModuleNotFoundError as error:
         _stop([f"palaver finetune needs {error.name}: in Palaver's folder, pip install '.[train]'"])
     return finetune
+
+
+def _stop_as_by_hand() -> None:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt with their number, unless they are ignored, as nohup does."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
 
 
 def _settings(*groups: type[Any]) -> list[Any]:

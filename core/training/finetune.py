@@ -1,31 +1,42 @@
 """The trainer: DialoGPT's recipe on a file of dialogues, for a model of any size, from a checkpoint or from nothing.
 
 `finetune()` goes on where an earlier run in the same folder stopped. In the end the folder holds a checkpoint that
-the engine loads, `losses.png` and a model card, README.md.
+the engine loads, `losses.png` and a model card, README.md. On a CPU, the same seed and threads give the same weights,
+stopped in between or not; not with `minutes`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import random
+import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout
+from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from core.engine import hub
 from core.engine.base import BadCheckpoint
 from core.engine.model_runner import computes_bfloat16
 from core.tokenizer import Tokenizer
-from core.training.datasets import BadData, Example, batches, encode, read_dialogues
+from core.training.datasets import BadData, Example, Tally, batches, encode, read_dialogues
 from core.training.muon import Muon
+
+CHECKPOINT, HALF_DONE, NOTES = "checkpoint.pt", "checkpoint.tmp", "progress.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +46,7 @@ class Recipe:
     learning_rate: float = 5e-5
     """At its peak."""
     warmup: int = 200
-    """Steps; a tenth of them all if that is less."""
+    """Steps; a tenth of them all if that is less, with `minutes` of as many as will be at the speed so far."""
     schedule: str = "noam"
     """noam: falls with the square root of the step. cosine: falls to nothing at the planned end."""
     epochs: float = 1.0
@@ -47,9 +58,12 @@ class Recipe:
     """On a CPU. As many parts of a batch are worked on at once, each with gradients of its own in memory; fewer where
     a part would be too small for a dialogue of `max_length`."""
     max_length: int = 128
+    """Ids; longer dialogues are split between turns."""
     cut: bool = False
-    """Shorten dialogues above `max_length` instead of dropping them."""
+    """Keep only the beginning of those."""
     reverse: bool = False
+    normalise: bool = True
+    """Bring JSONL into DialoGPT's spelling, as a bot does that is set up so."""
     weight_decay: float = 0.01
     dropout: float = 0.1
     clip: float = 1.0
@@ -69,12 +83,15 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    epoch: int = 0
-    batch: int = 0
-    """Steps of this epoch that lie behind; a machine with other cores cuts the rest into other batches."""
+    recent: list[float] = field(default_factory=list)
+    """Losses of the steps since the last one in `train`."""
     train: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss per learnt token in nats), averaged over the steps between."""
     valid: list[tuple[int, float]] = field(default_factory=list)
+    """As `train`, on what was held out; the first is that of the base."""
+    dialogues: int = 0
+    held_out: int = 0
+    """Dialogues."""
 
 
 def finetune(
@@ -91,30 +108,71 @@ def finetune(
 
     `valid`: dialogues to measure on; without it every 50th of `data` is kept back. The tokenizer comes from
     `tokenizer_folder`, by default the base's own folder. Stopped, also by Ctrl-C, the same call goes on where it was.
+    Unless `quiet`, what was split or left out goes to standard error.
     Raises BadData, BadCheckpoint, OSError.
     """
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
     model, folder = _open(base, tokenizer_folder, recipe.dropout)
+    if out != tokenizer_folder:  # who has put the tokenizer there made the folder for this
+        _spare(out, folder)
     tokenizer = Tokenizer.load(folder, model.config.vocab_size)
 
-    def read(path: Path) -> list[Example]:
-        return encode(read_dialogues(path), tokenizer, recipe.max_length, reverse=recipe.reverse, cut=recipe.cut)
+    def say(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr)
 
     if recipe.max_length > model.config.n_positions:
         raise BadData(f"max_length {recipe.max_length} is more than the model's {model.config.n_positions} positions")
-    examples = read(data)
-    held_back = read(valid) if valid else examples[::50]
+    talks = _read(data, tokenizer, recipe, say)
+    held_back = _read(valid, tokenizer, recipe, say) if valid else talks[::50]
     if not valid:
-        examples = [example for index, example in enumerate(examples) if index % 50]
-    if not examples or not held_back:
-        raise BadData(f"{data} holds too few dialogues of at most {recipe.max_length} tokens")
+        talks = [talk for index, talk in enumerate(talks) if index % 50]
+    if not talks or not held_back:
+        raise BadData(f"{valid if valid and talks else data} holds too few dialogues to learn from: write one a line")
     out.mkdir(parents=True, exist_ok=True)
-    progress = Trainer(model, examples, held_back, recipe, out, quiet=quiet).run()
+    examples, measured = ([example for talk in some for example in talk] for some in (talks, held_back))
+    trainer = Trainer(model, examples, measured, recipe, out, quiet=quiet)
+    progress = trainer.progress
+    progress.dialogues, progress.held_out = len(talks), len(held_back)
+    if trainer.finished:
+        say(f"{out} is already finished, nothing was trained: more epochs or minutes go on")
+    else:
+        trainer.run()
     save(model, folder, out)
     plot(progress, out / "losses.png")
-    write_card(out / "README.md", model, recipe, progress, len(examples))
+    write_card(out / "README.md", model, recipe, progress)
     return progress
+
+
+def _spare(out: Path, base: Path) -> None:
+    """Raises BadData where `out` holds what is not a run's own and would be written over."""
+    if not out.is_dir():
+        return
+    if out.samefile(base):
+        raise BadData(f"{out} is the model to begin with: name another folder for the new one")
+    names = {path.name for path in out.iterdir()}
+    others = sorted(names - {HALF_DONE, NOTES})
+    if others and CHECKPOINT not in names:
+        raise BadData(f"{out} holds {others[0]} and no run to go on with: name a new folder")
+
+
+def _read(path: Path, tokenizer: Tokenizer, recipe: Recipe, say: Callable[[str], None]) -> list[list[Example]]:
+    """The examples of each dialogue that has some."""
+    tally, talks = Tally(), []
+    for dialogue in read_dialogues(path, normalised=recipe.normalise):
+        found = encode([dialogue], tokenizer, recipe.max_length, reverse=recipe.reverse, cut=recipe.cut, tally=tally)
+        if found:
+            talks.append(found)
+    remarks = (
+        (tally.split, f"longer than {recipe.max_length} tokens and split between turns"),
+        (tally.empty, "left out, with nothing to learn"),
+        (tally.wordless, "turns left out, without a sign the model knows, and what answers them not learnt"),
+        (tally.long, f"turns not learnt, longer than {recipe.max_length - 2} tokens"),
+    )
+    said = [f"{number} {what}" for number, what in remarks if number]
+    say("; ".join([f"{path}: {tally.dialogues} dialogues", *said]))
+    return talks
 
 
 def _open(base: str | Path | GPT2Config, tokenizer_folder: Path | None, dropout: float) -> tuple[GPT2LMHeadModel, Path]:
@@ -136,6 +194,22 @@ def _open(base: str | Path | GPT2Config, tokenizer_folder: Path | None, dropout:
     return model, tokenizer_folder or folder
 
 
+class Draws(TorchFunctionMode):
+    """Dropout of this thread draws from here: torch's generator is one for all threads, whoever comes first."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def drawn(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+            if not training or not p:
+                return x
+            return x * torch.empty_like(x).bernoulli_(1 - p, generator=self.generator) / (1 - p)
+
+        return (drawn if func is dropout else func)(*args, **kwargs or {})
+
+
 class Trainer:
     """One run. `run()` returns when it is over; the checkpoint in `out` lets it go on after any stop."""
 
@@ -151,14 +225,19 @@ class Trainer:
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.examples, self.held_back = model, examples, held_back
+        self.fingerprint = fingerprint(model, examples, held_back, recipe)
         torch.nn.Module.to(model, self.device)
+        if self.device.type == "cpu" and recipe.dropout:
+            model.set_attn_implementation("eager")  # the fused one draws from torch's generator, and is no faster
         self.recipe, self.out, self.quiet = recipe, out, quiet
         self.progress = Progress()
         self.bfloat16 = recipe.bfloat16 and computes_bfloat16(self.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizers = optimizers(model, recipe)
-        per_epoch = len(batches(examples, recipe.batch_tokens // self.parts, recipe.seed)) / self.parts
-        self.steps = max(1, math.ceil(per_epoch * recipe.epochs))
+        self.per_epoch = len(batches(examples, recipe.batch_tokens, recipe.seed))
+        self.steps = max(1, math.ceil(self.per_epoch * recipe.epochs))
+        self._lock = Lock()
+        """What is saved is from before a step or after it."""
         self._resume()
 
     @property
@@ -170,37 +249,51 @@ class Trainer:
     def run(self) -> Progress:
         from rich.progress import Progress as Bar
 
-        started, saved, recent = time.monotonic() - self.progress.seconds, time.monotonic(), []
         threads = torch.get_num_threads()
         if self.device.type == "cpu":  # parts of a batch side by side need no barrier at every operation
             torch.set_num_threads(max(1, self.recipe.threads // self.parts))
         torch.set_flush_denormal(True)  # numbers next to nothing make a CPU ten times slower
-        pool = ThreadPoolExecutor(self.parts, initializer=torch.set_flush_denormal, initargs=(True,))
-        with Bar(disable=self.quiet) as bar, pool:
-            task = bar.add_task("training", total=1)
-            ahead = self._batches()
-            try:
-                while self.share_done < 1:
-                    recent.append(self._step(next(ahead), pool))
-                    self.progress.seconds = time.monotonic() - started
-                    if self.progress.step % 50 == 0:
-                        self.progress.train.append((self.progress.step, sum(recent) / len(recent)))
-                        recent.clear()
-                        self._note()
-                        loss, done = self.progress.train[-1][1], self.progress
-                        text = f"step {done.step} loss {loss:.3f} tokens {done.tokens}"
-                        bar.update(task, completed=self.share_done, description=text)
-                    if time.monotonic() - saved > self.recipe.save_every:
-                        self._measure(pool)
-                        self._save()
-                        saved = time.monotonic()
-            except KeyboardInterrupt:
-                self._save()
-                raise
-            self._measure(pool)
-        torch.set_num_threads(threads)
-        self._save()
+        # Ctrl-C breaks off this thread alone, so the others change and save what there is; one more than there are
+        # parts, for a save that waits for none of them.
+        pool = ThreadPoolExecutor(self.parts + 1, initializer=torch.set_flush_denormal, initargs=(True,))
+        try:
+            with Bar(disable=self.quiet) as bar, pool:
+                try:
+                    self._train(bar, pool)
+                except KeyboardInterrupt:
+                    pool.submit(self._save).result()
+                    raise
+        finally:
+            torch.set_num_threads(threads)
         return self.progress
+
+    def _train(self, bar: Any, pool: ThreadPoolExecutor) -> None:
+        self._note()
+        task = bar.add_task("measuring", total=1, completed=self.share_done)
+        if not self.progress.valid:
+            self._measure(pool)
+        self.model.train()
+        saved = time.monotonic()
+        started, ahead = saved - self.progress.seconds, self._batches()
+        while self.share_done < 1:
+            self._step(next(ahead), pool)
+            self.progress.seconds = time.monotonic() - started
+            if len(self.progress.recent) >= min(50, self.planned / 20):
+                self._average()
+                self._note()
+            step, loss = self.progress.step, (self.progress.recent or [self.progress.train[-1][1]])[-1]
+            text = f"step {step} loss {loss:.3f} tokens {self.progress.tokens}"
+            bar.update(task, completed=self.share_done, description=text)
+            if time.monotonic() - saved > self.recipe.save_every:
+                pool.submit(self._save).result()
+                self._measure(pool)
+                saved = time.monotonic()
+        if self.progress.recent:
+            self._average()
+        pool.submit(self._save).result()
+        if not self.finished:
+            self._measure(pool)
+            pool.submit(self._save).result()
 
     @property
     def share_done(self) -> float:
@@ -208,47 +301,69 @@ class Trainer:
             return min(1.0, self.progress.seconds / (60 * self.recipe.minutes))
         return min(1.0, self.progress.step / self.steps)
 
+    @property
+    def finished(self) -> bool:
+        """Trained and measured."""
+        return self.share_done >= 1 and [step for step, _ in self.progress.valid][-1:] == [self.progress.step]
+
+    @property
+    def planned(self) -> float:
+        """Steps in all; with `minutes`, at the speed so far."""
+        if self.recipe.minutes > 0:
+            return self.progress.step / self.share_done if self.share_done else math.inf
+        return self.steps
+
     def rate(self) -> float:
         """The learning rate now, as a share of its peak."""
-        step, warmup = self.progress.step + 1, self.recipe.warmup
-        if not self.recipe.minutes:
-            warmup = min(warmup, self.steps // 10)
+        step, warmup = self.progress.step + 1, min(self.recipe.warmup, self.planned / 10)
         if step < warmup:
             return step / warmup
         if self.recipe.schedule == "noam":
             return math.sqrt(max(1, warmup) / step)
         return 0.5 * (1 + math.cos(math.pi * self.share_done)) * 0.99 + 0.01
 
-    def _batches(self) -> Iterator[list[list[int]]]:
-        """`parts` batches at a time, epoch after epoch, from where the progress stands."""
-        while True:
-            found = batches(
-                self.examples, self.recipe.batch_tokens // self.parts, self.recipe.seed + self.progress.epoch
-            )
-            for at in range(self.progress.batch * self.parts, len(found), self.parts):
-                self.progress.batch += 1
-                yield found[at : at + self.parts]
-            self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
+    def _batches(self) -> Iterator[list[int]]:
+        """Epoch after epoch, from where the progress stands."""
+        epochs, first = divmod(self.progress.step, self.per_epoch)
+        for epoch in count(epochs):
+            yield from batches(self.examples, self.recipe.batch_tokens, self.recipe.seed + epoch)[first:]
+            first = 0
 
-    def _step(self, step_batches: list[list[int]], pool: ThreadPoolExecutor) -> float:
-        """One update; the mean loss of the tokens learnt from, in nats."""
-        learnt = sum(sum(self.examples[i].learn[1:]) for batch in step_batches for i in batch)
+    def _step(self, batch: list[int], pool: ThreadPoolExecutor) -> None:
+        """One update."""
+        learnt = sum(sum(self.examples[i].learn) for i in batch)
+        size = -(-len(batch) // self.parts)
+        seeds = random.Random(f"{self.recipe.seed} {self.progress.step}")
+        torch.manual_seed(seeds.getrandbits(63))  # for a GPU's attention; there is one part then
 
-        def gradient(batch: list[int]) -> tuple[float, tuple[torch.Tensor, ...]]:
-            loss = self.loss([self.examples[i] for i in batch]) / learnt
+        def gradient(part: list[int], seed: int) -> tuple[float, tuple[torch.Tensor, ...]]:
+            with Draws(torch.Generator(self.device).manual_seed(seed)):
+                loss = self.loss([self.examples[i] for i in part]) / learnt
             return loss.item(), torch.autograd.grad(loss, self.parameters)
 
-        done = list(pool.map(gradient, step_batches))
-        for parameter, *parts in zip(self.parameters, *(grads for _, grads in done), strict=True):
-            parameter.grad = sum(parts[1:], start=parts[0])
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * self.rate()
-            optimizer.step()
-        self.progress.step += 1
-        self.progress.tokens += sum(len(self.examples[i].ids) for batch in step_batches for i in batch)
-        return sum(loss for loss, _ in done)
+        parts = [batch[at : at + size] for at in range(0, len(batch), size)]
+        done = list(pool.map(gradient, parts, [seeds.getrandbits(63) for _ in parts]))
+        tokens = sum(len(self.examples[i].ids) for i in batch)
+        pool.submit(self._update, [grads for _, grads in done], sum(loss for loss, _ in done), tokens).result()
+
+    def _update(self, gradients: list[tuple[torch.Tensor, ...]], loss: float, tokens: int) -> None:
+        """With the gradients of each part of a batch; `loss` is the mean of the tokens learnt from, in nats."""
+        with self._lock:
+            for parameter, *parts in zip(self.parameters, *gradients, strict=True):
+                parameter.grad = sum(parts[1:], start=parts[0])
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * self.rate()
+                optimizer.step()
+            self.progress.step += 1
+            self.progress.tokens += tokens
+            self.progress.recent.append(loss)
+
+    def _average(self) -> None:
+        recent = self.progress.recent
+        self.progress.train.append((self.progress.step, sum(recent) / len(recent)))
+        recent.clear()
 
     def loss(self, examples: list[Example]) -> torch.Tensor:
         """Sum of -ln p over the tokens to learn. Right-padded; the padding is never looked at."""
@@ -279,34 +394,68 @@ class Trainer:
         self.progress.valid.append((self.progress.step, total / learnt))
 
     def _save(self) -> None:
-        half_done = self.out / "checkpoint.tmp"
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "progress": asdict(self.progress),
-        }
-        torch.save(state, half_done)
-        half_done.rename(self.out / "checkpoint.pt")
-        self._note()
+        half_done = self.out / HALF_DONE
+        with self._lock:
+            state = {
+                "fingerprint": self.fingerprint,
+                "model": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "progress": asdict(self.progress),
+            }
+            try:
+                with half_done.open("wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                half_done.rename(self.out / CHECKPOINT)
+            except (OSError, RuntimeError) as error:  # torch says RuntimeError when it cannot write
+                half_done.unlink(missing_ok=True)
+                raise _unwritten(half_done, error) from error
+            self._note()
 
     def _note(self) -> None:
-        (self.out / "progress.json").write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+        (self.out / NOTES).write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
 
     def _resume(self) -> None:
-        checkpoint = self.out / "checkpoint.pt"
+        checkpoint = self.out / CHECKPOINT
         if not checkpoint.is_file():
             return
-        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
-        try:
-            self.model.load_state_dict(state["model"])
-        except RuntimeError:
-            raise BadData(f"{self.out} holds a run of another model: name another folder, or empty it") from None
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            peaks = [group["peak"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["peak"] = peak
-        self.progress = Progress(**state["progress"])
+        with checkpoint.open("rb") as file:
+            try:
+                state = torch.load(file, map_location=self.device, weights_only=True)
+                if state.get("fingerprint") == self.fingerprint:
+                    self.model.load_state_dict(state["model"])
+                    for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                        optimizer.load_state_dict(saved)
+                    self.progress = Progress(**state["progress"])
+                    return
+            except Exception as error:  # whatever unpickling meets in a damaged file
+                raise BadData(
+                    f"{checkpoint} is damaged: put a copy in its place, or remove it to begin anew"
+                ) from error
+        raise BadData(f"{self.out} holds a run with other data or options: name another folder, or empty it")
+
+
+def fingerprint(
+    model: GPT2LMHeadModel, examples: Sequence[Example], held_back: Sequence[Example], recipe: Recipe
+) -> str:
+    """Of all that a run hangs on, but for how long it goes, how it shares the work and how often it saves."""
+    settings = asdict(recipe)
+    for name in ("epochs", "minutes", "threads", "save_every"):
+        del settings[name]
+    digest = blake2b(json.dumps([settings, len(examples), len(held_back)]).encode(), digest_size=16)
+    for example in (*examples, *held_back):
+        digest.update(example.ids)
+        digest.update(example.learn)
+    for parameter in model.parameters():
+        digest.update(f"{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _unwritten(path: Path, error: Exception) -> OSError:
+    reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+    return OSError(f"{path} cannot be written ({reason}): make room; the same command goes on from the last save")
 
 
 def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -329,7 +478,12 @@ def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optim
 
 def save(model: GPT2LMHeadModel, tokenizer_folder: Path, out: Path) -> None:
     """Config, weights as safetensors, and the tokenizer's files."""
-    model.save_pretrained(out)
+    try:
+        model.save_pretrained(out)
+    except SafetensorError as error:
+        raise _unwritten(out / "model.safetensors", error) from error
+    for weights in out.glob("*.safetensors"):  # written for this user alone
+        shutil.copymode(out / "config.json", weights)
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
         if (tokenizer_folder / name).is_file():
             (out / name).write_bytes((tokenizer_folder / name).read_bytes())
@@ -357,17 +511,29 @@ def plot(progress: Progress, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write_card(path: Path, model: GPT2LMHeadModel, recipe: Recipe, progress: Progress, dialogues: int) -> None:
+def summary(progress: Progress) -> str:
+    """What the training brought, in one line."""
+    (_, before), *_, (_, after) = [*progress.valid[:1], *progress.valid]
+    return (
+        f"held-out loss {before:.3f} → {after:.3f} nats per token, perplexity {_perplexity(before)} → "
+        f"{_perplexity(after)}, on {progress.held_out} dialogue{'s' * (progress.held_out != 1)}"
+    )
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.1f}" if not loss > math.log(1e6) else "over a million"
+
+
+def write_card(path: Path, model: GPT2LMHeadModel, recipe: Recipe, progress: Progress) -> None:
     """What was trained, on how much, with which settings and losses."""
     size = sum(p.numel() for p in model.parameters())
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(recipe).items())
-    train, valid = (points[-1][1] if points else math.nan for points in (progress.train, progress.valid))
     path.write_text(
         f"""# A model for Palaver
 
-{size / 1e6:.1f} million parameters, trained with `palaver finetune` on {dialogues} dialogues:
-{progress.step} steps, {progress.tokens / 1e6:.2f} million tokens, {progress.seconds / 60:.0f} minutes.
-Loss per token: {train:.3f} in training, {valid:.3f} on held-out dialogues (perplexity {math.exp(valid):.1f}).
+{size / 1e6:.1f} million parameters, trained with `palaver finetune` on {progress.dialogues} dialogues:
+{progress.step} steps, {progress.tokens / 1e6:.2f} million tokens, {progress.seconds / 60:.1f} minutes.
+Training loss in the end {progress.train[-1][1]:.3f}; {summary(progress)}.
 
 ![losses](losses.png)
 
@@ -376,7 +542,7 @@ Loss per token: {train:.3f} in training, {valid:.3f} on held-out dialogues (perp
 {settings}
 
 It answers in the spelling it was trained on and knows only what its dialogues taught it. It is no source of facts or
-advice, and nothing has checked its replies: keep the safety filter on.
+advice, and nothing has checked its replies.
 """,
         encoding="utf-8",
     )

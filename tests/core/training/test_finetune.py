@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,16 +17,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from core.tokenizer import Tokenizer
 from core.training.datasets import BadData, encode, write_tsv
-from core.training.finetune import Recipe, Trainer, finetune, optimizers
+from core.training.finetune import Progress, Recipe, Trainer, finetune, optimizers, summary
 from core.training.tiny import train_tokenizer
 
 TALK = [[(0, "how are you ?"), (1, "fine , thanks .")], [(0, "hello"), (1, "hello there .")]] * 40
 
 
-def micro(tokenizer: Tokenizer) -> GPT2Config:
+def micro(tokenizer: Tokenizer, dropout: float = 0.0) -> GPT2Config:
     return GPT2Config(
         vocab_size=len(tokenizer), n_positions=32, n_embd=32, n_layer=2, n_head=2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
         bos_token_id=tokenizer.eos_id, eos_token_id=tokenizer.eos_id,
     )  # fmt: skip
 
@@ -56,28 +62,75 @@ def test_it_learns_its_dialogues(folder: Path, schedule: str) -> None:
     assert "perplexity" in (out / "README.md").read_text()
 
 
-def test_it_goes_on_where_it_stopped(folder: Path) -> None:
-    tokenizer, config = Tokenizer.load(folder), micro(Tokenizer.load(folder))
+def make_trainer(folder: Path, name: str = "out", *, dropout: float = 0.0, **changes: object) -> Trainer:
+    """A run in its folder `name`, of a model that is always the same."""
+    tokenizer = Tokenizer.load(folder)
     examples = encode(TALK, tokenizer, 32)
+    torch.manual_seed(1)
+    (folder / name).mkdir(exist_ok=True)
+    model = GPT2LMHeadModel(micro(tokenizer, dropout)).train(False)  # as from_pretrained leaves it
+    return Trainer(model, examples, examples[:4], recipe(dropout=dropout, **changes), folder / name, quiet=True)
 
-    def trainer(name: str, epochs: float) -> Trainer:
-        torch.manual_seed(1)
-        (folder / name).mkdir(exist_ok=True)
-        return Trainer(
-            GPT2LMHeadModel(config), examples, examples[:4], recipe(epochs=epochs), folder / name, quiet=True
-        )
 
-    whole = trainer("whole", 6)
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def interrupt(trainer: Trainer, seconds: float) -> None:
+    """Run for that long, then a real Ctrl-C."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    with contextlib.suppress(KeyboardInterrupt):
+        timer.start()
+        trainer.run()
+        timer.cancel()
+        timer.join()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_stopped_by_hand_at_any_time_it_ends_with_the_same_weights(folder: Path, threads: int) -> None:
+    """Dropout included, to the last bit."""
+    whole = make_trainer(folder, "whole", dropout=0.3, threads=threads)
     whole.run()
-    half = trainer("halves", 3)
-    half.run()
-    rest = trainer("halves", 6)
-    assert rest.progress.step == half.progress.step > 0
+    stops, part = 0, make_trainer(folder, dropout=0.3, threads=threads)
+    while not part.finished:
+        interrupt(part, 0.03 + 0.02 * (stops % 5))
+        stops, part = stops + 1, make_trainer(folder, dropout=0.3, threads=threads)
+    assert stops > 2
+    assert part.progress.step == whole.progress.step
+    assert part.progress.tokens == whole.progress.tokens
+    assert part.progress.train == whole.progress.train
+    assert torch.equal(weights(part), weights(whole))
+
+
+def test_more_epochs_go_on(folder: Path) -> None:
+    make_trainer(folder, epochs=3, warmup=1).run()
+    rest = make_trainer(folder, epochs=6, warmup=1)
+    assert rest.progress.step == rest.steps / 2
     rest.run()
-    assert rest.progress.step == whole.progress.step
-    assert rest.progress.tokens == whole.progress.tokens
-    for ours, theirs in zip(rest.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    whole = make_trainer(folder, "whole", epochs=6, warmup=1)
+    whole.run()
+    assert torch.equal(weights(rest), weights(whole))
+
+
+def test_dropout_is_on_from_the_first_step(folder: Path) -> None:
+    after = []
+    for dropout in (0.0, 0.5):
+        trainer = make_trainer(folder, f"{dropout}", dropout=dropout, epochs=0.01)
+        trainer.run()
+        assert trainer.progress.step == 1
+        after.append(weights(trainer))
+    assert not torch.allclose(after[0], after[1])
+
+
+def test_a_short_run_by_the_clock_warms_up_for_a_tenth_of_it(folder: Path) -> None:
+    trainer = make_trainer(folder, minutes=1, warmup=200)
+    trainer.progress.step = 0
+    assert trainer.rate() == 1 / 200
+    for seconds, rate in ((3, 0.5), (6, 1), (30, math.sqrt(0.2)), (60, math.sqrt(0.1))):
+        trainer.progress.step, trainer.progress.seconds = 10 * seconds, seconds
+        assert trainer.rate() == pytest.approx(rate, rel=0.05)
+    trainer.progress.step = 6000
+    assert trainer.rate() == pytest.approx(math.sqrt(200 / 6000), rel=0.05)
 
 
 def test_a_checkpoint_is_trained_further(folder: Path) -> None:
@@ -89,37 +142,22 @@ def test_a_checkpoint_is_trained_further(folder: Path) -> None:
     assert Tokenizer.load(folder / "out").eos_id == Tokenizer.load(base).eos_id
 
 
-def test_parts_of_a_batch_add_up(folder: Path) -> None:
-    """Two threads, or one, take the same step."""
-    tokenizer = Tokenizer.load(folder)
-    examples, after = encode(TALK, tokenizer, 32), []
-    for threads in (1, 2):
-        torch.manual_seed(1)
-        model = GPT2LMHeadModel(micro(tokenizer))
-        trainer = Trainer(model, examples, examples, recipe(threads=threads), folder / f"{threads}", quiet=True)
-        (folder / f"{threads}").mkdir()
-        from concurrent.futures import ThreadPoolExecutor
-
-        whole = list(range(8))
-        with ThreadPoolExecutor(2) as pool:
-            trainer._step([whole] if threads == 1 else [whole[:4], whole[4:]], pool)
-        after.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    torch.testing.assert_close(after[0], after[1], rtol=1e-4, atol=1e-5)
-
-
-def test_with_other_cores_as_much_of_an_epoch_is_left(folder: Path) -> None:
-    tokenizer = Tokenizer.load(folder)
-    examples, left = encode(TALK, tokenizer, 32), list[int]()
+def test_threads_change_neither_batches_nor_steps(folder: Path) -> None:
+    """Two threads, or one, learn the same, but for what rounding makes of it."""
+    plans, after = [], []
     for threads in (1, 2, 4, 64):
-        half = recipe(threads=threads, batch_tokens=128)
-        trainer = Trainer(GPT2LMHeadModel(micro(tokenizer)), examples, examples, half, folder, quiet=True)
-        trainer.progress.batch = 4
-        left.append(0)
-        for _ in trainer._batches():
-            if trainer.progress.epoch:
-                break
-            left[-1] += 1
-    assert max(left) - min(left) <= 1 < min(left), left
+        trainer = make_trainer(folder, f"{threads}", threads=threads, batch_tokens=128, epochs=2.5)
+        assert trainer.steps == math.ceil(2.5 * trainer.per_epoch)
+        ahead = trainer._batches()
+        plans.append([next(ahead) for _ in range(2 * trainer.per_epoch)])
+        seen = sorted(i for batch in plans[-1] for i in batch)
+        assert seen == sorted([*range(len(TALK))] * 2)
+        with ThreadPoolExecutor(5) as pool:
+            trainer._step(plans[-1][0], pool)
+        after.append(weights(trainer))
+    for plan, moved in zip(plans[1:], after[1:], strict=True):
+        assert plan == plans[0]
+        torch.testing.assert_close(moved, after[0], rtol=1e-4, atol=1e-5)
 
 
 def test_biases_and_norms_do_not_decay(folder: Path) -> None:
@@ -141,28 +179,115 @@ def test_too_little_to_learn_from(folder: Path) -> None:
             )
 
 
-def test_stopped_by_hand_nothing_is_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, tokenizer = Trainer._step, Tokenizer.load(folder)
+def test_what_was_learnt_is_saved_before_it_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = Trainer._measure
 
-    def stopped(self: Trainer, *arguments: Any) -> float:
-        if self.progress.step == 7:
-            raise KeyboardInterrupt
-        return step(self, *arguments)
+    def killed(self: Trainer, pool: ThreadPoolExecutor) -> None:
+        if self.progress.step:
+            raise RuntimeError("as kill -9 would")
+        measure(self, pool)
 
-    monkeypatch.setattr(Trainer, "_step", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(folder / "talk.tsv", folder / "out", micro(tokenizer), recipe=recipe(), tokenizer_folder=folder)
+    monkeypatch.setattr(Trainer, "_measure", killed)
+    with pytest.raises(RuntimeError):
+        make_trainer(folder, epochs=2).run()
     monkeypatch.undo()
-    examples = encode(TALK, tokenizer, 32)
-    resumed = Trainer(GPT2LMHeadModel(micro(tokenizer)), examples, examples, recipe(), folder / "out")
-    assert resumed.progress.step == 7
+    resumed = make_trainer(folder, epochs=2)
+    assert resumed.progress.step == resumed.steps and not resumed.finished
+    resumed.run()
+    assert [step for step, _ in resumed.progress.valid] == [0, resumed.steps]
 
 
-def test_another_models_run_is_left_alone(folder: Path) -> None:
-    tokenizer = Tokenizer.load(folder)
-    short = recipe(epochs=1)
-    finetune(folder / "talk.tsv", folder / "out", micro(tokenizer), recipe=short, tokenizer_folder=folder, quiet=True)
-    other = micro(tokenizer)
-    other.n_embd = 64
-    with pytest.raises(BadData, match="another model"):
-        finetune(folder / "talk.tsv", folder / "out", other, recipe=short, tokenizer_folder=folder, quiet=True)
+def make_base(folder: Path, name: str = "base", seed: int = 1) -> Path:
+    torch.manual_seed(seed)
+    GPT2LMHeadModel(micro(Tokenizer.load(folder))).save_pretrained(folder / name)
+    (folder / name / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    return folder / name
+
+
+def test_another_run_is_left_alone(folder: Path) -> None:
+    base, other = make_base(folder), make_base(folder, "other", seed=2)
+    write_tsv(folder / "more.tsv", [*TALK, [(1, "hello"), (1, "hm ?")]])
+    out, short = folder / "out", recipe(epochs=1)
+    finetune(folder / "talk.tsv", out, base, recipe=short, quiet=True)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for data, begin, changed in (
+        ("more.tsv", base, short),
+        ("talk.tsv", other, short),
+        ("talk.tsv", base, recipe(epochs=1, batch_tokens=128)),
+        ("talk.tsv", base, recipe(epochs=1, learning_rate=1e-3)),
+    ):
+        with pytest.raises(BadData, match="out holds a run with other data or options"):
+            finetune(folder / data, out, begin, recipe=changed, quiet=True)
+    with pytest.raises(BadData, match="out holds a run with other data or options"):
+        finetune(folder / "talk.tsv", out, base, valid=folder / "more.tsv", recipe=short, quiet=True)
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+    longer = recipe(epochs=2, threads=1, save_every=1)
+    assert finetune(folder / "talk.tsv", out, base, recipe=longer, quiet=True).step > 0
+
+
+def test_a_finished_run_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, short = make_base(folder), recipe(epochs=1)
+    first = finetune(folder / "talk.tsv", folder / "out", base, recipe=short)
+    assert "already finished" not in capsys.readouterr().err
+    assert finetune(folder / "talk.tsv", folder / "out", base, recipe=short) == first
+    assert "out is already finished, nothing was trained: more epochs" in capsys.readouterr().err
+
+
+def test_other_peoples_folders_are_left_alone(folder: Path) -> None:
+    base, mine = make_base(folder), folder / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text("My notes.")
+    with pytest.raises(BadData, match=r"mine holds README.md and no run to go on with: name a new folder"):
+        finetune(folder / "talk.tsv", mine, base, recipe=recipe())
+    assert [path.read_text() for path in mine.iterdir()] == ["My notes."]
+    with pytest.raises(BadData, match="base is the model to begin with: name another folder"):
+        finetune(folder / "talk.tsv", base, base, recipe=recipe())
+
+
+def test_a_full_disk_leaves_what_was_saved(folder: Path) -> None:
+    make_trainer(folder, epochs=1).run()
+    more = make_trainer(folder, epochs=2)
+    half_done = folder / "out/checkpoint.tmp"
+    half_done.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"checkpoint.tmp cannot be written \(No space left.*\): make room"):
+        more.run()
+    assert not half_done.is_symlink()
+    assert make_trainer(folder, epochs=1).finished
+
+
+@pytest.mark.parametrize("kept", [0, 0.1, 0.5, 0.99])
+def test_a_damaged_checkpoint_is_named(folder: Path, kept: float) -> None:
+    make_trainer(folder, epochs=1).run()
+    checkpoint = folder / "out/checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(BadData, match=r"checkpoint.pt is damaged: .* remove it to begin anew"):
+        make_trainer(folder, epochs=1)
+
+
+def test_a_short_run_has_losses_and_files_for_everybody(folder: Path) -> None:
+    out, mask = folder / "out", os.umask(0o022)
+    try:
+        progress = finetune(folder / "talk.tsv", out, make_base(folder), recipe=recipe(epochs=0.5), quiet=True)
+    finally:
+        os.umask(mask)
+    assert {path.name: oct(path.stat().st_mode) for path in out.iterdir() if path.stat().st_mode & 0o777 != 0o644} == {}
+    assert len(progress.train) > 1 and progress.train[-1][0] == progress.step < 50
+    assert [step for step, _ in progress.valid] == [0, progress.step]
+    card = (out / "README.md").read_text()
+    assert "nan" not in card and "safety filter" not in card
+    assert summary(progress) in card and "on 2 dialogues" in card and "on 78 dialogues" in card
+
+
+def test_losses_of_any_size_can_be_read() -> None:
+    for loss, shown in ((2.0, "7.4 → 7.4"), (2000.0, "over a million"), (math.nan, "nan")):
+        assert shown in summary(Progress(valid=[(0, loss)], held_out=1))
+
+
+def test_long_talks_are_held_out_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [[f"Hello, {n}!", "Hi.", "", "привет"] * 8 for n in range(4)]
+    (folder / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    progress = finetune(folder / "talk.jsonl", folder / "out", make_base(folder), recipe=recipe(epochs=1))
+    assert (progress.dialogues, progress.held_out) == (3, 1)
+    said = capsys.readouterr().err
+    assert "talk.jsonl: 4 dialogues; 4 longer than 32 tokens and split between turns; 64 turns left out" in said
