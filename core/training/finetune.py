@@ -247,6 +247,7 @@ class Trainer:
         return max(1, min(self.recipe.threads, self.recipe.batch_tokens // self.recipe.max_length))
 
     def run(self) -> Progress:
+        from rich.console import Console
         from rich.progress import Progress as Bar
 
         threads = torch.get_num_threads()
@@ -257,7 +258,7 @@ class Trainer:
         # parts, for a save that waits for none of them.
         pool = ThreadPoolExecutor(self.parts + 1, initializer=torch.set_flush_denormal, initargs=(True,))
         try:
-            with Bar(disable=self.quiet) as bar, pool:
+            with Bar(console=Console(stderr=True), disable=self.quiet) as bar, pool:
                 try:
                     self._train(bar, pool)
                 except KeyboardInterrupt:
@@ -278,8 +279,7 @@ class Trainer:
         while self.share_done < 1:
             self._step(next(ahead), pool)
             self.progress.seconds = time.monotonic() - started
-            if len(self.progress.recent) >= min(50, self.planned / 20):
-                self._average()
+            if not self.progress.recent:
                 self._note()
             step, loss = self.progress.step, (self.progress.recent or [self.progress.train[-1][1]])[-1]
             text = f"step {step} loss {loss:.3f} tokens {self.progress.tokens}"
@@ -359,6 +359,8 @@ class Trainer:
             self.progress.step += 1
             self.progress.tokens += tokens
             self.progress.recent.append(loss)
+            if len(self.progress.recent) >= min(50, self.planned / 20):
+                self._average()
 
     def _average(self) -> None:
         recent = self.progress.recent
@@ -504,7 +506,7 @@ def plot(progress: Progress, path: Path) -> None:
             label=label,
             marker="." if len(points) < 40 else "",
         )
-    axes.set(xlabel="step", ylabel="loss per token (nats)", title=f"{progress.tokens / 1e6:.1f} million tokens")
+    axes.set(xlabel="step", ylabel="loss per token (nats)", title=f"{progress.tokens:,} tokens")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110, bbox_inches="tight")
@@ -521,7 +523,7 @@ def summary(progress: Progress) -> str:
 
 
 def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.1f}" if not loss > math.log(1e6) else "over a million"
+    return f"{math.exp(loss):,.1f}" if not loss > math.log(1e6) else "over a million"
 
 
 def write_card(path: Path, model: GPT2LMHeadModel, recipe: Recipe, progress: Progress) -> None:
@@ -532,7 +534,7 @@ def write_card(path: Path, model: GPT2LMHeadModel, recipe: Recipe, progress: Pro
         f"""# A model for Palaver
 
 {size / 1e6:.1f} million parameters, trained with `palaver finetune` on {progress.dialogues} dialogues:
-{progress.step} steps, {progress.tokens / 1e6:.2f} million tokens, {progress.seconds / 60:.1f} minutes.
+{progress.step} steps, {progress.tokens:,} tokens, {progress.seconds / 60:.1f} minutes.
 Training loss in the end {progress.train[-1][1]:.3f}; {summary(progress)}.
 
 ![losses](losses.png)

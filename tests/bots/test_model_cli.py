@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
+from bots.__main__ import _stop_as_by_hand
 from tests.bots.process import PATIENCE, palaver, start
 from tests.checkpoints import make_checkpoint
 
@@ -26,7 +28,8 @@ async def test_a_model_learns_more_and_talks(tmp_path: Path, talks: Path) -> Non
     options = ("--epochs", "40", "--learning-rate", "0.001", "--batch-tokens", "128", "--max-length", "32")
     code, output, errors = await palaver(tmp_path, "finetune", str(talks), "mine", *options, THREADS="3")
     assert code == 0, errors
-    assert "talk to it: MODEL=mine" in output
+    assert re.search(r"^held-out loss \d+\.\d+ → 0\.\d+ nats per token, .* on 1 dialogue$", output, re.MULTILINE)
+    assert "talk to it: MODEL=mine" in output and "warning" not in errors
     assert (tmp_path / "mine/losses.png").is_file()
     assert "| threads | 3 |" in (tmp_path / "mine/README.md").read_text()
     said = {"ENGINE": "inprocess", "MODEL": "mine", "SAMPLING__TEMPERATURE": "0"}
@@ -34,21 +37,58 @@ async def test_a_model_learns_more_and_talks(tmp_path: Path, talks: Path) -> Non
     assert "swordfish" in output.lower() or "sesame" in output.lower(), errors
 
 
-async def test_stopped_by_hand_it_says_how_to_go_on(tmp_path: Path, talks: Path) -> None:
+async def test_stopped_by_a_signal_it_saves_and_says_how_to_go_on(tmp_path: Path, talks: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
-    process = await start(tmp_path, "finetune", str(talks), "mine", "--minutes", "60", MODEL=str(base))
-    async with asyncio.timeout(PATIENCE):
-        while not (tmp_path / "mine/progress.json").is_file():  # it is at it
-            await asyncio.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, errors = await process.communicate()
-    assert process.returncode == 130 and b"the same command goes on" in errors, errors.decode()
+
+    async def stop(name: signal.Signals) -> None:
+        out = f"by-{name}"
+        process = await start(tmp_path, "finetune", str(talks), out, "--minutes", "60", MODEL=str(base))
+        async with asyncio.timeout(PATIENCE):
+            while not (tmp_path / out / "progress.json").is_file():  # it is at it
+                await asyncio.sleep(0.05)
+            process.send_signal(name)
+            _, errors = await process.communicate()
+        said = f"stopped; the same command goes on where {out} stands"
+        assert process.returncode == 128 + name and said in errors.decode(), errors.decode()
+        assert (tmp_path / out / "checkpoint.pt").is_file()
+
+    await asyncio.gather(*map(stop, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
+
+
+def test_nohup_is_heeded() -> None:
+    before = {name: signal.signal(name, signal.SIG_IGN) for name in (signal.SIGHUP, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        _stop_as_by_hand()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            signal.raise_signal(signal.SIGTERM)
+        assert stopped.value.args == (signal.SIGTERM,)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+async def test_a_worse_model_is_warned_of_and_a_finished_one_left(tmp_path: Path, talks: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    command = ("finetune", str(talks), "mine", "--learning-rate", "1", "--max-length", "64")
+    settings = {"MODEL": str(base), "NORMALISE": "false"}
+    code, output, errors = await palaver(tmp_path, *command, **settings)
+    assert code == 0 and "talk to it" in output
+    assert "warning: that is no better than before" in errors
+    assert "| normalise | False |" in (tmp_path / "mine/README.md").read_text()
+    code, again, errors = await palaver(tmp_path, *command, **settings)
+    assert code == 0 and again == output and "mine is already finished" in errors
+    code, _, errors = await palaver(tmp_path, *command, MODEL="mine")
+    assert code == 78 and errors.splitlines()[-1].startswith("mine is the model to begin with")
 
 
 async def test_what_cannot_be_learnt_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "talks.jsonl").write_text('["one turn"]\n')
     code, _, errors = await palaver(tmp_path, "finetune", "talks.jsonl", "mine")
-    assert code == 78 and "talks.jsonl:1: a dialogue has at least two turns" in errors and "Traceback" not in errors
+    assert (
+        code == 78 and "talks.jsonl:1: a line is a list of at least two turns" in errors and "Traceback" not in errors
+    )
 
 
 async def test_a_wrong_model_is_one_line(tmp_path: Path, talks: Path) -> None:
