@@ -60,8 +60,9 @@ def test_jsonl_may_hold_strings_or_objects(tmp_path: Path) -> None:
 )
 def test_bad_lines_are_named_with_what_they_should_be(tmp_path: Path, name: str, line: str) -> None:
     (tmp_path / name).write_text("\n" + line + "\n")
-    with pytest.raises(BadData, match=f"{name}:2: a line is .*, for example.* hello , who|hello, who"):
-        list(read_dialogues(tmp_path / name))
+    for normalised in (True, False):
+        with pytest.raises(BadData, match=f"{name}:2: a line is .*, for example.*hello ?, who"):
+            list(read_dialogues(tmp_path / name, normalised=normalised))
 
 
 def test_the_examples_in_complaints_can_be_read(tmp_path: Path) -> None:

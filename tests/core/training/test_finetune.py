@@ -113,13 +113,9 @@ def test_more_epochs_go_on(folder: Path) -> None:
 
 
 def test_dropout_is_on_from_the_first_step(folder: Path) -> None:
-    after = []
-    for dropout in (0.0, 0.5):
-        trainer = make_trainer(folder, f"{dropout}", dropout=dropout, epochs=0.01)
-        trainer.run()
-        assert trainer.progress.step == 1
-        after.append(weights(trainer))
-    assert not torch.allclose(after[0], after[1])
+    plain, dropped = (make_trainer(folder, f"{dropout}", dropout=dropout, epochs=0.01) for dropout in (0.0, 0.5))
+    [(_, loss)], [(_, harder)] = plain.run().train, dropped.run().train
+    assert abs(harder - loss) > 0.01
 
 
 def test_a_short_run_by_the_clock_warms_up_for_a_tenth_of_it(folder: Path) -> None:
@@ -268,11 +264,11 @@ def test_a_damaged_checkpoint_is_named(folder: Path, kept: float) -> None:
 def test_a_short_run_has_losses_and_files_for_everybody(folder: Path) -> None:
     out, mask = folder / "out", os.umask(0o022)
     try:
-        progress = finetune(folder / "talk.tsv", out, make_base(folder), recipe=recipe(epochs=0.5), quiet=True)
+        progress = finetune(folder / "talk.tsv", out, make_base(folder), recipe=recipe(epochs=5.75), quiet=True)
     finally:
         os.umask(mask)
     assert {path.name: oct(path.stat().st_mode) for path in out.iterdir() if path.stat().st_mode & 0o777 != 0o644} == {}
-    assert len(progress.train) > 1 and progress.train[-1][0] == progress.step < 50
+    assert len(progress.train) > 1 and progress.train[-1][0] == progress.step == 23
     assert [step for step, _ in progress.valid] == [0, progress.step]
     card = (out / "README.md").read_text()
     assert "nan" not in card and "safety filter" not in card
