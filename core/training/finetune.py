@@ -139,9 +139,12 @@ def finetune(
         say(f"{out} is already finished, nothing was trained: more epochs or minutes go on")
     else:
         trainer.run()
-    save(model, folder, out)
-    plot(progress, out / "losses.png")
-    write_card(out / "README.md", model, recipe, progress)
+    try:
+        save(model, folder, out)
+        plot(progress, out / "losses.png")
+        write_card(out / "README.md", model, recipe, progress)
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(out, error) from error
     return progress
 
 
@@ -413,10 +416,13 @@ class Trainer:
             except (OSError, RuntimeError) as error:  # torch says RuntimeError when it cannot write
                 half_done.unlink(missing_ok=True)
                 raise _unwritten(half_done, error) from error
-            self._note()
+        self._note()
 
     def _note(self) -> None:
-        (self.out / NOTES).write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+        try:
+            (self.out / NOTES).write_text(json.dumps(asdict(self.progress)), encoding="utf-8")
+        except OSError as error:
+            raise _unwritten(self.out / NOTES, error) from error
 
     def _resume(self) -> None:
         checkpoint = self.out / CHECKPOINT
@@ -431,10 +437,10 @@ class Trainer:
                         optimizer.load_state_dict(saved)
                     self.progress = Progress(**state["progress"])
                     return
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception as error:  # whatever unpickling meets in a damaged file
-                raise BadData(
-                    f"{checkpoint} is damaged: put a copy in its place, or remove it to begin anew"
-                ) from error
+                raise BadData(f"{checkpoint} is damaged: put a copy in its place, or name a new folder") from error
         raise BadData(f"{self.out} holds a run with other data or options: name another folder, or empty it")
 
 
@@ -456,8 +462,9 @@ def fingerprint(
 
 
 def _unwritten(path: Path, error: Exception) -> OSError:
-    reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
-    return OSError(f"{path} cannot be written ({reason}): make room; the same command goes on from the last save")
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    reason = cause.strerror if isinstance(cause, OSError) else " ".join(str(cause).split())[:200]
+    return OSError(f"{path} cannot be written ({reason}): see to that, and the same command goes on from the last save")
 
 
 def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -480,10 +487,7 @@ def optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optim
 
 def save(model: GPT2LMHeadModel, tokenizer_folder: Path, out: Path) -> None:
     """Config, weights as safetensors, and the tokenizer's files."""
-    try:
-        model.save_pretrained(out)
-    except SafetensorError as error:
-        raise _unwritten(out / "model.safetensors", error) from error
+    model.save_pretrained(out)
     for weights in out.glob("*.safetensors"):  # written for this user alone
         shutil.copymode(out / "config.json", weights)
     for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):

@@ -245,10 +245,14 @@ def test_a_full_disk_leaves_what_was_saved(folder: Path) -> None:
     more = make_trainer(folder, epochs=2)
     half_done = folder / "out/checkpoint.tmp"
     half_done.symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"checkpoint.tmp cannot be written \(No space left.*\): make room"):
+    with pytest.raises(OSError, match=r"checkpoint.tmp cannot be written \(No space left.*\): see to that"):
         more.run()
     assert not half_done.is_symlink()
     assert make_trainer(folder, epochs=1).finished
+    (folder / "out/progress.json").unlink()
+    (folder / "out/progress.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"progress.json cannot be written \(No space left"):
+        make_trainer(folder, epochs=2).run()
 
 
 @pytest.mark.parametrize("kept", [0, 0.1, 0.5, 0.99])
@@ -257,7 +261,7 @@ def test_a_damaged_checkpoint_is_named(folder: Path, kept: float) -> None:
     checkpoint = folder / "out/checkpoint.pt"
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[: int(kept * len(whole))])
-    with pytest.raises(BadData, match=r"checkpoint.pt is damaged: .* remove it to begin anew"):
+    with pytest.raises(BadData, match=r"checkpoint.pt is damaged: .* name a new folder"):
         make_trainer(folder, epochs=1)
 
 
