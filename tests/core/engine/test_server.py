@@ -270,4 +270,4 @@ async def test_palaver_engine_stops_with_one_line_when_it_cannot_serve(tmp_path:
         assert await process.wait() == 78
     async with palaver_engine("nowhere", tmp_path, ENGINE="echo") as (process, line):
         assert line.startswith("nowhere is no address")
-        assert await process.wait() == 75
+        assert await process.wait() == 78
