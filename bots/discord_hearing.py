@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_SECONDS = 60.0
+READERS = 8
+"""Channels whose history is read at once; one that must wait lets others go first."""
 AGAIN = 1.0
 """Seconds until a page of history that did not come is asked for again."""
 CATCH_UP_MESSAGES = 2000
@@ -134,6 +135,7 @@ class Hearing:
         self._guilds_came = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._reading: set[asyncio.Task[Any]] = set()  # those of them that read what was missed
+        self._turn = asyncio.Semaphore(READERS)
         client.on_session = self._count_session
         parsers = client._connection.parsers
         for name, parse in list(parsers.items()):
@@ -236,11 +238,11 @@ class Hearing:
             id, newest = str(channel["id"]), channel.get("last_message_id")
             if id not in self._marks and since is not None and max(int(id), int(newest or 0)) > since:
                 self._mark(id, str(max(since, int(id) - 1)))  # new to us since; a thread may be as old as its post
-                self._behind[id] = []
             if id not in self._marks:
                 self._first(channel)
             elif not newest or int(newest) > int(self._marks[id]):
                 behind.append(id)
+                self._behind[id] = [*self._behind.get(id, ())]  # a new gap, which who reads an older one does not close
             else:
                 self._release(id)
         self._guilds.discard(str(event["id"]))
@@ -301,25 +303,40 @@ class Hearing:
             )
         await self._catch_up(rest[:CATCH_UP_DIRECT])
         for channel in rest[CATCH_UP_DIRECT:]:
-            self._release(channel)
+            if channel not in self._claimed:  # else its server came meanwhile
+                self._release(channel)
 
     async def _catch_up(self, channels: list[str], guild: str = "") -> None:
+        async with asyncio.TaskGroup() as group:
+            for channel in channels:
+                group.create_task(self._catch_up_in(channel, guild))
+
+    async def _catch_up_in(self, channel: str, guild: str) -> None:
         """A channel that cannot be read now is read later: its mark must not move past what was missed."""
-        left, failures = deque(channels), 0
-        while left:
-            channel = left.popleft()
-            try:
-                await self._read_missed(channel, guild)
-            except (ConnectionError, NotAccepted) as error:
-                log.warning("what was missed in channel %s is read later: %s", channel, error)
-                left.append(channel)
-                await asyncio.sleep(backoff(failures, LATER, first=1.0))
-                failures += 1
-                continue
-            except Exception as error:
-                log.warning("what was missed in channel %s could not be read: %s", channel, error)
-            failures = 0
+        failures = 0
+        async with self._turn:
+            while True:
+                held = self._behind.get(channel)
+                try:
+                    await self._read_missed(channel, guild)
+                    break
+                except (ConnectionError, NotAccepted) as error:
+                    log.warning("what was missed in channel %s is read later: %s", channel, error)
+                    await self._wait(backoff(failures, LATER, first=1.0))
+                    failures += 1
+                except Exception as error:
+                    log.warning("what was missed in channel %s could not be read: %s", channel, error)
+                    break
+        if self._behind.get(channel) is held:
             self._release(channel)
+
+    async def _wait(self, seconds: float) -> None:
+        """It is others' turn meanwhile."""
+        self._turn.release()
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            await self._turn.acquire()
 
     async def _read_missed(self, channel: str, guild: str) -> None:
         """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered. Of very
@@ -380,7 +397,7 @@ class Hearing:
             except Refused:
                 return None
             except RetryAfter as error:
-                await asyncio.sleep(error.seconds)
+                await self._wait(error.seconds)
             except (NotSent, MaybeSent):
                 await asyncio.sleep(AGAIN)
         raise ConnectionError("the history is out of reach")

@@ -403,6 +403,23 @@ async def test_a_history_out_of_reach_is_read_later_and_before_what_comes_after(
     assert ears.texts == ["before", "away", "back"]
 
 
+async def test_a_history_that_must_wait_holds_up_no_other(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hearing, "READERS", 1)
+    ears, places = Ears(), [server.channel(f"c{number}") for number in range(3)]
+    async with serving(server, ears):
+        await until(lambda: set(ears.marks) >= set(places))
+    for place in places:
+        server.say(place, "ann", "away", mention=True)
+    server.faults = [Fault("error", "GET", channel=places[0], times=2, value=[429, 0, "limited"])]  # a second each
+    async with serving(server, ears):
+        server.say(places[0], "ann", "back", mention=True)
+        await until(lambda: len(ears.heard) == 4)
+    heard = [(message.channel.id, message.text) for message in ears.heard]
+    assert heard == [(places[1], "away"), (places[2], "away"), (places[0], "away"), (places[0], "back")]
+
+
 async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
     server: DiscordServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,6 +440,7 @@ async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
         return answer
 
     monkeypatch.setattr(hearing, "call", slow)
+    monkeypatch.setattr(hearing, "READERS", 1)
     for place in (other, general):
         server.say(place, "ann", "one", mention=True)
     async with serving(server, ears):
@@ -438,6 +456,82 @@ async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
         new_read.set()
         await until(lambda: len(ears.heard) == 5)
     assert [message.text for message in ears.heard if message.channel.id == general] == ["one", "two", "three"]
+
+
+async def test_what_was_missed_in_an_outage_of_a_server_is_heard_before_what_comes_after(server: DiscordServer) -> None:
+    ears, places = Ears(), [server.channel(f"c{number}") for number in range(3)]
+    async with serving(server, ears):
+        await until(lambda: set(ears.marks) >= set(places))
+        server.outage()
+        for place in places:
+            server.say(place, "ann", "away", mention=True)
+        server.faults = [Fault("delay", "GET", times=-1, value=0.2)]
+        server.outage_ends()
+        for place in places:
+            server.say(place, "ann", "back", mention=True)
+        await until(lambda: len(ears.heard) == 6)
+    for place in places:
+        assert [message.text for message in ears.heard if message.channel.id == place] == ["away", "back"]
+
+
+async def test_an_outage_while_an_older_one_is_read_is_not_jumped(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ears, other, general = Ears(), server.channel("other"), server.channel("general")
+    reads: list[str] = []
+    old_read, new_read = asyncio.Event(), asyncio.Event()
+    call = hearing.call
+
+    async def slow(client: hearing.Client, route: Route, **arguments: Any) -> Any:
+        answer = await call(client, route, **arguments)
+        reads.append(str(route.channel_id))
+        if reads[-1] == general and reads.count(general) == 1:
+            await old_read.wait()
+        elif reads[-1] == other and reads.count(other) == 2:
+            await new_read.wait()
+        return answer
+
+    monkeypatch.setattr(hearing, "call", slow)
+    monkeypatch.setattr(hearing, "READERS", 1)
+    async with serving(server, ears):
+        await until(lambda: set(ears.marks) >= {general, other})
+        for text in ("one", "two"):
+            server.outage()
+            for place in (other, general):
+                server.say(place, "ann", text, mention=True)
+            server.outage_ends()
+            await until(lambda: general in reads)
+        await asyncio.sleep(0.2)
+        old_read.set()
+        await until(lambda: reads.count(other) == 2)
+        server.say(general, "ann", "three", mention=True)
+        await asyncio.sleep(0.5)
+        new_read.set()
+        await until(lambda: len(ears.heard) == 5)
+    assert [message.text for message in ears.heard if message.channel.id == general] == ["one", "two", "three"]
+
+
+async def test_a_server_that_comes_late_is_read_though_many_channels_are_not(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hearing, "CATCH_UP_DIRECT", 1)
+    monkeypatch.setattr(hearing, "GUILDS_SECONDS", 0.1)
+    ears, places = Ears(), [server.channel(f"c{number}") for number in range(3)]
+    async with serving(server, ears):
+        await until(lambda: set(ears.marks) >= set(places))
+    server.outage()
+    for place in places:
+        server.say(place, "ann", "away", mention=True)
+    server.faults = [Fault("delay", "GET", times=-1, value=0.3)]
+    async with serving(server, ears):
+        await until(lambda: any("/messages" in path for _, path, _ in server.calls))
+        server.outage_ends()
+        await asyncio.sleep(0.5)
+        for place in places:
+            server.say(place, "ann", "back", mention=True)
+        await until(lambda: len(ears.heard) == 6)
+    for place in places:
+        assert [message.text for message in ears.heard if message.channel.id == place] == ["away", "back"]
 
 
 async def test_when_very_much_was_missed_the_newest_is_heard_and_the_rest_expires(

@@ -116,6 +116,7 @@ class DiscordServer:
         self.identifies = self.resumes = 0
         self.refuse_sessions = 0
         """So many IDENTIFYs and RESUMEs more are answered with "invalid session"."""
+        self._away = False
         self._sessions: dict[str, Session] = {}
         self._sockets: set[Socket] = set()
         self._changed = asyncio.Condition()
@@ -305,6 +306,15 @@ class DiscordServer:
         for socket in list(self._sockets):
             await socket.send({"op": 9, "d": resumable, "s": None, "t": None})
 
+    def outage(self) -> None:
+        """The server is unavailable: people talk on, the bot is told nothing, also in a new session."""
+        self._send_all("GUILD_DELETE", {"id": self.guild, "unavailable": True})
+        self._away = True
+
+    def outage_ends(self) -> None:
+        self._away = False
+        self._send_all("GUILD_CREATE", self._guild())
+
     def go_silent(self) -> None:
         """Half open: what is sent never arrives, nobody is told."""
         for socket in self._sockets:
@@ -362,7 +372,8 @@ class DiscordServer:
             "application": {"id": self.me["id"], "flags": 0},
         }
         await self._send(session, "READY", ready)
-        await self._send(session, "GUILD_CREATE", self._guild())
+        if not self._away:
+            await self._send(session, "GUILD_CREATE", self._guild())
         self._sessions[session.id] = session
         await self._notify()
         return session
@@ -388,6 +399,8 @@ class DiscordServer:
             await session.socket.send(json.loads(json.dumps(payload)))
 
     def _send_all(self, name: str, data: Any) -> None:
+        if self._away and data.get("guild_id"):
+            return
         frozen = json.loads(json.dumps(data))
         for session in self._sessions.values():
             for _ in range(1 + (self.rng.random() < self.duplicates)):
