@@ -65,7 +65,8 @@ class Client(discord.Client):
 
 
 async def read_answer(response: aiohttp.ClientResponse) -> Any:
-    """What discord.py reads answers with (see `open_discord`), where a 429 asks for a sane wait and a yes is JSON.
+    """What discord.py reads answers with (see `open_discord`), where a 429 asks for a sane wait, a yes is JSON and a
+    no is Discord's own: what stands before it may say 401, 403 or 404 for a while, and nothing is final then.
 
     discord.py shuts a gate for all calls while it sleeps through a global limit, and a call that is cancelled in that
     sleep leaves it shut for ever: so a global limit is raised here, and `call` keeps it.
@@ -76,9 +77,14 @@ async def read_answer(response: aiohttp.ClientResponse) -> Any:
         if data.get("global"):
             raise GlobalLimit(wait)
         data["retry_after"] = wait
-    if response.status < 300 and data and isinstance(data, str):
-        raise aiohttp.ClientPayloadError("an answer that is no JSON, so not Discord's")
+    no = 400 <= response.status < 500 and response.status != 429
+    if (response.status < 300 and data and isinstance(data, str)) or (no and not _is_error(data)):
+        raise aiohttp.ClientPayloadError(f"an answer {response.status} that is not Discord's")
     return data
+
+
+def _is_error(data: Any) -> bool:
+    return isinstance(data, dict) and "message" in data and "code" in data
 
 
 async def call(client: Client, route: Route, **arguments: Any) -> Any:

@@ -141,6 +141,8 @@ async def test_what_was_answered_is_gone_the_answer_is_not(server: DiscordServer
         (Fault("error", value=[404, 10003, "Unknown Channel"], times=9), Refused),
         (Fault("error", value=[503, 0, "unavailable"], times=9), MaybeSent),
         (Fault("page", times=9), MaybeSent),
+        (Fault("page", value=403, times=9), MaybeSent),
+        (Fault("page", value=404, times=9), MaybeSent),
         (Fault("flood", value=300.0, times=9), RetryAfter),
         (Fault("reset_before", times=9), MaybeSent),
         (Fault("reset_after", times=9), MaybeSent),
@@ -550,14 +552,17 @@ async def test_when_very_much_was_missed_the_newest_is_heard_and_the_rest_expire
     assert [message.text for message, _ in ears.expired] == list(map(str, range(330 - len(ears.texts) + 1)))
 
 
-async def test_an_answer_that_is_not_discords_closes_no_gap(server: DiscordServer) -> None:
+@pytest.mark.parametrize("status", [200, 403, 404])
+async def test_an_answer_that_is_not_discords_closes_no_gap(server: DiscordServer, status: int) -> None:
     ears, general = Ears(), server.channel("general")
     async with serving(server, ears):
         await until(lambda: general in ears.marks)
     server.say(general, "ann", "away", mention=True)
-    server.faults = [Fault("page", "GET", times=2)]
+    server.faults = [Fault("page", "GET", times=2, value=status)]
     async with serving(server, ears):
-        await until(lambda: ears.texts == ["away"])
+        server.say(general, "ann", "back", mention=True)
+        await until(lambda: len(ears.heard) == 2)
+    assert ears.texts == ["away", "back"]
 
 
 async def test_an_empty_journal_replays_nothing(server: DiscordServer) -> None:
@@ -633,7 +638,7 @@ async def test_a_bad_token_says_the_mend(server: DiscordServer) -> None:
         await asyncio.wait_for(bot_for(server, "MTAwMDAw.a-token.of-nobody").serve(Ears().chat), 30)
 
 
-@pytest.mark.parametrize("what", ["REST", "gateway", "a page instead"])
+@pytest.mark.parametrize("what", ["REST", "gateway", "a page instead", "a page that says 401"])
 async def test_discord_out_of_reach_at_the_start_is_a_connection_error(server: DiscordServer, what: str) -> None:
     bot, ears = bot_for(server), Ears()
     if what == "REST":
@@ -641,7 +646,7 @@ async def test_discord_out_of_reach_at_the_start_is_a_connection_error(server: D
     elif what == "gateway":
         DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL("ws://127.0.0.1:9/")
     else:
-        server.faults = [Fault("page", "GET", "/users/@me", times=-1)]
+        server.faults = [Fault("page", "GET", "/users/@me", times=-1, value=401 if "401" in what else 200)]
     with pytest.raises(ConnectionError) as caught:
         await asyncio.wait_for(bot.serve(ears.chat), 30)
     assert server.token not in str(caught.value)

@@ -46,7 +46,7 @@ class Fault:
     channel: str = ""
     times: int = 1
     value: Any = None
-    """delay: seconds; flood: retry_after; error: [status, code, text]."""
+    """delay: seconds; flood: retry_after; error: [status, code, text]; page: status."""
 
 
 @dataclass
@@ -455,7 +455,7 @@ class DiscordServer:
             elif fault.kind == "garbage":
                 return web.Response(text="<html>", content_type="text/html", status=502)
             elif fault.kind == "page":  # what a proxy says when it is not asked nicely
-                return web.Response(text="<html>", content_type="text/html")
+                return web.Response(text="<html>", content_type="text/html", status=fault.value or 200)
             elif fault.kind == "reset_before":
                 return _reset(request)
         if method != "GET" and path.startswith("/interactions/"):
