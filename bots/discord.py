@@ -17,7 +17,7 @@ import discord
 import yarl
 from discord import app_commands
 from discord.backoff import ExponentialBackoff
-from discord.gateway import DiscordWebSocket
+from discord.gateway import DiscordWebSocket, ReconnectWebSocket
 from discord.http import Route
 from pydantic import Field, SecretStr, field_validator
 
@@ -38,6 +38,8 @@ EXAMPLE = "MTIzNDU2Nzg5MDEyMzQ1Njc4.GaBcDe.the-rest-of-it"
 MAX_TEXT = 2000
 SUPPRESS_EMBEDS = 1 << 2
 SESSION_PAUSE = 90.0
+CONFIRM_SECONDS = 60.0
+"""From asking for a session, or for the last one again, until it is confirmed."""
 LOOK_BACK = 10
 """Pages of 100 messages that are searched for a reply in doubt."""
 FORGOTTEN = "Forgotten. We start fresh."
@@ -87,6 +89,35 @@ class Backoff(ExponentialBackoff[Any]):
         self._max = 5  # 2^5 seconds
 
 
+class Gateway(DiscordWebSocket):
+    """One connection. A session that is never confirmed would be deaf for ever: its heartbeats are answered as ever."""
+
+    _confirmed: asyncio.Future[Any] | None = None
+    _confirm_by = 0.0
+
+    async def identify(self) -> None:
+        await super().identify()
+        self._expect("READY")
+
+    async def resume(self) -> None:
+        await super().resume()
+        self._expect("RESUMED")
+
+    def _expect(self, event: str) -> None:
+        self._confirmed = self.wait_for(event, lambda _: True)
+        self._confirm_by = self.loop.time() + CONFIRM_SECONDS
+
+    async def poll_event(self) -> None:
+        waits = self._confirmed is not None and not self._confirmed.done()
+        try:
+            async with asyncio.timeout_at(self._confirm_by if waits else None):
+                await super().poll_event()
+        except TimeoutError:
+            log.warning("Discord does not confirm the session, connecting anew")
+            await self.close()
+            raise ReconnectWebSocket(self.shard_id, resume=False) from None
+
+
 def _tell_calmly(record: logging.LogRecord) -> bool:
     """discord.py tells each reconnect as an error with a traceback: it is a line, with the reason."""
     if record.exc_info and record.exc_info[1] and "reconnect" in str(record.msg):
@@ -103,6 +134,7 @@ def open_discord(settings: DiscordSettings) -> DiscordBot:
     discord.VoiceClient.warn_nacl = discord.VoiceClient.warn_dave = False  # nobody here speaks aloud
     discord.http.json_or_text = read_answer
     discord.client.ExponentialBackoff = Backoff  # type: ignore[assignment,attr-defined]
+    discord.client.DiscordWebSocket = Gateway  # type: ignore[misc]
     logging.getLogger("discord.client").addFilter(_tell_calmly)  # the same one is added once
     DiscordWebSocket.DEFAULT_GATEWAY = yarl.URL(settings.discord_gateway_url)
     return DiscordBot(settings.discord_token.get_secret_value(), settings.discord_message_content)

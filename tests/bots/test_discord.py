@@ -323,6 +323,28 @@ async def test_nothing_is_missed_when_the_gateway_fails(
         await until(lambda: ears.texts[-1] == "after")
 
 
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_session_that_is_never_confirmed_is_given_up(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, again: bool
+) -> None:
+    monkeypatch.setattr(module, "CONFIRM_SECONDS", 1.5)
+    ears, general = Ears(), server.channel("general")
+    ears.marks = {general: server._id()}
+    server.unconfirmed = 0 if again else 1
+    async with serving(server, ears):
+        if again:
+            server.unconfirmed = 1
+            await server.drop(4000)
+            await until(lambda: not server.unconfirmed and not server.connected)
+        server.say(general, "ann", "hello", mention=True)
+        await until(lambda: ears.texts == ["hello"])
+        await asyncio.sleep(2.0)  # this one is confirmed
+        server.say(general, "ann", "still there?", mention=True)
+        await until(lambda: ears.texts == ["hello", "still there?"])
+    assert caplog.messages.count("Discord does not confirm the session, connecting anew") == 1
+    assert (server.identifies, server.resumes) == (1 + again, 0)
+
+
 async def test_what_was_said_while_away_is_heard_in_order_before_what_comes_after(server: DiscordServer) -> None:
     ears, general, quiet, direct = Ears(), server.channel("general"), server.channel("quiet"), server.direct("ann")
     async with serving(server, ears):

@@ -116,6 +116,8 @@ class DiscordServer:
         self.identifies = self.resumes = 0
         self.refuse_sessions = 0
         """So many IDENTIFYs and RESUMEs more are answered with "invalid session"."""
+        self.unconfirmed = 0
+        """So many IDENTIFYs and RESUMEs more are taken and never heard of again."""
         self._away = False
         self._sessions: dict[str, Session] = {}
         self._sockets: set[Socket] = set()
@@ -338,6 +340,8 @@ class DiscordServer:
                 op, data = received["op"], received.get("d")
                 if op == 1:
                     await socket.send({"op": 11, "d": None, "s": None, "t": None})
+                elif op in (2, 6) and self.unconfirmed:
+                    self.unconfirmed -= 1
                 elif op in (2, 6) and self.refuse_sessions:
                     self.refuse_sessions -= 1
                     await socket.send({"op": 9, "d": False, "s": None, "t": None})
