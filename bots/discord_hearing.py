@@ -233,7 +233,7 @@ class Hearing:
         for task in self._reading:  # it may have read a channel before the gap that this session begins with
             task.cancel()
         self._behind = {channel: [] for channel in self._marks} | self._behind
-        self._reading = {self._spawn(self._catch_up_rest(set(self._behind)))}
+        self._read(self._catch_up_rest(set(self._behind)))
 
     def _on_guild(self, event: Mapping[str, Any]) -> None:
         """The newest message of each channel comes with its server: what is behind is read, what is new is marked."""
@@ -255,7 +255,7 @@ class Hearing:
         if not self._guilds:
             self._guilds_came.set()
         self._claimed |= set(behind)
-        self._reading.add(self._spawn(self._catch_up(behind, str(event["id"]))))
+        self._read(self._catch_up(behind, str(event["id"])))
 
     def _first(self, channel: Mapping[str, Any]) -> None:
         """A channel new to us: what was said there before is not ours, what is said from now on is."""
@@ -265,6 +265,10 @@ class Hearing:
     def _on_message(self, event: Mapping[str, Any]) -> None:
         channel, id = str(int(event["channel_id"])), str(int(event["id"]))
         message = events.read(event, self._me)
+        if channel not in self._marks and not event.get("guild_id") and self._last_seen is not None:
+            self._mark(channel, str(self._last_seen))  # a stranger, who may have written while we were away
+            self._behind[channel] = []
+            self._read(self._catch_up([channel]))
         if message is not None:
             self._take(message)
         if channel not in self._behind:
@@ -294,6 +298,11 @@ class Hearing:
     def _release(self, channel: str) -> None:
         for message in self._behind.pop(channel, ()):
             self._inbox.put_nowait(message)
+
+    def _read(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._spawn(work)
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
 
     # -- what was said while we were away --------------------------------------------------------------------------
 

@@ -391,6 +391,43 @@ async def test_a_thread_made_while_away_from_an_older_message_is_read(server: Di
     assert ears.texts == ["before", "in the thread"]
 
 
+@pytest.mark.parametrize("away", ["a session lost", "a start"])
+async def test_what_a_stranger_wrote_while_away_is_heard_when_they_write_again(
+    server: DiscordServer, away: str
+) -> None:
+    ears, general = Ears(), server.channel("general")
+
+    def write(*texts: str) -> None:
+        for text in texts:
+            server.say(server.direct("zoe"), "zoe", text)
+
+    async with serving(server, ears):
+        server.say(general, "ann", "before", mention=True)
+        await until(lambda: int(ears.marks.get(general, 0)) > int(general) and bool(ears.heard))
+        if away == "a session lost":
+            await server.invalidate()
+            write("hello", "are you there?")
+            await until(lambda: server.identifies == 2 and server.connected)
+            write("hello?")
+            await until(lambda: len(ears.heard) == 4)
+    if away == "a start":
+        write("hello", "are you there?")
+        async with serving(server, ears):
+            write("hello?")
+            await until(lambda: len(ears.heard) == 4)
+    assert ears.texts == ["before", "hello", "are you there?", "hello?"]
+    assert not any(message.server for message in ears.heard[1:])
+
+
+async def test_what_a_stranger_wrote_before_the_first_start_is_not_heard(server: DiscordServer) -> None:
+    ears, zoe = Ears(), server.direct("zoe")
+    server.say(zoe, "zoe", "long ago")
+    async with serving(server, ears):
+        server.say(zoe, "zoe", "now")
+        await until(lambda: bool(ears.heard))
+    assert ears.texts == ["now"]
+
+
 async def test_offline_for_longer_than_a_day_the_old_expires_and_the_newest_of_a_channel_is_heard(
     server: DiscordServer, caplog: pytest.LogCaptureFixture
 ) -> None:
