@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -276,12 +277,16 @@ class DiscordBot:
 
     async def find_sent(self, reply: Reply) -> str | None:
         """Our message in the channel that replies to the question with this text; "" when there is none, None when too
-        much was said there since."""
+        much was said there since. It replies to nothing when the question was gone by then."""
         last = reply.to
+        begun = reply.created_at - timedelta(minutes=1)  # two clocks
         for _ in range(LOOK_BACK):
             page = await self._after(reply.channel.id, last)
+            me = str(self._me)  # known from the login on, which a first page waits for
             for event in page:
-                known = events.answers(event, str(self._me)) == reply.to and event.get("content") == reply.text
+                to = events.answers(event, me)
+                alone = to is None and events.is_by(event, me) and events.sent_at(event["id"]) > begun
+                known = (to == reply.to or alone) and event.get("content") == reply.text
                 if known or event.get("nonce") == reply.nonce:
                     return str(event["id"])
             if len(page) < 100 or int(page[-1]["id"]) <= int(last):

@@ -61,8 +61,11 @@ def replies_to(event: Mapping[str, Any], me: str) -> bool:
 def answers(event: Mapping[str, Any], me: str) -> str | None:
     """The id of the message that this one of ours replies to; None when it is no reply or not ours."""
     reference = event.get("message_reference") or {}
-    ours = str((event.get("author") or {}).get("id")) == me
-    return str(reference["message_id"]) if ours and reference.get("message_id") else None
+    return str(reference["message_id"]) if is_by(event, me) and reference.get("message_id") else None
+
+
+def is_by(event: Mapping[str, Any], user: str) -> bool:
+    return str((event.get("author") or {}).get("id")) == user
 
 
 def strip_mention(text: str, me: str) -> str:

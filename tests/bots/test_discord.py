@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,25 @@ async def test_a_send_that_broke_off_after_it_arrived_is_found_and_not_doubled(s
         assert await bot.find_sent(reply(server, general, asked, "Another part.")) == ""
         assert await bot.send(reply(server, general, asked)) == server.ledger[0].id, "the nonce is the same"
     assert len(server.ledger) == 1
+
+
+async def test_a_reply_in_doubt_whose_question_is_gone_is_found(server: DiscordServer) -> None:
+    general = server.channel("general")
+    async with serving(server, Ears()) as bot:
+        asked = server.say(general, "ann", "hi", mention=True)
+        server.delete(general, asked)
+        server.say(general, "ann", "Hello.")
+        assert await bot.find_sent(reply(server, general, asked)) == "", "somebody else's"
+        id = await bot.send(reply(server, general, asked))
+        assert server.ledger[0].id == id and await bot.find_sent(reply(server, general, asked)) == id
+        assert await bot.find_sent(reply(server, general, asked, "Another part.")) == ""
+        later = replace(reply(server, general, asked), created_at=datetime.now(UTC) + timedelta(minutes=2))
+        assert await bot.find_sent(later) == "", "it was said before"
+    bot = bot_for(server)
+    task = asyncio.create_task(bot.serve(Ears().chat))
+    assert await bot.find_sent(reply(server, general, asked)) == id, "asked before it is logged in"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_one_channel_that_must_wait_delays_no_other(server: DiscordServer) -> None:
