@@ -344,6 +344,17 @@ async def test_nothing_is_missed_when_the_gateway_fails(
         await until(lambda: ears.texts[-1] == "after")
 
 
+async def test_a_quiet_gateway_is_not_taken_for_a_dead_one(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Discord's heartbeats and our patience, 15 times as fast."""
+    server.heartbeat_seconds = 41.25 / 15
+    monkeypatch.setattr(DiscordBot, "heartbeat_timeout", DiscordBot.heartbeat_timeout / 15)
+    async with serving(server, Ears()):
+        await asyncio.sleep(7.0)
+    assert (server.identifies, server.resumes) == (1, 0)
+
+
 @pytest.mark.parametrize("again", [False, True])
 async def test_a_session_that_is_never_confirmed_is_given_up(
     server: DiscordServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, again: bool

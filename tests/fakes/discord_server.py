@@ -116,6 +116,8 @@ class DiscordServer:
         self.identifies = self.resumes = 0
         self.refuse_sessions = 0
         """So many IDENTIFYs and RESUMEs more are answered with "invalid session"."""
+        self.heartbeat_seconds = 1.0
+        """Discord's are 41.25."""
         self.unconfirmed = 0
         """So many IDENTIFYs and RESUMEs more are taken and never heard of again."""
         self._away = False
@@ -332,7 +334,8 @@ class DiscordServer:
         self._sockets.add(socket)
         session: Session | None = None
         try:
-            await socket.send({"op": 10, "d": {"heartbeat_interval": 1000}, "s": None, "t": None})
+            interval = int(1000 * self.heartbeat_seconds)
+            await socket.send({"op": 10, "d": {"heartbeat_interval": interval}, "s": None, "t": None})
             async for frame in ws:
                 if frame.type is not WSMsgType.TEXT:
                     continue
