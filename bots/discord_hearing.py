@@ -336,7 +336,8 @@ class Hearing:
                     await self._read_missed(channel, guild)
                     break
                 except (ConnectionError, NotAccepted) as error:
-                    log.warning("what was missed in channel %s is read later: %s", channel, error)
+                    if not failures:
+                        log.warning("what was missed in channel %s is read later: %s", channel, error)
                     await self._wait(backoff(failures, LATER, first=1.0))
                     failures += 1
                 except Exception as error:
