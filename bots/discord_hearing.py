@@ -316,10 +316,9 @@ class Hearing:
             log.warning(
                 "what was missed is not read in %d channels that were quiet longest", len(rest) - CATCH_UP_DIRECT
             )
-        await self._catch_up(rest[:CATCH_UP_DIRECT])
         for channel in rest[CATCH_UP_DIRECT:]:
-            if channel not in self._claimed:  # else its server came meanwhile
-                self._release(channel)
+            self._release(channel)
+        await self._catch_up(rest[:CATCH_UP_DIRECT])
 
     async def _catch_up(self, channels: list[str], guild: str = "") -> None:
         async with asyncio.TaskGroup() as group:

@@ -513,6 +513,19 @@ async def test_a_history_that_must_wait_holds_up_no_other(
     assert heard == [(places[1], "away"), (places[2], "away"), (places[0], "away"), (places[0], "back")]
 
 
+async def test_what_is_said_where_nothing_is_read_waits_for_no_history(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hearing, "CATCH_UP_DIRECT", 1)
+    ears, quiet, loud = Ears(), server.direct("ann"), server.direct("bob")
+    ears.marks = {place: server._id() for place in (quiet, loud)}
+    server.faults = [Fault("error", "GET", times=-1, value=[503, 0, "down"])]
+    async with serving(server, ears):
+        await until(lambda: any("/messages" in path for _, path, _ in server.calls))
+        server.say(quiet, "ann", "now")
+        await until(lambda: ears.texts == ["now"], 10)
+
+
 async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
     server: DiscordServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
