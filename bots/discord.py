@@ -96,6 +96,16 @@ class Gateway(DiscordWebSocket):
     _confirmed: asyncio.Future[Any] | None = None
     _confirm_by = 0.0
 
+    @classmethod
+    async def from_client(cls, client: discord.Client, *, gateway: yarl.URL | None = None, **how: Any) -> Gateway:
+        """discord.py asks only the address that the last session came with: that may be gone where Discord is not."""
+        try:
+            return await super().from_client(client, gateway=gateway, **how)
+        except (OSError, aiohttp.ClientError):
+            if gateway is None:
+                raise
+            return await super().from_client(client, **how)
+
     async def identify(self) -> None:
         await super().identify()
         self._expect("READY")

@@ -344,6 +344,19 @@ async def test_nothing_is_missed_when_the_gateway_fails(
         await until(lambda: ears.texts[-1] == "after")
 
 
+@pytest.mark.parametrize("forgotten", [False, True])
+async def test_where_the_last_session_was_there_may_be_nobody_any_more(server: DiscordServer, forgotten: bool) -> None:
+    server.resume_gateway = "ws://127.0.0.1:9/"
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: general in ears.marks)
+        server.refuse_sessions = int(forgotten)
+        await server.drop(4000)
+        server.say(general, "ann", "hello", mention=True)
+        await until(lambda: ears.texts == ["hello"])
+    assert (server.identifies, server.resumes) == ((2, 0) if forgotten else (1, 1))
+
+
 async def test_a_quiet_gateway_is_not_taken_for_a_dead_one(
     server: DiscordServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

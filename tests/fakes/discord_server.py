@@ -118,6 +118,8 @@ class DiscordServer:
         """So many IDENTIFYs and RESUMEs more are answered with "invalid session"."""
         self.heartbeat_seconds = 1.0
         """Discord's are 41.25."""
+        self.resume_gateway = ""
+        """Where sessions are resumed, if it is elsewhere."""
         self.unconfirmed = 0
         """So many IDENTIFYs and RESUMEs more are taken and never heard of again."""
         self._away = False
@@ -372,7 +374,7 @@ class DiscordServer:
             "v": 10,
             "user": self.me,
             "session_id": session.id,
-            "resume_gateway_url": self.gateway,
+            "resume_gateway_url": self.resume_gateway or self.gateway,
             "guilds": [{"id": self.guild, "unavailable": True}],
             "private_channels": [],
             "relationships": [],
