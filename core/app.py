@@ -38,6 +38,7 @@ LOOK_EVERY = 10.0
 BEAT = 0.25
 HELD = 10.0
 """Seconds until another process serves a platform whose own stands still; renewed three times as often."""
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 STEADY = 60.0
 """A bot that served this long was healthy: its next failure counts as the first."""
 
@@ -231,14 +232,16 @@ class App:
 
 class _Complaints:
     """What the event loop complains of: that nothing can be accepted for want of descriptors, which it tells a hundred
-    times a second, is one line in ten seconds."""
+    times a second, is one line in ten seconds. So is that a listener, which it wanted to try again, is closed."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._before, self._next = loop.get_exception_handler(), 0.0
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+        lacking = isinstance(error, OSError) and error.errno in LACKING
+        closed = isinstance(error, ValueError) and "_start_serving" in context.get("message", "")
+        if lacking or closed:
             if loop.time() >= self._next:
                 self._next = loop.time() + 10.0
                 log.warning("no connection can be accepted now: %s", error)

@@ -103,5 +103,11 @@ async def test_of_descriptors_that_are_lacking_it_is_told_once_and_of_the_rest_a
     for _ in range(100):
         complain(loop, {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")})
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    for _ in range(100):
+        closed = ValueError("Invalid file descriptor: -1")
+        complain(
+            loop, {"message": "Exception in callback BaseSelectorEventLoop._start_serving(<...", "exception": closed}
+        )
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
     complain(loop, {"message": "something else", "exception": KeyError("a bug")})
     assert caplog.records[-1].levelno == logging.ERROR and len(caplog.records) == 2
