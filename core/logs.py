@@ -46,6 +46,15 @@ class Redacting(logging.Formatter):
         return _PASSWORD.sub(r"\1:[secret]@", text)
 
 
+def announce(log: logging.Logger, line: str) -> None:
+    """To standard output, for scripts, and to the log."""
+    try:
+        print(line, flush=True)
+    except OSError:  # nobody reads it, or the disk is full; what its buffer holds must not fail once more at the exit
+        sys.stdout = None
+    log.info("%s", line)
+
+
 def set_up(level: str, secrets: Iterable[str] = ()) -> None:
     """Log to standard error through one redacting handler; libraries that log URLs are kept quiet."""
     formatter = Redacting(secrets)

@@ -30,6 +30,7 @@ from core.engine import wire
 from core.engine.base import Engine, EngineClosed, EngineError, Failed, ModelInfo
 from core.engine.hub import resolve
 from core.engine.machine import spin_briefly
+from core.logs import announce
 
 if TYPE_CHECKING:
     from core.settings import Settings
@@ -253,7 +254,7 @@ async def serve_engine(settings: Settings, address: str) -> int:
             gc.freeze()  # as in child.py
             stack.push_async_callback(server.engine.aclose)  # after the last request was answered
             info = server.engine.info
-            print(f"engine ready at {_shown(sock)}: model {info.name}, {info.how}", flush=True)
+            announce(log, f"engine ready at {_shown(sock)}: model {info.name}, {info.how}")
             died = asyncio.ensure_future(_end_of(server.engine))
             await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)
             if died.done():
