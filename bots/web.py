@@ -37,6 +37,7 @@ from pydantic import Field, field_validator
 
 from core import metrics
 from core.delivery import NotAccepted, Unservable
+from core.logs import announce
 from core.messages import Author, Channel, Message, Reply
 from core.settings import Group
 from core.text import MAX_CHARS, clean
@@ -54,10 +55,15 @@ A_YEAR = 365 * 24 * 3600
 HISTORY = 200
 LONGEST_FRAME = 32 * 1024
 """2,000 characters fit in however JSON spells them."""
-MOST_TABS = 1000
-MOST_UNSENT = 256
+MOST_TABS, MOST_TABS_EACH = 1000, 20
+"""In all, and of one browser."""
+MOST_UNSENT, SENT_WITHIN = 256, 20.0
+"""Frames that wait for a tab, and seconds that one may take."""
+IDLE = 15.0
+"""Seconds until a connection without a request is closed: each holds a descriptor."""
 BURST, PER_SECOND = 20, 2.0
 HEARTBEAT = 20.0
+PROBES = ("/metrics", "/livez", "/readyz")
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -108,6 +114,7 @@ class WebBot:
     async def serve(self, chat: Chat) -> None:
         app = web.Application(middlewares=[self._checked])
         app.router.add_get("/ws", partial(self._talk, chat))
+        app.router.add_post("/cookie", self._give_cookie)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/livez", self._live)
         app.router.add_get("/readyz", self._ready)
@@ -115,7 +122,7 @@ class WebBot:
             app.router.add_get("/" if path.name == "index.html" else f"/{path.name}", _file(path))
         app.on_response_prepare.append(_secure)
         app.on_shutdown.append(self._hang_up)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, keepalive_timeout=IDLE)
         await runner.setup()
         try:
             await self._listen(runner)
@@ -152,8 +159,7 @@ class WebBot:
             raise Unservable(_mend(error, port)) from None
         shown = f"[{host}]" if ":" in host else host
         self.address = f"http://{shown}:{runner.addresses[0][1]}"
-        print(f"Palaver talks at {self.address}", flush=True)
-        log.info("Palaver talks at %s", self.address)
+        announce(log, f"Palaver talks at {self.address}")
         if not self._local:
             log.warning("WEB_HOST=%s: whoever reaches this machine may chat and read /metrics", host)
 
@@ -161,16 +167,27 @@ class WebBot:
     async def _checked(
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        """On loopback, only names of this machine: a foreign name that leads here is an attack (DNS rebinding)."""
-        ours = request.host.lower() == urlsplit(self._settings.web_origin).netloc
-        if self._local and not ours and not _is_loopback(urlsplit(f"//{request.host}").hostname or ""):
-            raise web.HTTPMisdirectedRequest(text="Unknown host name. Behind a proxy, set WEB_ORIGIN.\n")
+        """On loopback, or where it is set how browsers come, only known names: a foreign name that leads here is an
+        attack (DNS rebinding). Probes come to an open house by whatever address they have."""
+        probe = request.path in PROBES and not self._local
+        known = self._is_ours(request.host) or _is_loopback(_host(f"//{request.host}"))
+        if (self._local or self._settings.web_origin) and not known and not probe:
+            raise web.HTTPMisdirectedRequest(
+                text="Unknown host name. Set WEB_ORIGIN to how browsers reach the page; a proxy must pass Host on.\n"
+            )
         return await handler(request)
 
-    def _same_origin(self, request: web.Request) -> bool:
+    def _is_ours(self, netloc: str) -> bool:
+        return netloc.lower() == urlsplit(self._settings.web_origin).netloc
+
+    def _refuse_others(self, request: web.Request) -> None:
         """Pages of others must not talk as this browser; what is no browser sends no Origin."""
         origin = request.headers.get("Origin", "").lower()
-        return not origin or origin == self._settings.web_origin or urlsplit(origin).netloc == request.host.lower()
+        same = origin in (f"http://{request.host.lower()}", f"https://{request.host.lower()}")
+        if self._settings.web_origin:  # its name by another scheme is another page
+            same = origin == self._settings.web_origin or (same and _is_loopback(_host(origin)))
+        if origin and not same:
+            raise web.HTTPForbidden(text="This page is not ours. Behind a proxy, set WEB_ORIGIN.\n")
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=metrics.exposition(), headers={"Content-Type": "text/plain; version=0.0.4"})
@@ -191,18 +208,34 @@ class WebBot:
 
     # -- the conversation ----------------------------------------------------------------------------------------
 
+    async def _give_cookie(self, request: web.Request) -> web.Response:
+        """The page asks for it before it connects, one tab after the other: two first tabs are one person.
+
+        It does not come with the page: a link from elsewhere opens the page without a strict cookie.
+        """
+        self._refuse_others(request)
+        response = web.Response(status=204)
+        _known(request, response)
+        return response
+
     async def _talk(self, chat: Chat, request: web.Request) -> web.WebSocketResponse:
         """One tab, as long as it is open."""
-        if not self._same_origin(request):
-            raise web.HTTPForbidden(text="This page is not ours. Behind a proxy, set WEB_ORIGIN.\n")
+        self._refuse_others(request)
+        socket = web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=LONGEST_FRAME)
+        channel = _known(request, socket)
+        if len(self._tabs.get(channel, ())) >= MOST_TABS_EACH:
+            raise web.HTTPServiceUnavailable(text="Too many pages of this browser are open; close some.\n")
         if sum(map(len, self._tabs.values())) >= MOST_TABS:
             raise web.HTTPServiceUnavailable(text="Too many people are here.\n")
-        tab, channel = await _welcome(request)
+        await socket.prepare(request)
+        tab = Tab(socket, request.transport)
         self._tabs[channel].add(tab)
         writer = asyncio.create_task(tab.write())
         try:
-            async for frame in tab.socket:
+            async for frame in socket:
                 await tab.pace()
+                if writer.done():
+                    break  # who cannot be answered is not heard
                 said = _read(frame.data) if frame.type is WSMsgType.TEXT else {}
                 await self._hear(chat, channel, tab, said)
         finally:
@@ -210,12 +243,14 @@ class WebBot:
             self._tabs[channel].discard(tab)
             if not self._tabs[channel]:
                 del self._tabs[channel]
-        return tab.socket
+        return socket
 
     async def _hear(self, chat: Chat, channel: Channel, tab: Tab, said: dict[str, Any]) -> None:
         id, text = said.get("id"), said.get("text")
         try:
             if said.get("hello"):
+                if tab.owed_history:
+                    return  # it comes, and behind it what has been said since it was read
                 with tab.held():  # what is said meanwhile comes after the history
                     turns = await chat.history(channel, limit=HISTORY)
                     tab.tell({"history": [{"role": t.role, "id": t.id, "text": clean(t.text)} for t in turns]})
@@ -242,8 +277,10 @@ class WebBot:
 class Tab:
     """One open page. Frames wait in a line of their own: a slow reader delays nobody, a dead one is let go."""
 
-    def __init__(self, socket: web.WebSocketResponse) -> None:
-        self.socket = socket
+    def __init__(self, socket: web.WebSocketResponse, transport: asyncio.Transport | None) -> None:
+        self.owed_history = False
+        """One waits to be sent: the largest frame, of which nobody needs two."""
+        self._socket, self._transport = socket, transport
         self._line: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._held: list[dict[str, Any]] | None = None
         self._due = 0.0
@@ -256,8 +293,11 @@ class Tab:
 
     def tell(self, frame: dict[str, Any]) -> None:
         """Past what is held."""
-        if self._line.qsize() < MOST_UNSENT:
-            self._line.put_nowait(frame)
+        if self._line.qsize() >= MOST_UNSENT:
+            self._drop()
+            return
+        self._line.put_nowait(frame)
+        self.owed_history |= "history" in frame
 
     @contextlib.contextmanager
     def held(self) -> Any:
@@ -270,13 +310,20 @@ class Tab:
                 self.tell(frame)
 
     async def write(self) -> None:
-        with contextlib.suppress(ConnectionError):
+        """Until nothing can be sent any more."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
             while True:
                 frame = await self._line.get()
-                if self._line.qsize() >= MOST_UNSENT - 1:
-                    await self.close(WSCloseCode.TRY_AGAIN_LATER)  # the page comes back and reads the history
-                    return
-                await self.socket.send_json(frame)
+                async with asyncio.timeout(SENT_WITHIN):
+                    await self._socket.send_json(frame)
+                if "history" in frame:
+                    self.owed_history = False
+        self._drop()
+
+    def _drop(self) -> None:
+        """Who reads nothing reads no goodbye either. The page comes back and reads the history."""
+        if self._transport is not None:
+            self._transport.abort()
 
     async def pace(self) -> None:
         """A leaky bucket: BURST frames at once, then PER_SECOND; who is faster waits, and loses nothing."""
@@ -286,21 +333,17 @@ class Tab:
 
     async def close(self, code: int) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError):
-            await asyncio.wait_for(self.socket.close(code=code), 1.0)
+            await asyncio.wait_for(self._socket.close(code=code), 1.0)
 
 
-async def _welcome(request: web.Request) -> tuple[Tab, Channel]:
-    """The cookie is set here and not with the page: a link from elsewhere opens the page without a strict cookie."""
+def _known(request: web.Request, response: web.StreamResponse) -> Channel:
+    """Whose request it is, by the cookie that the answer sets, if need be anew."""
     key = request.cookies.get(COOKIE, "")
     key = key if _KEY.fullmatch(key) else secrets.token_urlsafe(24)
-    tab = Tab(web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=LONGEST_FRAME))
     secure = "https" in (request.scheme, request.headers.get("X-Forwarded-Proto", ""))
-    tab.socket.set_cookie(
-        COOKIE, key, max_age=A_YEAR, path="/", httponly=True, samesite="Strict", secure=secure or None
-    )
-    await tab.socket.prepare(request)
+    response.set_cookie(COOKIE, key, max_age=A_YEAR, path="/", httponly=True, samesite="Strict", secure=secure or None)
     # hashed: channels stand in logs and exports, and the key must not
-    return tab, Channel("web", hashlib.sha256(key.encode()).hexdigest()[:24])
+    return Channel("web", hashlib.sha256(key.encode()).hexdigest()[:24])
 
 
 def _read(frame: str) -> dict[str, Any]:
@@ -322,6 +365,14 @@ def _file(path: Path) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
 
 async def _secure(_: web.Request, response: web.StreamResponse) -> None:
     response.headers.update(SECURITY)
+
+
+def _host(url: str) -> str:
+    """The name or address in it; "" where it is no URL."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
+import os
+import resource
+import signal
 import socket
+import subprocess
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from pydantic import ValidationError
 
-from bots.web import COOKIE, WebBot, WebSettings, open_web
+from bots import web as module
+from bots.web import COOKIE, MOST_TABS_EACH, Tab, WebBot, WebSettings, open_web
 from core.chat import BUSY
 from core.delivery import Unservable
+from core.messages import Author, Channel, Message, Reply
 from core.settings import QueueLimits
 from tests.bots.house import House, until
+from tests.bots.process import PATIENCE as START
+from tests.bots.process import command, environment, running
+from tests.simulation.memory_journal import Row, Sent
 
 PATIENCE = 20.0
 
@@ -124,6 +136,38 @@ async def test_a_made_up_cookie_is_replaced() -> None:
         for bad in ("short", "x" * 32 + "y", "../../etc/passwd-and-some-more-xx"):
             async with session.ws_connect("/ws", headers={"Cookie": f"{COOKIE}={bad}"}) as socket:
                 assert socket._response.cookies[COOKIE].value != bad
+
+
+async def test_the_cookie_is_there_before_the_socket() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        async with session.post("/cookie") as response:
+            assert response.status == 204
+            key = response.cookies[COOKIE].value
+        async with session.post("/cookie") as response:
+            assert response.cookies[COOKIE].value == key
+        async with session.ws_connect("/ws") as socket:
+            assert socket._response.cookies[COOKIE].value == key
+        async with session.post("/cookie", headers={"Origin": "http://evil.example"}) as response:
+            assert response.status == 403 and "Set-Cookie" not in response.headers
+        async with session.get("/cookie") as response:  # so no link from elsewhere can change it
+            assert response.status == 405
+
+
+async def test_one_browser_does_not_take_everybodys_places() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, browser(bot) as other, contextlib.AsyncExitStack() as stack:
+        await session.post("/cookie")
+        tabs = [await stack.enter_async_context(tab(session)) for _ in range(MOST_TABS_EACH)]
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await session.ws_connect("/ws")
+        assert refused.value.status == 503
+        async with tab(other) as page:
+            assert await page.history() == []
+        await tabs[0].socket.close()
+        await until(lambda: sum(map(len, bot._tabs.values())) < MOST_TABS_EACH)
+        async with tab(session) as page:
+            assert await page.history() == []
 
 
 async def test_what_is_no_text_gets_a_hint_and_no_answer() -> None:
@@ -291,6 +335,114 @@ async def test_who_talks_too_fast_is_slowed_and_loses_nothing() -> None:
         assert asyncio.get_running_loop().time() - began > 1.4
 
 
+async def knock(bot: WebBot, *sent: str) -> socket.socket:
+    """A connection that says this and reads nothing more."""
+    await until(lambda: bot.address)
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", int(bot.address.rpartition(":")[2])))
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    head = {
+        "Host": "127.0.0.1",
+        "Sec-WebSocket-Key": "x3JJHMbDL1EzLkh9GBhXDw==",
+        **upgrade,
+        "Cookie": f"{COOKIE}={KEY}",
+    }
+    frames = b"".join(bytes([0x81, 0x80 | len(text), 0, 0, 0, 0]) + text.encode() for text in sent)
+    raw.sendall("\r\n".join(["GET /ws HTTP/1.1", *(f"{k}: {v}" for k, v in head.items()), "", ""]).encode() + frames)
+    raw.setblocking(False)
+    return raw
+
+
+KEY = "k" * 32
+
+
+@contextlib.asynccontextmanager
+async def full_house(bot: WebBot) -> AsyncIterator[aiohttp.ClientSession]:
+    """In which the browser with KEY has said much more than a connection's buffers hold."""
+    house, now = House(), datetime.now(UTC)
+    channel = Channel("web", hashlib.sha256(KEY.encode()).hexdigest()[:24])
+    for row in range(1, 101):
+        message = Message(channel, f"question-{row}", Author("guest", "guest"), "☃" * 2000, now)
+        house.disk.rows.append(Row(row, message, "answered", now, turn=row))
+        house.disk.replies.append(
+            Sent(Reply(row, channel, message.id, "yes", "", state="sent", message=row), "yes", False)
+        )
+    async with house.serve(bot), browser(bot) as session:
+        session.headers["Cookie"] = f"{COOKIE}={KEY}"
+        yield session
+
+
+async def deaf_tab(bot: WebBot) -> tuple[socket.socket, Tab]:
+    """The only one, which asks for the history again and again and does not read it."""
+    raw = await knock(bot, *['{"hello":true}'] * 15)
+    await until(lambda: bot._tabs)
+    ((deaf,),) = bot._tabs.values()
+    await asyncio.sleep(0.3)  # the machine's buffers are full
+    assert deaf.owed_history and not deaf._line.qsize()  # of all that was asked for, one is under way
+    return raw, deaf
+
+
+async def test_who_reads_nothing_is_owed_one_history_and_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SENT_WITHIN", 1.0)
+    bot = web()
+    async with full_house(bot) as session:
+        raw, deaf = await deaf_tab(bot)
+        async with tab(session) as page:
+            for _ in range(3):  # others have it as often as they read it
+                assert len(await page.history()) == 200
+            await until(lambda: all(deaf not in tabs for tabs in bot._tabs.values()))
+            assert len(await page.history()) == 200
+        raw.close()
+
+
+async def test_a_line_that_is_full_ends_the_connection_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_UNSENT", 5)
+    bot = web()
+    async with full_house(bot) as session:
+        raw, deaf = await deaf_tab(bot)
+        async with tab(session) as page:
+            for number in range(10):
+                await page.say(f"picture-{number}", "🦄")
+                await page.hears("stored")
+            await until(lambda: all(deaf not in tabs for tabs in bot._tabs.values()), 5.0)
+        raw.close()
+
+
+async def test_a_connection_without_a_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE", 0.3)
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        host, port = "127.0.0.1", int(bot.address.rpartition(":")[2])
+        for begun in (b"", b"GET / HTTP/1.1\r\nHost: 127", b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(begun)
+            answer = await asyncio.wait_for(reader.read(), 5.0)
+            assert answer.startswith(b"HTTP/1.1 200") if begun.endswith(b"\r\n\r\n") else answer == b""
+            writer.close()
+        assert await page.history() == []  # a tab may be silent for longer
+
+
+async def test_more_connections_than_descriptors_end_in_few_lines(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with running(tmp_path) as (process, address):
+        hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (64, hard))
+        port = int(address.rpartition(":")[2])
+        idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(120)]
+        idle[0].sendall(b"POST /cookie HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n")  # a stop waits for it
+        await asyncio.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(START):
+            assert await process.wait() == 0
+        for each in idle:
+            each.close()
+    errors = capfd.readouterr().err
+    assert "no connection can be accepted now" in errors
+    assert "Traceback" not in errors and len(errors) < 5000
+
+
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1"])
 async def test_pages_of_others_may_not_talk(origin: str) -> None:
     house, bot = House(), web()
@@ -321,6 +473,48 @@ async def test_a_foreign_name_for_this_machine_is_refused() -> None:
         ):
             async with session.get("/", headers={"Host": host}) as response:
                 assert response.status == status, host
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "["}, 421),
+        ({"Host": "[::1"}, 421),
+        ({"Host": "[::1]", "Origin": "http://["}, 403),
+        ({"Origin": "http://[::1"}, 403),
+    ],
+)
+async def test_names_that_are_none_are_refused(
+    headers: dict[str, str], status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await session.ws_connect("/ws", headers=headers)
+        assert refused.value.status == status
+    assert "Traceback" not in caplog.text
+
+
+async def test_an_open_house_behind_a_proxy_talks_under_its_name_only() -> None:
+    house, bot = House(), web(web_host="0.0.0.0", web_origin="https://chat.example.com")
+    async with house.serve(bot):
+        await until(lambda: bot.address)
+        address = bot.address.replace("0.0.0.0", "127.0.0.1")
+        async with aiohttp.ClientSession(address) as session:
+            for host in ("chat.example.com", "localhost:8080", "127.0.0.1"):
+                async with session.get("/", headers={"Host": host}) as response:
+                    assert response.status == 200, host
+            for host in ("evil.example", "192.0.2.7:8080", "["):
+                for path, status in (("/", 421), ("/ws", 421), ("/livez", 200), ("/readyz", 503), ("/metrics", 200)):
+                    async with session.get(path, headers={"Host": host}) as response:
+                        assert response.status == status, (host, path)
+            for origin in ("https://evil.example", "http://chat.example.com", "http://127.0.0.1:1"):
+                with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                    await session.ws_connect("/ws", headers={"Host": "chat.example.com", "Origin": origin})
+                assert refused.value.status == 403, origin
+            headers = {"Host": "chat.example.com", "Origin": "https://chat.example.com"}
+            async with session.ws_connect("/ws", headers=headers) as socket:
+                assert await Page(socket).history() == []
 
 
 async def test_the_page_and_its_headers() -> None:
@@ -374,6 +568,27 @@ async def test_the_address_is_printed(capsys: pytest.CaptureFixture[str], caplog
             assert capsys.readouterr().out == f"Palaver talks at {bot.address}\n"
             assert f"Palaver talks at {bot.address}" in caplog.text and "whoever" not in caplog.text
     assert bot.address == ""
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "a reader that is gone"])
+async def test_an_address_that_cannot_be_printed_is_logged(tmp_path: Path, output: str) -> None:
+    if output == "/dev/full":
+        stdout = os.open(output, os.O_WRONLY)
+    else:
+        read, stdout = os.pipe()
+        os.close(read)
+    process = await asyncio.create_subprocess_exec(
+        *command("run"), cwd=tmp_path, env=environment(WEB_PORT="0"), stdout=stdout, stderr=subprocess.PIPE
+    )
+    os.close(stdout)
+    assert process.stderr
+    async with asyncio.timeout(START):
+        while b"Palaver talks at http://127.0.0.1:" not in (line := await process.stderr.readline()):
+            assert line and b"starting it again" not in line, line
+        process.send_signal(signal.SIGTERM)
+        rest = await process.stderr.read()
+        assert await process.wait() == 0, rest
+    assert b"Error" not in rest
 
 
 async def test_an_open_house_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
