@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from core.delivery import NotAccepted, Unservable
-from core.messages import Author, Channel, Message, Reply
+from core.messages import Author, Channel, Message, MessageState, Reply
 from core.text import MAX_CHARS, clean
 
 if TYPE_CHECKING:
@@ -89,9 +89,11 @@ class ConsoleBot:
     async def find_sent(self, reply: Reply) -> str | None:
         return None
 
-    async def typing(self, channel: Channel, note: str = "") -> None:
+    async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
         if self.at_terminal and channel == self.channel:
             self._show(f"\r\x1b[K{note or '…'}")
+
+    async def closed(self, channel: Channel, id: str, state: MessageState) -> None: ...
 
     def split(self, text: str) -> list[str]:
         return [text]

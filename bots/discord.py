@@ -26,7 +26,7 @@ from bots import discord_events as events
 from bots.discord_hearing import SESSIONS_A_DAY, Client, Hearing, call, read_answer
 from bots.splitting import split
 from core.delivery import NotAccepted, NotSent, Refused, Unservable
-from core.messages import Channel, Reply
+from core.messages import Channel, MessageState, Reply
 from core.settings import Group
 from core.text import clean
 
@@ -304,8 +304,10 @@ class DiscordBot:
             last = str(page[-1]["id"])
         return None
 
-    async def typing(self, channel: Channel, note: str = "") -> None:
+    async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
         await self._call(Route("POST", "/channels/{channel_id}/typing", channel_id=int(channel.id)))
+
+    async def closed(self, channel: Channel, id: str, state: MessageState) -> None: ...
 
     @property
     def _me(self) -> int:

@@ -26,7 +26,7 @@ from bots.telegram_polling import Poller
 from bots.telegram_updates import COMMANDS, MAX_TEXT, PLATFORM, WANTED, Command, Me, Moved, failed, read, target
 from bots.telegram_webhook import Webhook, listening
 from core.delivery import NotAccepted
-from core.messages import Channel, Message, Reply
+from core.messages import Channel, Message, MessageState, Reply
 from core.settings import Group
 from core.text import clean
 
@@ -187,7 +187,8 @@ class TelegramBot:
         if not messages:
             return None
         try:
-            return await self._chat.receive(*messages)
+            await self._chat.receive(*messages)
+            return None
         except NotAccepted:
             raise
         except Exception as error:
@@ -339,10 +340,12 @@ class TelegramBot:
         """Nobody can tell: Telegram has no key for a send, and bots cannot read the history."""
         return None
 
-    async def typing(self, channel: Channel, note: str = "") -> None:
+    async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
         chat, thread = self._place(channel)
         if not self._pace.held(chat):
             await self._call_in(chat, "sendChatAction", action="typing", **thread)
+
+    async def closed(self, channel: Channel, id: str, state: MessageState) -> None: ...
 
     async def _say(self, channel: Channel, text: str, to: str = "") -> str:
         """Plain text without previews; as a reply where the message still stands."""

@@ -7,7 +7,8 @@ is stored once. Frames are JSON objects:
 from the page  {"id", "text"}  say      {"hello": true}  send the history      {"reset": true}  start anew
 to the page    {"history": [{"role", "id", "text"}]}  what was answered; an answer has its question's id
                {"stored": {"id", "text", "heard"}}  on disk (to every tab); heard is false where nothing can be answered
-               {"later": id}  not stored, say it again      {"typing": true, "note"}      {"reply": {"to", "text"}}
+               {"later": id}  not stored, say it again      {"typing": id, "note"}      {"reply": {"to", "text"}}
+               {"closed": id, "note"}  no reply will come, or it has come; the note says why, where there is none
                {"forgotten": true}  started anew (to every tab)      {"error": text}  the frame was no good
 """
 
@@ -38,7 +39,7 @@ from pydantic import Field, field_validator
 from core import metrics
 from core.delivery import NotAccepted, Unservable
 from core.logs import announce
-from core.messages import Author, Channel, Message, Reply
+from core.messages import Author, Channel, Message, MessageState, Reply
 from core.settings import Group
 from core.text import MAX_CHARS, clean
 
@@ -63,6 +64,13 @@ IDLE = 15.0
 """Seconds until a connection without a request is closed: each holds a descriptor."""
 BURST, PER_SECOND = 20, 2.0
 HEARTBEAT = 20.0
+CLOSED = {
+    "shed": "Too much was waiting. Perhaps say it again?",
+    "expired": "No answer in time. Perhaps say it again?",
+    "failed": "No answer was found. Perhaps say it in other words?",
+    "cancelled": "There was nothing to answer.",
+}
+"""Why a message has no reply."""
 PROBES = ("/metrics", "/livez", "/readyz")
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -141,8 +149,11 @@ class WebBot:
     async def find_sent(self, reply: Reply) -> str | None:
         return str(reply.id)  # the page reads the journal
 
-    async def typing(self, channel: Channel, note: str = "") -> None:
-        self._push(channel, {"typing": True, "note": note})
+    async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
+        self._push(channel, {"typing": to, "note": note})
+
+    async def closed(self, channel: Channel, id: str, state: MessageState) -> None:
+        self._push(channel, {"closed": id, "note": CLOSED.get(state, "")})
 
     def split(self, text: str) -> list[str]:
         return [text]
@@ -260,9 +271,13 @@ class WebBot:
             elif isinstance(id, str) and isinstance(text, str) and _ID.fullmatch(id):
                 text = clean(text[:MAX_CHARS])
                 author = Author(channel.id, "guest")
-                await chat.receive(Message(channel, id, author, text, datetime.now(UTC)))
+                new = await chat.receive(Message(channel, id, author, text, datetime.now(UTC)))
                 heard = chat.voice.hears(text)
-                self._push(channel, {"stored": {"id": id, "text": text, "heard": heard}})
+                state = await chat.state(channel, id) if heard and not new else "waiting"
+                if state == "waiting":
+                    self._push(channel, {"stored": {"id": id, "text": text, "heard": heard}})
+                else:
+                    tab.push({"closed": id, "note": CLOSED.get(state or "", "")})
             else:
                 tab.push({"error": "I do not understand this."})
         except NotAccepted as error:

@@ -80,8 +80,9 @@ class Chat:
 
     # -- what bots call ------------------------------------------------------------------------------------------
 
-    async def receive(self, *messages: Message, marks: Mapping[Channel, str] = NO_MARKS) -> None:
+    async def receive(self, *messages: Message, marks: Mapping[Channel, str] = NO_MARKS) -> bool:
         """On disk when it returns: only then acknowledge to the platform. Messages of one channel in their order.
+        True: there is a question among them that had not come before.
 
         `marks`: how far these channels are read with it, where a platform is read and does not acknowledge.
         Raises NotAccepted when nothing could be stored: do not acknowledge.
@@ -90,9 +91,9 @@ class Chat:
         cut = [replace(m, text=m.text[:MAX_CHARS]) if len(m.text) > MAX_CHARS else m for m in messages]
         heard = [m if m.kind != "ask" or self.voice.hears(m.text) else replace(m, kind="heard") for m in cut]
         # Whoever is cancelled here may have stored it: then it is answered, too.
-        await asyncio.shield(self._spawn(self._receive(heard, marks, began)))
+        return await asyncio.shield(self._spawn(self._receive(heard, marks, began)))
 
-    async def _receive(self, messages: list[Message], marks: Mapping[Channel, str], began: float) -> None:
+    async def _receive(self, messages: list[Message], marks: Mapping[Channel, str], began: float) -> bool:
         """T1, and what follows from it."""
         crash_point("before T1")
         received = await self.journal.receive(*messages, deadline=self._limits.deadline, marks=marks)
@@ -116,6 +117,7 @@ class Chat:
                 self._answering[row].cancel("deleted")
             metrics.finished.labels(messages[0].channel.platform, "cancelled").inc()
         self._measure()
+        return bool(received.asked)
 
     async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
         """The conversation starts anew: what was said before is not in any later prompt. False: `asked`, a platform's
@@ -152,6 +154,10 @@ class Chat:
     async def replied(self, channel: Channel, id: str) -> bool:
         """Is there a reply to this message, or one on its way?"""
         return await self.journal.replied(channel, id)
+
+    async def state(self, channel: Channel, id: str) -> MessageState | None:
+        """What became of this message; None: it is not known."""
+        return await self.journal.state(channel, id)
 
     async def refail(self, *messages: Message, note: str, state: MessageState = "failed") -> None:
         """Record what nobody could read, or will answer, in its final state, so that it does not come again."""
@@ -256,7 +262,7 @@ class Chat:
         question = Turn("user", message.author.name, message.text, history[-1].index + 1 if history else 0)
         given = self.voice.params.seed
         seed = ((random.getrandbits(62) if given is None else given) + tries) % 2**63
-        async with self._courier.typing(channel):
+        async with self._courier.typing(message):
             spoken, completion = await self._speak(request, [*history, question], seed)
             if completion is None:
                 return None
@@ -324,6 +330,8 @@ class Chat:
 
     async def _close(self, request: Request, state: MessageState, note: str = "", notice: str = "") -> None:
         self._courier.deliver(await insist(self.journal.close, request, state, note, notice))
+        if not notice:
+            self._courier.closed(request.message, state)
         metrics.finished.labels(request.message.channel.platform, state).inc()
         if state == "expired":
             self._expired[request.message.channel] += 1
@@ -362,7 +370,7 @@ class Chat:
                 self._told[request.row] = now
                 seconds = max(1, round((ahead + 1) * self._pace / self._limits.running))
                 place = ORDINALS[ahead] if ahead < len(ORDINALS) else f"number {ahead + 1}"
-                self._courier.tell(request.message.channel, f"You are {place} in line, about {seconds} s.")
+                self._courier.tell(request.message, f"You are {place} in line, about {seconds} s.")
 
     def _timed(self, request: Request) -> Request:
         """With its deadline by a clock that nobody sets; the wall's is read when it comes, and when it is edited."""

@@ -19,7 +19,7 @@ from core import metrics
 from core.backoff import backoff
 from core.crash import crash_point
 from core.delivery import MaybeSent, NotAccepted, NotSent, Platform, Refused, RetryAfter
-from core.messages import Channel, Reply
+from core.messages import Channel, Message, MessageState, Reply
 from core.settings import DeliveryRules
 
 if TYPE_CHECKING:
@@ -127,17 +127,21 @@ class Courier:
         return self._platforms[channel.platform].split(text)
 
     @contextlib.asynccontextmanager
-    async def typing(self, channel: Channel) -> AsyncIterator[None]:
-        """Show typing as long as the block runs."""
-        task = asyncio.create_task(self._type(channel))
+    async def typing(self, message: Message) -> AsyncIterator[None]:
+        """Show typing, to answer this, as long as the block runs."""
+        task = asyncio.create_task(self._type(message))
         try:
             yield
         finally:
             task.cancel()
 
-    def tell(self, channel: Channel, note: str) -> None:
-        """Show typing once with a note; returns at once."""
-        self._start(self._show(channel, note))
+    def tell(self, message: Message, note: str) -> None:
+        """Show typing once with a note to who said this; returns at once."""
+        self._start(self._show(message, note))
+
+    def closed(self, message: Message, state: MessageState) -> None:
+        """Show that this ended without a reply; returns at once."""
+        self._start(self._show(message, "", state))
 
     async def drain(self, timeout: float) -> bool:
         """Wait until everything is delivered; False when something was left for the next start: then nothing more is
@@ -168,18 +172,21 @@ class Courier:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _type(self, channel: Channel) -> None:
+    async def _type(self, message: Message) -> None:
         while True:
-            await self._show(channel)
+            await self._show(message)
             await asyncio.sleep(TYPING_EVERY)
 
-    async def _show(self, channel: Channel, note: str = "") -> None:
+    async def _show(self, message: Message, note: str = "", state: MessageState = "waiting") -> None:
+        channel = message.channel
         platform = self._platforms.get(channel.platform)
         try:
-            if platform is not None:
-                await platform.typing(channel, note)
+            if platform is not None and state == "waiting":
+                await platform.typing(channel, note, message.id)
+            elif platform is not None:
+                await platform.closed(channel, message.id, state)
         except Exception as error:
-            log.debug("typing in %s: %s", channel, error)
+            log.debug("%s of a message in %s is not shown: %s", state, channel, error)
 
     async def _work(self, channel: Channel) -> None:
         """One channel's line, front to back; the task ends with the line."""

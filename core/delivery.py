@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from core.messages import Channel, Reply
+from core.messages import Channel, MessageState, Reply
 
 
 class NotAccepted(Exception):
@@ -73,9 +73,14 @@ class Platform(Protocol):
         """Did an attempt in doubt arrive? Its id; "" if certainly not; None: cannot tell."""
         ...
 
-    async def typing(self, channel: Channel, note: str = "") -> None:
+    async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
         """Show typing for a few seconds; called again every 4 s while it should last. Errors are ignored.
 
         `note`: who still waits in line is told where, in passing, on platforms that can without sending a message.
+        `to`: the platform id of the message that is being answered, or waits.
         """
+        ...
+
+    async def closed(self, channel: Channel, id: str, state: MessageState) -> None:
+        """The message `id` came to this end and has no reply, on platforms that can show it. Errors are ignored."""
         ...

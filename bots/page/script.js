@@ -1,11 +1,12 @@
 // The page's side of the protocol in bots/web.py. What a person said and has no answer yet is said again after every
-// reconnect, under its old id; the server stores an id once. Text from outside is only ever textContent.
+// reconnect, under its old id; the server stores an id once, and says what became of it. Text from outside is only ever
+// textContent.
 "use strict";
 
 const STORAGE = "palaver-waiting";
+const DRAFT = "palaver-draft";
 const TYPING_LASTS = 6000; // ms; the server repeats it every 4 s
-const NO_ANSWER_AFTER = 90000;
-const ACKNOWLEDGED_WITHIN = 12000;
+const SILENT_FOR = 12000;
 
 const find = (id) => document.getElementById(id);
 const talk = find("talk");
@@ -14,17 +15,28 @@ const field = find("text");
 const sendButton = document.querySelector("#say button");
 
 const exchanges = new Map(); // message id -> {box, reply}: what is shown, in its order
-const waiting = new Map(); // message id -> {text, stored}: what waits for an answer
+// message id -> {text, stored, after, note}: what has no answer; with a note it will have none. `after` is what it stands below
+const waiting = new Map();
 let socket = null;
 let connected = false; // the history has come: what is shown is what the server knows
 let failures = 0;
 let retry = 0;
+let overdue = 0;
 let typingEnds = 0;
+
+// The cookie is there before the first socket, and one tab asks after the other: two new ones would be two people.
+const cookie = (navigator.locks ? navigator.locks.request("palaver", askForCookie) : askForCookie()).catch(() => {});
+
+function askForCookie() {
+  return fetch("/cookie", { method: "POST", signal: AbortSignal.timeout(5000) });
+}
 
 // -- the connection ---------------------------------------------------------------------------------------------
 
-function connect() {
+async function connect() {
   clearTimeout(retry);
+  await cookie;
+  if (socket) return;
   const mine = new WebSocket(location.protocol.replace("http", "ws") + "//" + location.host + "/ws");
   socket = mine;
   mine.onopen = () => {
@@ -42,6 +54,8 @@ function lost() {
   if (abandoned) abandoned.close();
   connected = false;
   failures += 1;
+  clearTimeout(overdue);
+  overdue = 0;
   for (const said of waiting.values()) said.stored = false;
   quiet();
   show();
@@ -59,20 +73,31 @@ function ask() {
 }
 
 function transmit(id) {
-  const mine = socket;
-  if (!mine || mine.readyState !== WebSocket.OPEN || !waiting.has(id)) return;
-  mine.send(JSON.stringify({ id, text: waiting.get(id).text }));
-  // a connection that broke without a word (a sleeping laptop) is found by what it does not acknowledge
-  setTimeout(() => mine === socket && waiting.get(id)?.stored === false && lost(), ACKNOWLEDGED_WITHIN);
+  const said = waiting.get(id);
+  if (!said || said.note || socket?.readyState !== WebSocket.OPEN) return;
+  socket.send(JSON.stringify({ id, text: said.text }));
+  watch();
+}
+
+// A connection that broke without a word (a sleeping laptop) is found by what it does not acknowledge, while all is silent.
+function watch() {
+  overdue ||= setTimeout(() => {
+    overdue = 0;
+    if (socket && [...waiting.values()].some((said) => !said.stored && !said.note)) lost();
+  }, SILENT_FOR);
 }
 
 // -- what the server says ---------------------------------------------------------------------------------------
 
 function hear(frame) {
+  clearTimeout(overdue);
+  overdue = 0;
+  watch();
   if (frame.history) begin(frame.history);
   else if (frame.stored) stored(frame.stored);
   else if (frame.reply) replied(frame.reply);
-  else if (frame.typing) typing(frame.note || "");
+  else if (frame.closed) closed(frame.closed, frame.note);
+  else if (frame.typing) typing(frame.typing, frame.note);
   else if (frame.forgotten) { waiting.clear(); keep(); begin([]); }
   else if (frame.later) setTimeout(transmit, 3000, frame.later);
   else if (frame.error) console.warn("Palaver: " + frame.error);
@@ -88,7 +113,13 @@ function begin(turns) {
     if (role === "user") put(id, text);
     else answer(id, text);
   }
-  for (const [id, { text }] of waiting) if (!exchanges.has(id)) put(id, text);
+  for (const [id, said] of waiting) {
+    if (exchanges.has(id)) continue;
+    if (said.note && said.after && !exchanges.has(said.after)) { waiting.delete(id); continue; } // of long ago
+    said.after ??= last();
+    note(put(id, said.text), said.note);
+  }
+  keep();
   connected = true;
   failures = 0;
   talk.setAttribute("aria-busy", "false");
@@ -97,29 +128,43 @@ function begin(turns) {
 }
 
 function stored({ id, text, heard }) {
-  if (exchanges.get(id)?.reply) return;
-  if (!heard) settle(id);
-  else waiting.set(id, { text, stored: true });
-  keep();
-  const exchange = exchanges.get(id) || put(id, text); // said in another tab
-  note(exchange, heard ? "" : "I can only read words. Could you write it out?");
+  if (exchanges.get(id)?.reply || waiting.get(id)?.note) return;
+  const said = waiting.get(id) || remember(id, text); // said in another tab
+  said.stored = true;
+  const exchange = exchanges.get(id) || put(id, text);
   exchange.box.classList.remove("sending");
+  if (!heard) closed(id, "I can only read words. Could you write it out?");
   show();
+}
+
+// No reply comes. With a note, it stays as it is, also over a reload.
+function closed(id, why) {
+  const exchange = exchanges.get(id);
+  const said = waiting.get(id);
+  if (!said || exchange?.reply) return;
+  if (why) said.note = why;
+  else waiting.delete(id);
+  keep();
+  if (!exchange) return;
+  const follow = atEnd();
+  exchange.box.classList.remove("sending");
+  quiet(exchange);
+  note(exchange, why);
+  if (follow) toEnd();
 }
 
 function replied({ to, text }) {
   if (!exchanges.has(to)) return ask(); // the question came from a tab that is gone, or was forgotten
   const follow = atEnd();
-  quiet();
   answer(to, text);
   if (follow) toEnd();
 }
 
-function typing(note) {
-  const first = [...waiting].find(([id, said]) => said.stored && exchanges.has(id));
-  if (!first) return;
+function typing(id, note) {
+  const exchange = exchanges.get(id);
+  if (!exchange || exchange.reply) return;
   const follow = atEnd();
-  const box = exchanges.get(first[0]).box;
+  const box = exchange.box;
   const dots = document.querySelector(".typing") || typingDots();
   if (dots.parentNode !== box) box.append(dots);
   dots.querySelector(".note").textContent = note;
@@ -128,38 +173,37 @@ function typing(note) {
   if (follow) toEnd();
 }
 
-function quiet() {
-  clearTimeout(typingEnds);
-  document.querySelector(".typing")?.remove();
+function quiet(exchange) { // without one: everywhere
+  const dots = document.querySelector(".typing");
+  if (dots && (!exchange || dots.parentNode === exchange.box)) dots.remove();
 }
 
 // -- what is shown ----------------------------------------------------------------------------------------------
 
 function put(id, text) {
   const exchange = { box: make("div", "exchange") };
-  exchange.box.classList.toggle("sending", waiting.get(id)?.stored === false);
+  const said = waiting.get(id);
+  exchange.box.dataset.id = id;
+  exchange.box.classList.toggle("sending", said?.stored === false && !said.note);
   if (text) exchange.box.append(bubble("person", "You said: ", text));
-  talk.append(exchange.box);
+  const above = exchanges.get(said?.after)?.box;
+  if (above) above.after(exchange.box);
+  else if (said?.after === "") talk.prepend(exchange.box);
+  else talk.append(exchange.box);
   exchanges.set(id, exchange);
-  setTimeout(() => {
-    if (exchanges.get(id) !== exchange || !waiting.get(id)?.stored) return;
-    settle(id);
-    note(exchange, "Still no answer. Perhaps say it again?");
-  }, NO_ANSWER_AFTER);
   return exchange;
 }
 
+const last = () => talk.lastElementChild?.dataset.id || ""; // "": above all
+
 function answer(id, text) {
   const exchange = exchanges.get(id) || put(id, ""); // its question is older than what is shown
-  settle(id);
+  if (waiting.delete(id)) keep();
+  quiet(exchange);
   note(exchange, "");
   if (exchange.reply) return;
   exchange.reply = bubble("bot", "Palaver said: ", text);
   exchange.box.append(exchange.reply);
-}
-
-function settle(id) {
-  if (waiting.delete(id)) keep();
 }
 
 function bubble(kind, who, text) {
@@ -182,7 +226,7 @@ function make(tag, kind = "", text = "") {
 }
 
 function note(exchange, text) {
-  exchange.box.querySelector(".note")?.remove();
+  exchange.box.querySelector(":scope > .note")?.remove();
   if (text) exchange.box.append(make("p", "note", text));
 }
 
@@ -196,6 +240,7 @@ function show() {
   find("empty").hidden = exchanges.size > 0 || !connected;
   find("reset").disabled = !connected || exchanges.size === 0;
   sendButton.disabled = !field.value.trim();
+  find("limit").hidden = field.value.length < field.maxLength;
 }
 
 const atEnd = () => scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
@@ -207,17 +252,26 @@ function say(text) {
   text = text.trim();
   if (!text) return;
   const id = [...crypto.getRandomValues(new Uint8Array(12))].map((b) => b.toString(16).padStart(2, "0")).join("");
-  waiting.set(id, { text, stored: false });
-  keep();
+  remember(id, text);
   put(id, text);
   transmit(id);
   show();
   toEnd();
 }
 
+function remember(id, text) {
+  const said = { text, stored: false, after: last() || (connected ? "" : null) }; // null: the history is not here yet
+  waiting.set(id, said);
+  keep();
+  return said;
+}
+
 function keep() { // over a reload; where storage is forbidden, only until then
-  const texts = [...waiting].map(([id, { text }]) => [id, text]);
-  try { sessionStorage.setItem(STORAGE, JSON.stringify(texts)); } catch { /* as said */ }
+  const texts = [...waiting].map(([id, { text, after, note }]) => [id, text, after, note]);
+  try {
+    sessionStorage.setItem(STORAGE, JSON.stringify(texts));
+    sessionStorage.setItem(DRAFT, field.value);
+  } catch { /* as said */ }
 }
 
 function fit() {
@@ -227,13 +281,14 @@ function fit() {
 
 find("say").addEventListener("submit", (event) => {
   event.preventDefault();
-  say(field.value);
+  const text = field.value;
   field.value = "";
+  say(text);
   fit();
   show();
   field.focus();
 });
-field.addEventListener("input", () => { fit(); show(); });
+field.addEventListener("input", () => { fit(); show(); keep(); });
 field.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
@@ -254,7 +309,11 @@ addEventListener("online", wake);
 document.addEventListener("visibilitychange", wake);
 
 try {
-  for (const [id, text] of JSON.parse(sessionStorage.getItem(STORAGE) || "[]")) waiting.set(id, { text, stored: false });
+  for (const [id, text, after, note] of JSON.parse(sessionStorage.getItem(STORAGE) || "[]")) {
+    waiting.set(id, { text, stored: false, after, note });
+  }
+  field.value = sessionStorage.getItem(DRAFT) || "";
 } catch { /* nothing is kept */ }
+fit();
 connect();
 show();

@@ -357,6 +357,11 @@ class Journal(Upkeep):
         change = update(replies).where(replies.c.id == reply.id, unsettled).values(**values)
         return await self._writer.do(lambda connection: connection.execute(change).rowcount > 0)
 
+    async def state(self, channel: Channel, id: str) -> MessageState | None:
+        """What became of this message; None: it is not known."""
+        found = await self._read(select(messages.c.state).where(inside(channel), messages.c.platform_id == id))
+        return found[0].state if found else None
+
     async def replied(self, channel: Channel, id: str) -> bool:
         """Is there a reply to this message that was not given up?"""
         query = select(

@@ -21,7 +21,7 @@ import pytest
 from pydantic import ValidationError
 
 from bots import web as module
-from bots.web import COOKIE, MOST_TABS_EACH, Tab, WebBot, WebSettings, open_web
+from bots.web import CLOSED, COOKIE, MOST_TABS_EACH, Tab, WebBot, WebSettings, open_web
 from core.chat import BUSY
 from core.delivery import Unservable
 from core.messages import Author, Channel, Message, Reply
@@ -47,14 +47,16 @@ class Page:
     async def say(self, id: str, text: str) -> None:
         await self.socket.send_json({"id": id, "text": text})
 
-    async def hears(self, kind: str) -> Any:
+    async def whole(self, kind: str) -> Any:
         """The next frame of this kind, others skipped; typing comes when it likes."""
         async with asyncio.timeout(PATIENCE):
             while True:
                 frame = await self.socket.receive_json()
                 if kind in frame:
-                    return frame[kind]
-                assert "typing" in frame or kind != "quiet", frame
+                    return frame
+
+    async def hears(self, kind: str) -> Any:
+        return (await self.whole(kind))[kind]
 
     async def history(self) -> list[tuple[str, str]]:
         await self.socket.send_json({"hello": True})
@@ -80,7 +82,7 @@ async def test_a_question_is_stored_and_answered() -> None:
         assert await page.history() == []
         await page.say("question-1", "  Hello there!")
         assert await page.hears("stored") == {"id": "question-1", "text": "  Hello there!", "heard": True}
-        assert await page.hears("typing") is True
+        assert await page.hears("typing") == "question-1"
         assert await page.hears("reply") == {"to": "question-1", "text": "You said Hello there!"}
         assert await page.history() == [("user", "  Hello there!"), ("assistant", "You said Hello there!")]
 
@@ -90,7 +92,6 @@ async def test_a_question_said_again_is_answered_once() -> None:
     async with house.serve(bot), browser(bot) as session, tab(session) as page:
         for _ in range(3):
             await page.say("question-1", "once")
-            await page.hears("stored")
         await page.say("question-2", "twice")
         assert (await page.hears("reply"))["to"] == "question-1"
         assert (await page.hears("reply"))["to"] == "question-2"
@@ -263,6 +264,51 @@ async def test_more_than_fits_is_told_so() -> None:
         assert await page.hears("reply") == {"to": "question-3", "text": BUSY}
         house.engine.gate.set()
         assert [(await page.hears("reply"))["to"] for _ in range(2)] == ["question-1", "question-2"]
+
+
+async def test_what_ends_without_a_reply_is_told_to_every_tab() -> None:
+    house, bot = House(QueueLimits(per_channel=1, deadline=2.0)), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page, tab(session) as other:
+        house.engine.gate.clear()
+        await page.say("question-1", "hello")
+        await until(lambda: house.engine.prompts)
+        for number in (2, 3, 4):
+            await page.say(f"question-{number}", "hello")
+        for each in (page, other):  # the third is answered that it is too much
+            assert await each.whole("closed") == {"closed": "question-4", "note": CLOSED["shed"]}
+            assert await each.whole("closed") == {"closed": "question-2", "note": CLOSED["expired"]}
+
+
+async def test_what_had_ended_when_it_was_said_again_is_told_so() -> None:
+    house, bot = House(QueueLimits(deadline=1.0)), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page, tab(session) as other:
+        await page.say("question-1", "hello")
+        await page.hears("reply")
+        house.engine.gate.clear()
+        await page.say("question-0", "this takes long")
+        await page.say("question-2", "are you there?")
+        assert await page.hears("closed") == "question-2"
+        await page.socket.send_json({"reset": True})
+        await page.hears("forgotten")
+        await other.hears("forgotten")
+        await page.say("question-2", "are you there?")
+        assert await page.whole("closed") == {"closed": "question-2", "note": CLOSED["expired"]}
+        await page.say("question-1", "hello")
+        assert await page.whole("closed") == {"closed": "question-1", "note": ""}
+        await page.say("question-3", "still there?")
+        await page.hears("stored")
+        assert (await other.hears("stored"))["id"] == "question-3"  # it need not hear of what is forgotten
+
+
+async def test_typing_is_told_with_the_question_it_is_for() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        house.engine.gate.clear()
+        await page.say("question-1", "one")
+        await page.say("question-2", "two")
+        assert await page.hears("typing") == "question-1"
+        house.engine.gate.set()
+        assert await page.hears("typing") == "question-2"
 
 
 async def test_a_reply_made_while_nobody_looks_is_there_later() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from core.app import open_app
-from core.messages import Author, Channel, Message, Reply
+from core.messages import Author, Channel, Message, MessageState, Reply
 from core.settings import QueueLimits, Settings
 from tests.simulation.house import House, play
 
@@ -44,7 +44,9 @@ class Board:
     async def find_sent(self, reply: Reply) -> str | None:
         return ""
 
-    async def typing(self, channel: Channel, note: str = "") -> None: ...
+    async def typing(self, channel: Channel, note: str = "", to: str = "") -> None: ...
+
+    async def closed(self, channel: Channel, id: str, state: MessageState) -> None: ...
 
 
 @dataclass

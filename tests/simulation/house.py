@@ -11,7 +11,7 @@ from core.chat import Chat
 from core.courier import Courier
 from core.delivery import SendError
 from core.engine.base import Completion, EngineError, ModelInfo, SamplingParams
-from core.messages import Author, Channel, Kind, Message, Reply
+from core.messages import Author, Channel, Kind, Message, MessageState, Reply
 from core.queue import RequestQueue
 from core.settings import DeliveryRules, QueueLimits
 from core.voice import Voice
@@ -54,9 +54,11 @@ class ScriptedPlatform:
     async def find_sent(self, reply: Reply) -> str | None:
         return self.found
 
-    async def typing(self, channel: Channel, note: str = "") -> None:
+    async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
         self.typed.append((asyncio.get_running_loop().time(), channel))
         self.told += [note] if note else []
+
+    async def closed(self, channel: Channel, id: str, state: MessageState) -> None: ...
 
     def texts(self) -> list[str]:
         return [text for _, text in self.visible]

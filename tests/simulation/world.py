@@ -20,7 +20,7 @@ from core.chat import Chat
 from core.courier import Courier
 from core.delivery import MaybeSent, NotAccepted, NotSent, Refused, RetryAfter
 from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelInfo, QueueFull, SamplingParams
-from core.messages import Author, Channel, Message, Reply
+from core.messages import Author, Channel, Message, MessageState, Reply
 from core.queue import RequestQueue
 from core.settings import DeliveryRules, QueueLimits
 from core.voice import Voice
@@ -153,7 +153,9 @@ class Client:
         words = text.split()
         return [" ".join(words[:3]), " ".join(words[3:])] if len(words) > 5 else [text]
 
-    async def typing(self, channel: Channel, note: str = "") -> None: ...
+    async def typing(self, channel: Channel, note: str = "", to: str = "") -> None: ...
+
+    async def closed(self, channel: Channel, id: str, state: MessageState) -> None: ...
 
     async def serve(self, chat: Chat) -> None:
         server, dice = self._server, self._world.dice

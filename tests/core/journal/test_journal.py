@@ -229,6 +229,7 @@ async def test_a_delivery_step_by_step(journal: Journal) -> None:
     await journal.sent(again, "77")
     assert await journal.due() == [] and (await journal.counts())["replies"] == {"sent": 1}
     assert await journal.replied(HERE, "1") and not await journal.replied(HERE, "2")
+    assert (await journal.state(HERE, "1"), await journal.state(HERE, "2")) == ("answered", None)
 
 
 async def test_a_reset_that_comes_again_is_obeyed_once(journal: Journal) -> None:
