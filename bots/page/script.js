@@ -275,8 +275,10 @@ function keep() { // over a reload; where storage is forbidden, only until then
 }
 
 function fit() {
+  const follow = atEnd();
   field.style.height = "auto";
   field.style.height = field.scrollHeight + 2 + "px";
+  if (follow) toEnd();
 }
 
 find("say").addEventListener("submit", (event) => {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import shutil
 import socket
@@ -13,7 +15,9 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, BrowserContext, Page, async_playwright, expect
 
-from bots.web import WebBot, WebSettings
+from bots import web as module
+from bots.web import CLOSED, WebBot, WebSettings
+from core.settings import QueueLimits
 from tests.bots.house import House, until
 from tests.bots.process import running
 
@@ -179,6 +183,60 @@ async def test_a_reload_while_a_question_waits(browser: Browser, bot: WebBot) ->
             await expect(said(each)).to_have_text(["wait for me", "You said wait for me"])
 
 
+async def test_two_tabs_that_open_at_once_are_one_person(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        context = await browser.new_context()
+        await asyncio.gather(*(visit(context, bot) for _ in range(4)))
+        assert len(bot._tabs) == 1
+
+
+async def test_what_ends_without_an_answer_says_so_and_stays_in_its_place(browser: Browser, bot: WebBot) -> None:
+    house = House(QueueLimits(deadline=1.0))
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        tab = await visit(page.context, bot)
+        await say(page, "one")
+        await expect(said(page)).to_have_count(2)
+        house.engine.gate.clear()
+        await say(page, "two")
+        await until(lambda: len(house.engine.prompts) == 2)
+        await say(page, "three")
+        for each in (page, tab):
+            await expect(each.locator(".exchange > .note")).to_have_text([CLOSED["expired"]])
+            await expect(each.locator(".exchange:nth-child(2) .typing")).to_have_count(1)
+        await page.reload()
+        await expect(page.locator(".exchange > .note")).to_have_text([CLOSED["expired"]])
+        house.engine.gate.set()
+        await expect(said(page)).to_have_text(["one", "You said one", "two", "You said two", "three"])
+        house.engine.gate.clear()
+        await say(page, "four")
+        await expect(page.locator(".exchange:nth-child(4) .typing")).to_have_count(1)  # the third's is not taken
+        house.engine.gate.set()
+        talk = ["one", "You said one", "two", "You said two", "three", "four", "You said four"]
+        await expect(said(page)).to_have_text(talk)
+        await page.reload()
+        await expect(said(page)).to_have_text(talk)
+        await expect(page.locator(".exchange > .note")).to_have_text([CLOSED["expired"]])
+
+
+async def test_what_ended_while_the_page_was_away_is_known_when_it_is_back(browser: Browser, bot: WebBot) -> None:
+    house = House(QueueLimits(deadline=1.0))
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        house.engine.gate.clear()
+        await say(page, "one")
+        await until(lambda: house.engine.prompts)
+        await say(page, "two")
+        await expect(page.locator(".exchange.sending")).to_have_count(0)
+        address, _ = page.url, await page.goto("about:blank")
+        await until(lambda: house.disk.rows[1].state == "expired")
+        await page.goto(address)
+        await expect(page.locator(".exchange > .note")).to_have_text([CLOSED["expired"]])
+        house.engine.gate.set()
+        await expect(said(page)).to_have_text(["one", "You said one", "two"])
+
+
 async def test_answers_stand_below_their_questions(browser: Browser, bot: WebBot) -> None:
     house = House()
     async with house.serve(bot):
@@ -284,6 +342,38 @@ async def test_two_thousand_characters_are_the_most(browser: Browser, bot: WebBo
         assert len(house.disk.rows[0].message.text) <= 2000
 
 
+async def test_a_full_field_says_so_and_a_draft_is_kept(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        field, full = page.get_by_label("Your message"), page.get_by_text("This message is full: 2,000 characters.")
+        await field.focus()
+        await page.keyboard.insert_text("word " * 399 + "word")
+        await expect(full).to_be_hidden()
+        await page.keyboard.insert_text(" word " * 500)
+        await expect(full).to_be_visible()
+        await page.reload()
+        await expect(full).to_be_visible()
+        assert len(await field.input_value()) == 2000
+        await say(page, "hello")
+        await expect(said(page)).to_have_count(2)
+        await expect(full).to_be_hidden()
+        await page.reload()
+        await expect(said(page)).to_have_count(2)
+        assert await field.input_value() == ""
+
+
+async def test_without_javascript_there_is_nothing_to_write_in(browser: Browser, bot: WebBot) -> None:
+    async with House().serve(bot):
+        await until(lambda: bot.address)
+        page = await (await browser.new_context(java_script_enabled=False)).new_page()
+        await page.goto(bot.address)
+        await expect(page.locator("noscript p")).to_have_text("This page needs JavaScript to talk.")
+        await expect(page.locator("noscript p")).to_be_visible()
+        for part in ("#text", "#connection", "#reset"):
+            await expect(page.locator(part)).to_be_hidden()
+
+
 async def test_it_can_be_used_without_sight(browser: Browser, bot: WebBot) -> None:
     house = House()
     async with house.serve(bot):
@@ -309,6 +399,28 @@ async def test_a_connection_that_breaks_without_a_word(browser: Browser, bot: We
         assert house.disk.rows == []
         await page.clock.fast_forward(12_000)
         await expect(said(page)).to_have_text(["is anybody there?", "You said is anybody there?"])
+
+
+async def test_many_lines_that_wait_do_not_break_the_connection(
+    browser: Browser, bot: WebBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are taken one after the other; as long as that goes on, the connection is well. Here, ten times as fast."""
+    monkeypatch.setattr(module, "BURST", 1)
+    monkeypatch.setattr(module, "PER_SECOND", 20.0)
+    house = House(QueueLimits(per_channel=100))
+    async with house.serve(bot):
+        await until(lambda: bot.address)
+        page = await (await browser.new_context()).new_page()
+        script = (module.PAGE / "script.js").read_text("utf-8").replace("= 12000;", "= 1200;")
+        await page.route("**/script.js", lambda route: route.fulfill(body=script, content_type="text/javascript"))
+        opened: list[str] = []
+        page.on("websocket", lambda socket: opened.append(socket.url))
+        lines = json.dumps([[f"question-{number}", f"line {number}"] for number in range(44)])
+        await page.add_init_script(f"sessionStorage.setItem('palaver-waiting', {json.dumps(lines)})")
+        await page.goto(bot.address)
+        await expect(page.locator("#connection")).to_have_attribute("data-state", "connected")
+        await expect(said(page)).to_have_count(88)
+        assert len(opened) == 1
 
 
 async def test_survives_a_kill_of_the_whole_program(browser: Browser, tmp_path: Path, bot: WebBot) -> None:
