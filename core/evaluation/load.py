@@ -26,6 +26,8 @@ GOAL = 2.0
 """Seconds that 95 of 100 replies may take."""
 PER_MINUTE = 2.0
 """Messages a minute that an active channel writes to the bot."""
+FEWEST = 5
+"""Messages from which on a level says anything."""
 REMEMBERED = 40
 """Turns a conversation keeps; the window shows the model fewer."""
 FLIGHTS = (1, 4, 16)
@@ -68,7 +70,7 @@ class Load:
 def percentile(values: Sequence[float], share: float) -> float:
     """The value that `share` of all are at or below (nearest rank). Of nothing: nan."""
     ranked = sorted(values)
-    return ranked[min(len(ranked) - 1, int(share * len(ranked)))] if ranked else float("nan")
+    return ranked[max(0, math.ceil(share * len(ranked)) - 1)] if ranked else float("nan")
 
 
 @dataclass(slots=True)
@@ -120,6 +122,8 @@ async def measure(voice: Voice, seconds: float, running: int, tell: Tell, seed: 
     for _ in range(5):
         tell(f"messages by chance, {_rate(rate)} a second")
         level = await open_loop(talks, rate, seconds / 8, running, rng)
+        if level is None:
+            break  # at a lower rate still fewer would come
         levels.append((rate, level))
         if level.p95 <= GOAL:
             most = max(most, rate)
@@ -148,9 +152,9 @@ async def closed_loop(talks: Sequence[Talk], seconds: float, rng: random.Random)
     return _delays(delays, time.perf_counter() - began)
 
 
-async def open_loop(talks: list[Talk], rate: float, seconds: float, running: int, rng: random.Random) -> Delays:
+async def open_loop(talks: list[Talk], rate: float, seconds: float, running: int, rng: random.Random) -> Delays | None:
     """`rate` messages a second arrive by chance, in any talk that waits for nothing, or in a new one when all wait,
-    which is then one of `talks`; at most `running` are under way."""
+    which is then one of `talks`; at most `running` are under way. None: fewer than FEWEST came in twice the time."""
     idle, gate = list(talks), asyncio.Semaphore(running)
 
     async def say() -> None:
@@ -165,14 +169,20 @@ async def open_loop(talks: list[Talk], rate: float, seconds: float, running: int
             idle.append(talk)
 
     began = time.perf_counter()
-    delays = await poisson(say, rate, seconds, rng)
-    return _delays(delays, time.perf_counter() - began)
+    delays = await poisson(say, rate, seconds, rng, fewest=FEWEST)
+    return _delays(delays, time.perf_counter() - began) if len(delays) >= FEWEST else None
 
 
 async def poisson(
-    say: Callable[[], Awaitable[object]], rate: float, seconds: float, rng: random.Random, patience: float = 5 * GOAL
+    say: Callable[[], Awaitable[object]],
+    rate: float,
+    seconds: float,
+    rng: random.Random,
+    patience: float = 5 * GOAL,
+    fewest: int = 0,
 ) -> list[float]:
-    """Seconds each took when `rate` a second arrive by chance for `seconds`; nobody waits for who came before.
+    """Seconds each took when `rate` a second arrive by chance for `seconds`, or for twice as long until `fewest` have
+    come; nobody waits for who came before.
 
     One that raises an EngineError counts as infinitely late, and so does what is not there `patience` seconds after the
     last arrival.
@@ -188,8 +198,9 @@ async def poisson(
         else:
             delays.append(time.perf_counter() - began)
 
-    tasks, now, end = [], time.perf_counter(), time.perf_counter() + seconds
-    while (now := now + rng.expovariate(rate)) < end:
+    tasks: list[asyncio.Task[None]] = []
+    now = began = time.perf_counter()
+    while (now := now + rng.expovariate(rate)) < began + (seconds if len(tasks) >= fewest else 2 * seconds):
         await asyncio.sleep(max(0.0, now - time.perf_counter()))
         tasks.append(asyncio.create_task(one()))
     if tasks:
@@ -230,14 +241,18 @@ def as_text(load: Load, name: str, how: str, loading: float, memory: int) -> str
         f"a reply to a single user: {load.single.p50:.2f} s (95 % within {load.single.p95:.2f} s), "
         f"{load.words:.1f} words on average",
         "",
-        f"{'':26}{'replies/s':>10}{'p50 s':>9}{'p95 s':>9}",
-        *(f"{what:26}{d.per_second:10.2f}{_time(d.p50):>9}{_time(d.p95):>9}" for what, d in rows),
+        f"{'':26}{'replies':>9}{'replies/s':>11}{'p50 s':>9}{'p95 s':>9}",
+        *(f"{what:26}{d.replies:9}{d.per_second:11.2f}{_time(d.p50):>9}{_time(d.p95):>9}" for what, d in rows),
         "",
     ]
     each = f"each writes {PER_MINUTE:g} messages a minute to the bot, 95 % are answered within {GOAL:g} s"
     if load.channels:
         lines.append(f"So set up, it serves about {load.channels} active channels ({each}).")
         lines.append("That is its limit: plan for half.")
+    elif not load.levels:
+        lines.append(
+            f"How many channels it serves cannot be told: fewer than {FEWEST} messages came. Measure for longer."
+        )
     else:
         lines.append(f"So set up, it is too slow for this model: no load tried was served in time ({each}).")
     return "\n".join(lines)

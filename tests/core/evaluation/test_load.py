@@ -58,8 +58,10 @@ def slow_voice(seconds: float, lanes: int, most: int = 1000) -> tuple[Voice, Slo
 
 def test_percentiles_are_values_that_were_there() -> None:
     assert load.percentile([3, 1, 2], 0.5) == 2
-    assert load.percentile(range(100), 0.95) == 95
-    assert load.percentile([7], 0.95) == 7
+    assert load.percentile(range(1, 101), 0.95) == 95
+    assert load.percentile(range(1, 21), 0.95) == 19
+    assert load.percentile([1, 2], 0.5) == 1
+    assert load.percentile([7], 0.95) == load.percentile([7], 0) == 7
     assert load.percentile([], 0.5) != load.percentile([], 0.5)  # nan
 
 
@@ -89,7 +91,7 @@ async def test_messages_come_whether_or_not_the_last_was_answered() -> None:
     talks = [load.Talk(voice, number) for number in range(64)]
     found = await load.open_loop(talks, 60, 0.5, 32, random.Random(1))
     assert engine.highest > 4
-    assert found.p95 > 4 * 0.05
+    assert found and found.p95 > 4 * 0.05
 
 
 async def test_when_all_wait_somebody_new_writes() -> None:
@@ -98,7 +100,24 @@ async def test_when_all_wait_somebody_new_writes() -> None:
     talks = [load.Talk(voice, 1 + number) for number in range(4)]
     found = await load.open_loop(talks, 200, 0.3, 32, random.Random(1))
     assert len(talks) > 20 and len({talk.number for talk in talks}) == len(talks)
-    assert 0.3 < found.p95 < float("inf")
+    assert found and 0.3 < found.p95 < float("inf")
+
+
+async def test_a_level_runs_on_until_enough_came_or_is_left_out() -> None:
+    voice, _ = slow_voice(0, 4)
+    talks = [load.Talk(voice, number) for number in range(8)]
+    found = [await load.open_loop(talks, 60, 0.08, 32, random.Random(seed)) for seed in range(10)]
+    assert all(level is None or level.replies >= load.FEWEST for level in found)
+    assert None in found and any(found)
+    assert await load.open_loop(talks, 0.1, 0.05, 32, random.Random(1)) is None
+
+
+async def test_where_too_few_came_nothing_is_said_of_its_speed() -> None:
+    voice, _ = slow_voice(0.3, 16)
+    found = await load.measure(voice, 0.2, 32, lambda _: None)
+    assert found.levels == [] and found.channels == 0
+    text = load.as_text(found, "slow", "slow", 1.0, 0)
+    assert "too slow" not in text and "Measure for longer." in text
 
 
 async def test_no_more_is_promised_than_was_served() -> None:
@@ -124,7 +143,7 @@ async def test_what_is_refused_or_given_up_counts_as_late() -> None:
     voice, _ = slow_voice(0.2, 1, most=1)
     talks = [load.Talk(voice, number) for number in range(64)]
     found = await load.open_loop(talks, 100, 0.1, 32, random.Random(1))
-    assert found.p95 == float("inf")
+    assert found and found.p95 == float("inf")
 
     async def never() -> None:
         await asyncio.Event().wait()
@@ -152,6 +171,7 @@ async def test_all_is_measured_and_told() -> None:
     assert found.channels == int(found.most_per_second * 30)
     text = load.as_text(found, "slow", "slow", 1.0, 10**9)
     assert f"serves about {found.channels} active channels" in text
+    assert f"16 in flight{found.in_flight[16].replies:23}" in text
     assert "each writes 2 messages a minute" in text
 
 
