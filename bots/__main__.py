@@ -164,8 +164,8 @@ def evaluate(
 ) -> None:
     """Measure MODEL as it is set: does it remember names and likes, does it repeat itself, does it fall silent.
 
-    A page of Markdown goes to standard output. Some 4,000 replies: minutes for the embedded model, hours for a large
-    one on a CPU; the options make it shorter.
+    A page of Markdown goes to standard output, row by row; Ctrl-C keeps what is through. Some 4,000 replies: minutes
+    for the embedded model, hours for a large one on a CPU; the options make it shorter.
     """
     from rich.console import Console
 
@@ -178,8 +178,10 @@ def evaluate(
     async def measure() -> int:
         with Console(stderr=True).status("loading") as status:
             async with open_voice(settings) as voice:
-                page = await evaluate(voice, chats=chats, cases=cases, tell=status.update)
-        print(page)
+                async for line in evaluate(voice, chats=chats, cases=cases, tell=status.update):
+                    status.stop()  # while it runs, standard output may not be what it was
+                    print(line, flush=True)
+                    status.start()
         return 0
 
     raise typer.Exit(_go(measure()))

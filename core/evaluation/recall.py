@@ -26,7 +26,8 @@ class Recall:
 
 
 async def recall(talker: Talker, kind: Kind, distance: int, count: int, *, held_out: bool, seed: int = 1) -> Recall:
-    """`distance` 1 asks right after the bot took note. `held_out`: values and wordings that training never saw."""
+    """`distance` 1 asks right after the bot took note. `held_out`: values and wordings that Palaver's
+    corpus never trains."""
     expander, gate = _expander(held_out), asyncio.Semaphore(16)
     cases = [expander.recall(random.Random(f"recall-{seed}-{distance}-{i}"), kind, distance) for i in range(count)]
 

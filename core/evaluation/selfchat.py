@@ -17,13 +17,14 @@ OPENERS = Path(__file__).parent / "openers.txt"
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Shares are 0 to 1, lengths in words."""
+    """Lengths in words."""
 
     replies: int
-    empty: float
-    repeated: float
-    """Equal to what the same side said the turn before."""
-    said_before: float
+    silent: int
+    """Talks that an empty reply ended."""
+    repeated: int
+    """Replies equal to what the same side said the turn before."""
+    said_before: int
     """Equal to anything that side said before in this talk."""
     length: float
     length_slope: float
@@ -74,9 +75,9 @@ def health(talks: Sequence[Sequence[str]]) -> Health:
     rows = [[len(talk[i].split()) for talk in talks if i < len(talk)] for i in range(1, max(map(len, talks)))]
     return Health(
         replies=len(spoken),
-        empty=sum(not text for text in spoken) / len(spoken),
-        repeated=again / len(spoken),
-        said_before=before / len(spoken),
+        silent=sum(not text for text in spoken),
+        repeated=again,
+        said_before=before,
         length=mean_length(spoken),
         length_slope=slope([sum(row) / len(row) for row in rows]),
         ent4=entropy(spoken, 4),

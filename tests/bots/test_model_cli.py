@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import pty
 import re
 import signal
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
 
 from bots.__main__ import _stop_as_by_hand
-from tests.bots.process import PATIENCE, palaver, start
+from tests.bots.process import PATIENCE, command, environment, palaver, start
 from tests.checkpoints import make_checkpoint
 
 TALKS = [["what is the password ?", f"it is {word} ."] for word in ("swordfish", "sesame")] * 4
@@ -106,4 +109,26 @@ async def test_a_model_is_measured(tmp_path: Path) -> None:
     code, page, errors = await palaver(tmp_path, "eval", "--chats", "1", "--cases", "2", **settings)
     assert code == 0, errors
     assert "max_tokens 64, n 2; 128 tokens of history, stride 8. Texts as people spell them." in page
-    assert "| name, seen in training |" in page and "| 1 self-chats of 30 turns | |" in page
+    assert page.startswith("Model embedded: ") and "| name, in Palaver's corpus | " in page and " of 2) |" in page
+    assert "| talks that fell silent | 0 of 1 |" in page
+
+
+async def test_an_evaluation_that_is_stopped_keeps_what_is_through(tmp_path: Path) -> None:
+    """Also where its progress is shown at a terminal."""
+    mine, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *command("eval", "--cases", "1000"), cwd=tmp_path, env=environment(TERM="xterm"), stdout=PIPE, stderr=theirs
+    )
+    os.close(theirs)
+    page = ""
+    async with asyncio.timeout(PATIENCE):
+        assert process.stdout
+        while not page.endswith(" of 1000) |\n"):
+            page += (await process.stdout.readline()).decode()
+        process.send_signal(signal.SIGINT)
+        await process.stdout.read()
+        assert await process.wait() == 130
+    assert page.startswith("Model echo: ") and page.splitlines()[-1].startswith("| name, in Palaver's corpus | ")
+    progress = os.read(mine, 100_000).decode()
+    os.close(mine)
+    assert "recall of a name" in progress and "of 1000" not in progress and "Traceback" not in progress

@@ -58,21 +58,33 @@ async def test_a_lively_talk_is_healthy(tokenizer: Tokenizer) -> None:
     talks = await self_chats(talker(tokenizer, lambda _, seed: f"reply number {seed} ."), 3)
     assert [len(talk) for talk in talks] == [31] * 3
     found = health(talks)
-    assert (found.replies, found.empty, found.repeated, found.said_before) == (90, 0, 0, 0)
+    assert (found.replies, found.silent, found.repeated, found.said_before) == (90, 0, 0, 0)
     assert found.length == 4
     assert found.length_slope == pytest.approx(0)
 
 
 async def test_a_broken_record_is_noticed(tokenizer: Tokenizer) -> None:
     found = health(await self_chats(talker(tokenizer, lambda *_: "i know ."), 2, turns=10))
-    assert found.repeated == pytest.approx(0.8)  # the first of each side repeats nothing
+    assert found.repeated == 16  # the first of each side repeats nothing
     assert found.said_before >= found.repeated
 
 
 async def test_an_empty_reply_ends_the_talk(tokenizer: Tokenizer) -> None:
     talks = await self_chats(talker(tokenizer, lambda _, seed: "" if seed % 1000 >= 3 else f"yes {seed}"), 2, turns=10)
     assert [len(talk) for talk in talks] == [5, 5]
-    assert health(talks).empty == pytest.approx(2 / 8)
+    assert health(talks).silent == 2
+    engine = talker(tokenizer, lambda _, seed: "" if seed % 1000 >= 3 else f"yes {seed}").voice
+    assert "| talks that fell silent | 2 of 2 |" in [line async for line in evaluate(engine, chats=2, cases=1)]
+
+
+async def test_a_row_is_there_as_soon_as_it_is_measured(tokenizer: Tokenizer) -> None:
+    told: list[str] = []
+    voice = talker(tokenizer, lambda prompt, _: prompt).voice
+    async for line in evaluate(voice, chats=1, cases=3, tell=told.append):
+        if line.startswith("| name"):
+            break
+    assert line.startswith("| name, in Palaver's corpus | 100.0% (3 of 3) | ")
+    assert told == ["recall of a name, in Palaver's corpus"]
 
 
 async def test_recall_counts_what_was_said(tokenizer: Tokenizer) -> None:
@@ -89,9 +101,10 @@ async def test_settings_of_the_bots_are_settings_here(tokenizer: Tokenizer) -> N
     for stride, n, spaced in ((1, 1, True), (8, 1, True), (8, 3, True), (8, 3, False)):
         engine = Scripted(tokenizer, lambda _, seed: f"Well, that is number {seed}.")
         voice = Voice(engine, tokenizer, SamplingParams(n=n), 128, stride, spaced)
-        page = await evaluate(voice, chats=1, cases=1)
+        page = "\n".join([line async for line in evaluate(voice, chats=1, cases=1)])
         assert {asked for _, asked in engine.asked} == {n}
         prompts[stride, spaced] = [prompt for prompt, _ in engine.asked]
+    assert page.startswith("Model scripted: scripted. Sampling: temperature 0.4,")
     assert "n 3" in page and "stride 8" in page and "as people spell" in page
     assert sum(map(len, prompts[8, True])) < sum(map(len, prompts[1, True]))  # a window that moves on further
     assert any(" ," in tokenizer.decode(prompt) for prompt in prompts[8, True])

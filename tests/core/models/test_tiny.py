@@ -50,6 +50,6 @@ async def test_it_keeps_talking(engine: TorchEngine) -> None:
     talker = Talker(Voice(engine, Tokenizer.load(FOLDER), SamplingParams(), 128))
     found = health(await self_chats(talker, 6, turns=20, seed=3))
     assert found.replies == 120
-    assert found.empty == 0
-    assert found.repeated < 0.1
+    assert found.silent == 0
+    assert found.repeated < 12
     assert 4 < found.length < 20
