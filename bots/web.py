@@ -39,7 +39,7 @@ from pydantic import Field, field_validator
 from core import metrics
 from core.delivery import NotAccepted, Unservable
 from core.logs import announce
-from core.messages import Author, Channel, Message, MessageState, Reply
+from core.messages import Author, Channel, Message, MessageState, Reply, Turn
 from core.settings import Group
 from core.text import MAX_CHARS, clean
 
@@ -264,7 +264,7 @@ class WebBot:
                     return  # it comes, and behind it what has been said since it was read
                 with tab.held():  # what is said meanwhile comes after the history
                     turns = await chat.history(channel, limit=HISTORY)
-                    tab.tell({"history": [{"role": t.role, "id": t.id, "text": clean(t.text)} for t in turns]})
+                    tab.tell({"history": [{"role": t.role, "id": t.id, "text": _shown(t)} for t in turns]})
             elif said.get("reset"):
                 await chat.reset(channel)
                 self._push(channel, {"forgotten": True})
@@ -367,6 +367,11 @@ def _read(frame: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}
+
+
+def _shown(turn: Turn) -> str:
+    """What people said was cleaned when it was heard, and is a hundred times as much."""
+    return clean(turn.text) if turn.role == "assistant" else turn.text
 
 
 def _file(path: Path) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
