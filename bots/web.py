@@ -181,15 +181,13 @@ class WebBot:
         """On loopback, or where it is set how browsers come, only known names: a foreign name that leads here is an
         attack (DNS rebinding). Probes come to an open house by whatever address they have."""
         probe = request.path in PROBES and not self._local
-        known = self._is_ours(request.host) or _is_loopback(_host(f"//{request.host}"))
+        ours = request.host.lower() == urlsplit(self._settings.web_origin).netloc
+        known = ours or _is_loopback(_host(f"//{request.host}"))
         if (self._local or self._settings.web_origin) and not known and not probe:
             raise web.HTTPMisdirectedRequest(
                 text="Unknown host name. Set WEB_ORIGIN to how browsers reach the page; a proxy must pass Host on.\n"
             )
         return await handler(request)
-
-    def _is_ours(self, netloc: str) -> bool:
-        return netloc.lower() == urlsplit(self._settings.web_origin).netloc
 
     def _refuse_others(self, request: web.Request) -> None:
         """Pages of others must not talk as this browser; what is no browser sends no Origin."""

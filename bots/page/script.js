@@ -6,7 +6,7 @@
 const STORAGE = "palaver-waiting";
 const DRAFT = "palaver-draft";
 const TYPING_LASTS = 6000; // ms; the server repeats it every 4 s
-const SILENT_FOR = 12000;
+const SILENT_FOR = 12000; // counted anew at every frame: many lines that wait are taken one after the other
 
 const find = (id) => document.getElementById(id);
 const talk = find("talk");
@@ -15,7 +15,7 @@ const field = find("text");
 const sendButton = document.querySelector("#say button");
 
 const exchanges = new Map(); // message id -> {box, reply}: what is shown, in its order
-// message id -> {text, stored, after, note}: what has no answer; with a note it will have none. `after` is what it stands below
+// message id -> {text, stored, after, note}: what has no answer, with a note: will have none; `after` is the id above
 const waiting = new Map();
 let socket = null;
 let connected = false; // the history has come: what is shown is what the server knows
@@ -79,7 +79,7 @@ function transmit(id) {
   watch();
 }
 
-// A connection that broke without a word (a sleeping laptop) is found by what it does not acknowledge, while all is silent.
+// A connection that broke without a word (a sleeping laptop) is silent, and something is not acknowledged.
 function watch() {
   overdue ||= setTimeout(() => {
     overdue = 0;
@@ -110,6 +110,7 @@ function begin(turns) {
   exchanges.clear();
   talk.replaceChildren();
   for (const { role, id, text } of turns) {
+    waiting.delete(id); // it has its answer
     if (role === "user") put(id, text);
     else answer(id, text);
   }

@@ -616,21 +616,30 @@ async def test_the_address_is_printed(capsys: pytest.CaptureFixture[str], caplog
     assert bot.address == ""
 
 
-@pytest.mark.parametrize("output", ["/dev/full", "a reader that is gone"])
-async def test_an_address_that_cannot_be_printed_is_logged(tmp_path: Path, output: str) -> None:
+@pytest.mark.parametrize(
+    ("output", "serving", "line"),
+    [
+        ("/dev/full", ["run"], b"Palaver talks at http://127.0.0.1:"),
+        ("a reader that is gone", ["run"], b"Palaver talks at http://127.0.0.1:"),
+        ("/dev/full", ["engine", "unix:here"], b"engine ready at unix:here"),
+    ],
+)
+async def test_an_address_that_cannot_be_printed_is_logged(
+    tmp_path: Path, output: str, serving: list[str], line: bytes
+) -> None:
     if output == "/dev/full":
         stdout = os.open(output, os.O_WRONLY)
     else:
         read, stdout = os.pipe()
         os.close(read)
     process = await asyncio.create_subprocess_exec(
-        *command("run"), cwd=tmp_path, env=environment(WEB_PORT="0"), stdout=stdout, stderr=subprocess.PIPE
+        *command(*serving), cwd=tmp_path, env=environment(WEB_PORT="0"), stdout=stdout, stderr=subprocess.PIPE
     )
     os.close(stdout)
     assert process.stderr
     async with asyncio.timeout(START):
-        while b"Palaver talks at http://127.0.0.1:" not in (line := await process.stderr.readline()):
-            assert line and b"starting it again" not in line, line
+        while line not in (heard := await process.stderr.readline()):
+            assert heard and b"starting it again" not in heard, heard
         process.send_signal(signal.SIGTERM)
         rest = await process.stderr.read()
         assert await process.wait() == 0, rest
