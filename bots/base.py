@@ -1,4 +1,4 @@
-"""The contract of a platform: a bot hears (serve) and speaks (send, find_sent, typing, split; see core.delivery)."""
+"""The contract of a platform: a bot hears (serve) and speaks (the calls of core.delivery)."""
 
 from __future__ import annotations
 
