@@ -291,7 +291,7 @@ find("say").addEventListener("submit", (event) => {
   show();
   field.focus();
 });
-field.addEventListener("input", () => { fit(); show(); keep(); });
+field.addEventListener("input", () => { show(); fit(); keep(); });
 field.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();

@@ -424,7 +424,11 @@ async def deaf_tab(bot: WebBot) -> tuple[socket.socket, Tab]:
     raw = await knock(bot, *['{"hello":true}'] * 15)
     await until(lambda: bot._tabs)
     ((deaf,),) = bot._tabs.values()
-    await asyncio.sleep(0.3)  # the machine's buffers are full
+    assert deaf._transport
+    left = 0
+    while not left or left != deaf._transport.get_write_buffer_size():  # until the machine's buffers are full
+        left = deaf._transport.get_write_buffer_size()
+        await asyncio.sleep(0.2)
     assert deaf.owed_history and not deaf._line.qsize()  # of all that was asked for, one is under way
     return raw, deaf
 
