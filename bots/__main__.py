@@ -128,7 +128,8 @@ def finetune(
     from core.engine.base import BadCheckpoint
     from core.engine.machine import cores
     from core.training.datasets import BadData
-    from core.training.finetune import Recipe, summary
+    from core.training.finetune import Recipe
+    from core.training.outcome import summary
 
     (settings,) = _settings(Settings)
     recipe = Recipe(

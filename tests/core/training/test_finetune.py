@@ -17,7 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from core.tokenizer import Tokenizer
 from core.training.datasets import BadData, encode, write_tsv
-from core.training.finetune import Progress, Recipe, Trainer, finetune, optimizers, summary
+from core.training.finetune import Progress, Recipe, Trainer, finetune, optimizers
+from core.training.outcome import summary
 from core.training.tiny import train_tokenizer
 
 TALK = [[(0, "how are you ?"), (1, "fine , thanks .")], [(0, "hello"), (1, "hello there .")]] * 40
