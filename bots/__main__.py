@@ -264,21 +264,26 @@ def journal_export(
         where = Channel.parse(channel)
     except ValueError as error:
         _stop([str(error)])
-    part = file.with_name(f"{file.name}.part") if file and file.name else None
+    whole = file.resolve() if file and (file.is_file() or not file.exists()) else None  # a device or pipe stays one
+    part = whole.with_name(f"{whole.name}.part") if whole else file
 
     async def export() -> int:
         lines = 0
         async with _journal() as journal:
             if file and journal.holds(file):
                 _stop([f"{file} belongs to the journal itself: name another file"])
-            with part.open("w", encoding="utf-8") if part else contextlib.nullcontext(sys.stdout) as out:
-                async for line in journal.export(where):
-                    print(json.dumps(line, ensure_ascii=False), file=out)
-                    lines += 1
+            try:
+                with part.open("w", encoding="utf-8") if part else contextlib.nullcontext(sys.stdout) as out:
+                    async for line in journal.export(where):
+                        print(json.dumps(line, ensure_ascii=False), file=out)
+                        lines += 1
+                if whole and part and lines:
+                    part.replace(whole)
+            finally:
+                if whole and part:
+                    part.unlink(missing_ok=True)
         if not lines:
             print(f"the journal has nothing of {where}", file=sys.stderr)
-        elif file and part:
-            part.replace(file)
         return 0 if lines else 1
 
     try:
@@ -286,9 +291,6 @@ def journal_export(
     except OSError as error:
         print(f"{file or 'standard output'} cannot be written: {error.strerror or error}", file=sys.stderr)
         code = 1
-    finally:
-        if part:
-            part.unlink(missing_ok=True)
     raise typer.Exit(code)
 
 

@@ -246,17 +246,16 @@ async def backup(file: Path, path: Path | None = None) -> Path:
 
 def _backup(file: Path, path: Path | None) -> Path:
     target = path or copies(file) / f"{_stamp()}.db"
-    if target.is_dir():
-        raise JournalError(f"{target} is a folder; name a file in it, for example {target / 'palaver-copy.db'}")
+    if target.exists() and not target.is_file():
+        raise JournalError(f"{target} is no file that can be replaced; name one, for example palaver-copy.db")
     if target.resolve() in parts(file):
         raise JournalError(f"{target} is the journal itself: name another file for the copy")
     if target.exists() and target.stat().st_size and (why := _bad(target)):
         raise JournalError(f"{target} stands there already and {why}: name another file for the copy")
     try:
+        if lacking := _lacking(_tables(file)):
+            raise JournalError(f"{file} is not copied, the older copies stay: {lacking[0]}")
         with _reading(file) as reader:
-            rows = reader.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-            if lacking := _lacking({row[0] for row in rows}):
-                raise JournalError(f"{file} is not copied, the older copies stay: {lacking[0]}")
             _save(reader, target)
         if path is None:
             _settle(file, target)

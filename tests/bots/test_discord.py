@@ -539,12 +539,11 @@ async def test_what_is_said_where_nothing_is_read_waits_for_no_history(
         await until(lambda: ears.texts == ["now"], 10)
 
 
-async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
-    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ears, other, general = Ears(), server.channel("other"), server.channel("general")
-    async with serving(server, ears):
-        await until(lambda: set(ears.marks) >= {general, other})
+def slow_reads(
+    monkeypatch: pytest.MonkeyPatch, general: str, other: str
+) -> tuple[list[str], asyncio.Event, asyncio.Event]:
+    """One history at a time: the channels as they are read, and what the first of `general` and the second of `other`
+    wait for."""
     reads: list[str] = []
     old_read, new_read = asyncio.Event(), asyncio.Event()
     call = hearing.call
@@ -560,6 +559,16 @@ async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
 
     monkeypatch.setattr(hearing, "call", slow)
     monkeypatch.setattr(hearing, "READERS", 1)
+    return reads, old_read, new_read
+
+
+async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ears, other, general = Ears(), server.channel("other"), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: set(ears.marks) >= {general, other})
+    reads, old_read, new_read = slow_reads(monkeypatch, general, other)
     for place in (other, general):
         server.say(place, "ann", "one", mention=True)
     async with serving(server, ears):
@@ -597,21 +606,7 @@ async def test_an_outage_while_an_older_one_is_read_is_not_jumped(
     server: DiscordServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ears, other, general = Ears(), server.channel("other"), server.channel("general")
-    reads: list[str] = []
-    old_read, new_read = asyncio.Event(), asyncio.Event()
-    call = hearing.call
-
-    async def slow(client: hearing.Client, route: Route, **arguments: Any) -> Any:
-        answer = await call(client, route, **arguments)
-        reads.append(str(route.channel_id))
-        if reads[-1] == general and reads.count(general) == 1:
-            await old_read.wait()
-        elif reads[-1] == other and reads.count(other) == 2:
-            await new_read.wait()
-        return answer
-
-    monkeypatch.setattr(hearing, "call", slow)
-    monkeypatch.setattr(hearing, "READERS", 1)
+    reads, old_read, new_read = slow_reads(monkeypatch, general, other)
     async with serving(server, ears):
         await until(lambda: set(ears.marks) >= {general, other})
         for text in ("one", "two"):

@@ -169,6 +169,10 @@ async def test_an_export_takes_nothings_place_before_it_is_whole(tmp_path: Path)
         assert (tmp_path / "talk.jsonl").stat().st_size and not list(tmp_path.glob("*.part"))
         code, output, _ = await palaver(tmp_path, "journal", "export", f"web:{channel}", PYTHONIOENCODING="ascii")
         assert code == 0 and "h\\xe9llo" in output
+        os.mkfifo(tmp_path / "pipe")
+        read = asyncio.create_task(asyncio.to_thread((tmp_path / "pipe").read_text, "utf-8"))
+        code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", "pipe")
+        assert code == 0 and json.loads(await read)["text"] == "héllo" and (tmp_path / "pipe").is_fifo(), errors
         code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", "nowhere/talk.jsonl")
         assert code == 1 and errors.startswith("nowhere/talk.jsonl cannot be written")
 
