@@ -21,22 +21,22 @@
 // The lower half of the file is compiled once for each path, by including itself; `PATH` names the path.
 #ifndef PATH
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <mutex>
+#include <thread>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__) && defined(__linux__)
 #include <arm_neon.h>
 #include <sys/auxv.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num() { return 0; }
 #endif
 
 extern "C" {
@@ -64,6 +64,91 @@ constexpr int QUERIES = 4;
 constexpr float ROUND = 0x1.8p23f;  // added to a small number, it leaves the nearest whole one in the lowest bits
 constexpr int32_t ROUND_BITS = 0x4B400000;
 template <class K> constexpr int PER = 4 / sizeof(K);
+
+/// Threads that do one job together, all the same code, and wait for each other at the end of each loop. Whoever waits is
+/// awake for a while, which saves waking up, and then sleeps, for it may have the core of the one it waits for: between
+/// steps that is long enough for a token to be drawn, within them, where there are a hundred loops, it is short.
+class Team {
+    using Clock = std::chrono::steady_clock;
+    static constexpr std::chrono::microseconds LOOP{30}, STEP{1000};
+
+  public:
+    ~Team() { resize(1); }
+    /// job() on so many threads, this one among them.
+    void run(int threads, const std::function<void()> &all_do) {
+        resize(threads);
+        job = &all_do;
+        meet(LOOP);
+        all_do();
+        meet(LOOP);
+    }
+    /// To be called by all together: body(i) once for each i below n, so many at a time.
+    template <class F> void each(int n, int chunk, F body) {
+        for (int from; (from = next.fetch_add(chunk, std::memory_order_relaxed)) < n;)
+            for (int i = from; i < n && i < from + chunk; i++) body(i);
+        meet(LOOP);
+    }
+    /// Shares of a loop that are even and yet leave nobody waiting long.
+    int share(int n) const { return n / (8 * size) + 1; }
+    /// Which of the team's threads calls.
+    static inline thread_local int number = 0;
+
+  private:
+    void resize(int threads) {
+        if (threads == size) return;
+        job = nullptr;
+        meet(LOOP);
+        for (auto &helper : helpers) helper.join();
+        helpers.clear();
+        size = threads;
+        for (int i = 1; i < size; i++)
+            helpers.emplace_back([this, i] {
+                number = i;
+                for (meet(STEP); job; meet(STEP)) {
+                    (*job)();
+                    meet(LOOP);
+                }
+            });
+    }
+    void meet(Clock::duration awake) {
+        const unsigned now = round;
+        if (++arrived == size) {  // the last one opens the door
+            arrived = next = 0;
+            round = now + 1;
+            if (!asleep) return;
+            std::lock_guard<std::mutex> lock(bed);
+            wake.notify_all();
+            return;
+        }
+        for (const auto until = Clock::now() + awake; round == now && Clock::now() < until;)
+            for (int i = 0; i < 32 && round == now; i++) relax();
+        if (round != now) return;
+        std::unique_lock<std::mutex> lock(bed);
+        asleep++;
+        wake.wait(lock, [&] { return round != now; });
+        asleep--;
+    }
+    static void relax() {
+#if defined(__x86_64__)
+        _mm_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+
+    int size = 1;
+    std::vector<std::thread> helpers;
+    const std::function<void()> *job = nullptr;
+    std::atomic<int> next{0}, arrived{0}, asleep{0};
+    std::atomic<unsigned> round{0};
+    std::mutex bed;
+    std::condition_variable wake;
+};
+/// Of the calling thread.
+Team &team() {
+    static thread_local Team own;
+    return own;
+}
 }
 #define INLINE static inline __attribute__((always_inline))
 
@@ -134,10 +219,8 @@ void pack_block(const float (&x)[32][32], uint32_t *fours, uint16_t *scales) {
         }
 }
 template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k, int n, int k, void *packed, uint16_t *scales, int weights, int threads) {
-    (void)threads;
     const int groups = (n + 31) / 32, blocks = (k + 31) / 32;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
-    for (int tile = 0; tile < groups * blocks; tile++) {  // in the order in which the source stands
+    const auto pack_tile = [&](int tile) {  // in the order in which the source stands
         const int group = stride_n < stride_k ? tile % groups : tile / blocks, first_n = 32 * group;
         const int block = stride_n < stride_k ? tile / groups : tile % blocks, first_k = 32 * block;
         const size_t at = (size_t)group * blocks + block;
@@ -151,7 +234,9 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
         if (weights == FLOAT32) memcpy((float *)packed + at * 1024, x, sizeof x);
         if (weights == BFLOAT16)
             for (int i = 0; i < 1024; i++) keep((uint16_t *)packed + at * 1024 + i, x[i / 64 * 2 + i % 2][i % 64 / 2]);
-    }
+    };
+    Team &all = team();
+    all.run(threads, [&] { all.each(groups * blocks, 8, pack_tile); });
 }
 }
 
@@ -190,14 +275,18 @@ void palaver_pack(const void *source, int kind, int64_t stride_n, int64_t stride
 #define ON(path, call) ((void)path, portable::call)
 #endif
 /// Write the rows' keys and values, and the logits of `wanted` rows. `path` is at most palaver_best_path().
-void palaver_step(const Model *model, const Step *step, int path) { ON(path, run(*model, *step)); }
+void palaver_step(const Model *model, const Step *step, int path) {
+    Team &all = team();
+    all.run(step->threads, [&] { ON(path, run(all, *model, *step)); });
+}
 
 /// For each row of x [rows][stride] log(sum(e^x)) of its first n numbers; NaN where one of them is not finite. A step has its
 /// logits' already.
 void palaver_logsumexp(const float *x, int rows, int stride, int n, double *totals, int threads, int path) {
-    (void)threads;
-#pragma omp parallel for num_threads(threads) if (rows > 1)
-    for (int i = 0; i < rows; i++) totals[i] = ON(path, logsumexp(x + (size_t)i * stride, n));
+    const auto total = [&](int i) { totals[i] = ON(path, logsumexp(x + (size_t)i * stride, n)); };
+    if (rows == 1) return total(0);
+    Team &all = team();
+    all.run(threads, [&] { all.each(rows, 1, total); });
 }
 
 /// The `i`-th number of 64 bits of the stream `key` (splitmix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom
@@ -594,19 +683,17 @@ static __attribute__((noinline)) void summarise_rows(const Step &s, int group, i
         summarise(x + (size_t)row * stride + 32 * group, s.tops + at, s.sums + at);
     }
 }
-/// out (rows, stride) = after(in x weight + bias). All threads of the team call it together, as all `omp for` below.
-template <class W> static void linear(const Linear &l, const Step &s, Rows in, int rows, float *out, int stride, int after) {
+/// out (rows, stride) = after(in x weight + bias). All of the team call it together, as all that takes a team.
+template <class W> static void linear(Team &team, const Linear &l, const Step &s, Rows in, int rows, float *out, int stride, int after) {
     constexpr int HIGH = 16 * ROWS;  // rows at a time: so many stay near while the groups pass by
-    int chunk = l.groups / (8 * s.threads) + 1;
-#pragma omp for collapse(2) schedule(dynamic, chunk)
-    for (int row = 0; row < rows; row += HIGH)
-        for (int group = 0; group < l.groups; group++) {
-            const int end = row + HIGH < rows ? row + HIGH : rows, passes = (end - row + ROWS - 1) / ROWS * PARTS;
-            const char *next = (const char *)((const W *)l.weight + (size_t)(group + 1) * l.blocks * 1024);
-            Ahead ahead{next, passes > 1 ? padded(1024 * (int)sizeof(W) / passes, 64) : 0};
-            rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out, stride, after);
-            if (after == LOGITS) summarise_rows(s, group, row, end, out, stride);
-        }
+    team.each((rows + HIGH - 1) / HIGH * l.groups, team.share(l.groups), [&](int i) {
+        const int row = i / l.groups * HIGH, group = i % l.groups;
+        const int end = row + HIGH < rows ? row + HIGH : rows, passes = (end - row + ROWS - 1) / ROWS * PARTS;
+        const char *next = (const char *)((const W *)l.weight + (size_t)(group + 1) * l.blocks * 1024);
+        Ahead ahead{next, passes > 1 ? padded(1024 * (int)sizeof(W) / passes, 64) : 0};
+        rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out, stride, after);
+        if (after == LOGITS) summarise_rows(s, group, row, end, out, stride);
+    });
 }
 
 /// Row `row` of `narrow`, if products read that, from k floats (a multiple of 32), as they stand: int8 [k / 32][rows][32]
@@ -652,20 +739,18 @@ INLINE void norm(const float *x, const Norm &n, const Model &m, float *out) {
     for (int i = 0; i < width; i += LANES)
         store(out + i, (load(x + i) - mean) * scale * load(n.weight + i) + load(n.bias + i));
 }
-template <class W> static void norm_rows(const Norm &n, const Model &m, const Step &s) {
+template <class W> static void norm_rows(Team &team, const Norm &n, const Model &m, const Step &s) {
     const int width = padded(m.n_embd, 32);
-#pragma omp for
-    for (int row = 0; row < s.rows; row++) {
+    team.each(s.rows, team.share(s.rows), [&](int row) {
         float *out = s.mixed + (size_t)row * width;
         norm(s.x + (size_t)row * width, n, m, out);
         narrow_row(out, width, s, row, (const Met<W> *)nullptr);
-    }
+    });
 }
 /// Before a product reads `x` (rows, k).
-template <class W> static void ready(const float *x, int k, const Step &s) {
+template <class W> static void ready(Team &team, const float *x, int k, const Step &s) {
     if (sizeof(Met<W>) == 4) return;
-#pragma omp for
-    for (int row = 0; row < s.rows; row++) narrow_row(x + (size_t)row * k, k, s, row, (const Met<W> *)nullptr);
+    team.each(s.rows, team.share(s.rows), [&](int row) { narrow_row(x + (size_t)row * k, k, s, row, (const Met<W> *)nullptr); });
 }
 
 /// Number `i` of row `n` of a weight.
@@ -677,14 +762,14 @@ template <class W> INLINE float unpacked(const Linear &l, int n, int i, const W 
     return one(w + ((size_t)(n / 32) * l.blocks * 32 + i / PER<W> * PER<W>) * 32 + n % 32 * PER<W> + i % PER<W>);
 }
 /// x = wte[id] + wpe[position]; the embedding is read back from its packed form.
-template <class W> static void embed(const Model &m, const Step &s) {
+template <class W> static void embed(Team &team, const Model &m, const Step &s) {
     const int e = m.n_embd, width = padded(e, 32);
-#pragma omp for
-    for (int row = 0; row < s.rows; row++)
+    team.each(s.rows, team.share(s.rows), [&](int row) {
         for (int i = 0; i < width; i++) {
             float position = i < e ? m.wpe[(size_t)s.positions[row] * e + i] : 0.0f;
             s.x[(size_t)row * width + i] = unpacked(m.wte, s.ids[row], i, (const W *)m.wte.weight) + position;
         }
+    });
 }
 
 template <class K> struct Head { const float *qkv; const K *keys, *values; float *out, *scratch; int stride, dim, width, out_stride, room; float scale; };
@@ -775,85 +860,82 @@ template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &s
 }
 /// Write keys and values of every sequence, then attend, in the last layer for `wanted` rows alone; a head of a sequence is
 /// one thread's.
-template <class K> static void attention(const Model &m, const Step &s, int layer) {
+template <class K> static void attention(Team &team, const Model &m, const Step &s, int layer) {
     const int e = m.n_embd, dim = e / m.n_head, width = padded(dim, 16), room = padded(m.n_positions, 16);
     const int stride = padded(3 * e, 32), out_stride = padded(e, 32);
-    float *scratch = s.scratch + (size_t)omp_get_thread_num() * QUERIES * (room + width);
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int i = 0; i < s.n_spans; i++)
-        for (int head = 0; head < m.n_head; head++) {
-            const Span &span = s.spans[i];
-            const size_t plane = (size_t)span.capacity * width;
-            K *keys = (K *)span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
-            const float *qkv = s.wide + (size_t)span.row * stride + head * dim;
-            K *key = (K *)(scratch + QUERIES * room), *value = key + width;
-            for (int r = 0; r < span.count; r++) {
-                const int p = span.start + r;
-                for (int d = 0; d < dim; d += LANES) {
-                    const float *from = qkv + (size_t)r * stride + e + d;
-                    put(key + d, load(from, dim - d));
-                    put(value + d, load(from + e, dim - d));
-                }
-                K *to = keys + (size_t)(p / 16 * 16) * width + p % 16 * PER<K>;
-                for (int d = 0; d < dim; d += PER<K>) memcpy(to + 16 * d, key + d, sizeof(K) * PER<K>);
-                to = values + (size_t)(p / PER<K> * PER<K>) * width + p % PER<K>;
-                for (int d = 0; d < dim; d++) to[d * PER<K>] = value[d];
+    float *scratch = s.scratch + (size_t)team.number * QUERIES * (room + width);
+    team.each(s.n_spans * m.n_head, 1, [&](int i) {
+        const int head = i % m.n_head;
+        const Span &span = s.spans[i / m.n_head];
+        const size_t plane = (size_t)span.capacity * width;
+        K *keys = (K *)span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
+        const float *qkv = s.wide + (size_t)span.row * stride + head * dim;
+        K *key = (K *)(scratch + QUERIES * room), *value = key + width;
+        for (int r = 0; r < span.count; r++) {
+            const int p = span.start + r;
+            for (int d = 0; d < dim; d += LANES) {
+                const float *from = qkv + (size_t)r * stride + e + d;
+                put(key + d, load(from, dim - d));
+                put(value + d, load(from + e, dim - d));
             }
-            float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
-            Head<K> h{qkv, keys, values, out, scratch, stride, dim, width, out_stride, room, m.layers[layer].attention_scale};
-            if (layer + 1 < m.n_layer) {
-                queries_of<QUERIES>(h, span, 0);
-                continue;
-            }
-            for (int w = 0; w < s.n_wanted; w++)
-                if (const int i = s.wanted[w] - span.row; 0 <= i && i < span.count) attend<1>(h, span.start + i, i);
+            K *to = keys + (size_t)(p / 16 * 16) * width + p % 16 * PER<K>;
+            for (int d = 0; d < dim; d += PER<K>) memcpy(to + 16 * d, key + d, sizeof(K) * PER<K>);
+            to = values + (size_t)(p / PER<K> * PER<K>) * width + p % PER<K>;
+            for (int d = 0; d < dim; d++) to[d * PER<K>] = value[d];
         }
+        float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
+        Head<K> h{qkv, keys, values, out, scratch, stride, dim, width, out_stride, room, m.layers[layer].attention_scale};
+        if (layer + 1 < m.n_layer) {
+            queries_of<QUERIES>(h, span, 0);
+            return;
+        }
+        for (int w = 0; w < s.n_wanted; w++)
+            if (const int i = s.wanted[w] - span.row; 0 <= i && i < span.count) attend<1>(h, span.start + i, i);
+    });
 }
 
 /// Nobody reads the last layer's other rows: `wanted` ones come together at the top, by way of `wide`.
-static void gather(const Step &s, int width) {
-#pragma omp single
-    for (float *x : {s.x, s.mixed}) {
-        for (int i = 0; i < s.n_wanted; i++) memcpy(s.wide + (size_t)i * width, x + (size_t)s.wanted[i] * width, sizeof(float) * width);
-        memcpy(x, s.wide, sizeof(float) * width * s.n_wanted);
-    }
+static void gather(Team &team, const Step &s, int width) {
+    team.each(1, 1, [&](int) {
+        for (float *x : {s.x, s.mixed}) {
+            for (int i = 0; i < s.n_wanted; i++) memcpy(s.wide + (size_t)i * width, x + (size_t)s.wanted[i] * width, sizeof(float) * width);
+            memcpy(x, s.wide, sizeof(float) * width * s.n_wanted);
+        }
+    });
 }
 /// W: weights as they are kept, K: keys and values.
-template <class W, class K> static void forward(const Model &m, const Step &all) {
+template <class W, class K> static void forward(Team &team, const Model &m, const Step &all) {
     const int width = padded(m.n_embd, 32);
     const Rows mixed{all.mixed, width};
     Step wanted = all;
     wanted.rows = all.n_wanted;
-#pragma omp parallel num_threads(all.threads)
-    {
-        embed<W>(m, all);
-        for (int i = 0; i < m.n_layer; i++) {
-            const Layer &h = m.layers[i];
-            const int wide = 32 * h.c_fc.groups;
-            norm_rows<W>(h.ln_1, m, all);
-            linear<W>(h.c_attn, all, mixed, all.rows, all.wide, 32 * h.c_attn.groups, STORE);
-            attention<K>(m, all, i);
-            if (i + 1 == m.n_layer) gather(all, width);
-            const Step &s = i + 1 == m.n_layer ? wanted : all;
-            ready<W>(s.mixed, width, s);
-            linear<W>(h.attn_c_proj, s, mixed, s.rows, s.x, width, ADD);
-            norm_rows<W>(h.ln_2, m, s);
-            linear<W>(h.c_fc, s, mixed, s.rows, s.wide, wide, m.activation);
-            ready<W>(s.wide, wide, s);
-            linear<W>(h.mlp_c_proj, s, Rows{s.wide, wide}, s.rows, s.x, width, ADD);
-        }
-        norm_rows<W>(m.ln_f, m, wanted);
-        linear<W>(m.lm_head, wanted, mixed, wanted.rows, wanted.logits, 32 * m.lm_head.groups, LOGITS);
-        const int groups = padded(m.lm_head.groups, 16);
-#pragma omp for
-        for (int i = 0; i < wanted.rows; i++)
-            wanted.totals[i] = logsumexp(wanted.tops + (size_t)i * groups, wanted.sums + (size_t)i * groups, groups);
+    embed<W>(team, m, all);
+    for (int i = 0; i < m.n_layer; i++) {
+        const Layer &h = m.layers[i];
+        const int wide = 32 * h.c_fc.groups;
+        norm_rows<W>(team, h.ln_1, m, all);
+        linear<W>(team, h.c_attn, all, mixed, all.rows, all.wide, 32 * h.c_attn.groups, STORE);
+        attention<K>(team, m, all, i);
+        if (i + 1 == m.n_layer) gather(team, all, width);
+        const Step &s = i + 1 == m.n_layer ? wanted : all;
+        ready<W>(team, s.mixed, width, s);
+        linear<W>(team, h.attn_c_proj, s, mixed, s.rows, s.x, width, ADD);
+        norm_rows<W>(team, h.ln_2, m, s);
+        linear<W>(team, h.c_fc, s, mixed, s.rows, s.wide, wide, m.activation);
+        ready<W>(team, s.wide, wide, s);
+        linear<W>(team, h.mlp_c_proj, s, Rows{s.wide, wide}, s.rows, s.x, width, ADD);
     }
+    norm_rows<W>(team, m.ln_f, m, wanted);
+    linear<W>(team, m.lm_head, wanted, mixed, wanted.rows, wanted.logits, 32 * m.lm_head.groups, LOGITS);
+    const int groups = padded(m.lm_head.groups, 16);
+    team.each(wanted.rows, 1, [&](int i) {
+        wanted.totals[i] = logsumexp(wanted.tops + (size_t)i * groups, wanted.sums + (size_t)i * groups, groups);
+    });
 }
-static void run(const Model &m, const Step &s) {
-    if (m.weights == FLOAT32) return forward<float, float>(m, s);
-    if (m.weights == BFLOAT16) return forward<uint16_t, uint16_t>(m, s);
-    m.keys == FLOAT32 ? forward<uint8_t, float>(m, s) : forward<uint8_t, uint16_t>(m, s);
+static void run(Team &team, const Model &m, const Step &s) {
+    if (m.weights == FLOAT32) return forward<float, float>(team, m, s);
+    if (m.weights == BFLOAT16) return forward<uint16_t, uint16_t>(team, m, s);
+    m.keys == FLOAT32 ? forward<uint8_t, float>(team, m, s) : forward<uint8_t, uint16_t>(team, m, s);
 }
 }}  // namespace
 #endif

@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 import subprocess
+import threading
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -122,6 +124,26 @@ def test_every_path_batch_cut_and_thread_count_gives_the_same_bits(
             while (left := len(ids) - sum(counts)) > 0:
                 counts.append(min(rng.choice([1, 1, 2, 3, 5, 17, 50]), left))
             assert torch.equal(run(model, ids, counts, lambda: rng.choice([0, 0, 1, 2, 3, 6, 13])), whole)
+
+
+def test_threads_that_help_go_with_the_one_that_asked(native: Any) -> None:
+    weight, packed = torch.randn(64, 320), torch.empty(64, 320)
+    here, seen = Path("/proc/self/task"), list[int]()
+
+    def ask() -> None:
+        for threads in (4, 1, 3):
+            native.palaver_pack(weight.data_ptr(), 0, 320, 1, 64, 320, packed.data_ptr(), None, 2, threads)
+            seen.append(len(list(here.iterdir())))
+
+    before, thread = len(list(here.iterdir())), threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert seen == [before + 4, before + 1, before + 3]
+    for _ in range(500):  # the kernel lets go of the last one a moment later
+        if len(list(here.iterdir())) == before:
+            return
+        time.sleep(0.01)
+    pytest.fail("threads are left")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
