@@ -18,7 +18,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "plain": {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 256, "vocab_size": 384},
     "odd": {"n_layer": 3, "n_embd": 39, "n_head": 3, "n_positions": 150, "vocab_size": 301},
     "inner": {"n_layer": 2, "n_embd": 48, "n_head": 2, "n_inner": 100, "n_positions": 200, "vocab_size": 333},
-    "one-head": {"n_layer": 1, "n_embd": 20, "n_head": 1, "n_positions": 130, "vocab_size": 290},
+    "one-head": {"n_layer": 1, "n_embd": 44, "n_head": 1, "n_positions": 130, "vocab_size": 290},
     "deep": {"n_layer": 5, "n_embd": 32, "n_head": 8, "n_positions": 1024, "vocab_size": 517},
     "relu": {
         "n_layer": 2, "n_embd": 40, "n_head": 5, "n_positions": 128, "vocab_size": 300,

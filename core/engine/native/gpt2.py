@@ -80,17 +80,19 @@ class NativeGPT2:
         native: Any,
         dtype: torch.dtype = torch.int8,
         path: int | None = None,
-        kv_dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: torch.dtype = torch.int8,
     ) -> None:
-        """Takes the tensors out of `checkpoint` one by one. `path` indexes `library.PATHS`; None, the best. `kv_dtype`,
-        bfloat16 or float32, is for int8 alone."""
+        """Takes the tensors out of `checkpoint` one by one. `path` indexes `library.PATHS`; None, the best. `kv_dtype`
+        is for int8 alone."""
         self.config = config = checkpoint.config
         self.native = native
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.kv_dtype = kv_dtype if dtype is torch.int8 else dtype
         self.path: int = native.palaver_best_path() if path is None else path
-        self.head_width = round_up(config.n_embd // config.n_head, 16)
+        head_dim = config.n_embd // config.n_head
+        scales = 4 * round_up(head_dim, 32) // 32 if self.kv_dtype is torch.int8 else 0  # float32 beside bytes
+        self.head_width = round_up(head_dim, 16) + scales
         self.token_bytes = self.kv_dtype.itemsize * 2 * config.n_layer * config.n_head * self.head_width
         self.width = round_up(config.n_embd, BLOCK)
         self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)
@@ -184,7 +186,8 @@ class NativeGPT2:
         rows, wanted, threads = self._room = tuple(
             map(max, self._room, (round_up(rows, 16), round_up(wanted, 16), threads))
         )
-        width, wide, groups = self.width, self.wide, round_up(self.config.vocab_size, BLOCK) // BLOCK
+        config, width, wide = self.config, self.width, self.wide
+        groups, head_dim = round_up(config.vocab_size, BLOCK) // BLOCK, config.n_embd // config.n_head
         self._memory = {
             "x": torch.zeros(rows, width),
             "wide": torch.zeros(rows, wide),
@@ -192,7 +195,7 @@ class NativeGPT2:
             "logits": torch.empty(wanted, BLOCK * groups),
             "tops": torch.full((wanted, round_up(groups, 16)), BEYOND),
             "sums": torch.zeros(wanted, round_up(groups, 16)),
-            "scratch": torch.zeros(threads, 4, round_up(self.config.n_positions, 16) + self.head_width),
+            "scratch": torch.zeros(threads, 4, 2 * round_up(config.n_positions, 16) + round_up(head_dim, 32)),
             "narrow": torch.zeros(rows, wide, dtype=torch.bfloat16),
             "scales": torch.zeros(rows, wide // BLOCK),
             "offsets": torch.zeros(rows, wide // BLOCK, dtype=torch.int32),

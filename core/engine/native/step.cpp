@@ -13,10 +13,13 @@
 //   weight   [n / 32][k / PER][32 columns][PER]  float32 or bfloat16
 //            [n / 32][k / 32][8][32 columns][4]  int8: w + 128 as uint8
 //   scale    [n / 32][k / 32][32 columns]        bfloat16, int8 only: w = (byte - 128) * scale
-//   kv       [layer][2][head][capacity][width]   float32 or bfloat16, beside float weights the same as they; width is
-//                                                head_dim rounded up to 16; keys stand transposed in tiles of 16 positions
+//   kv       [layer][2][head][capacity][width]   as the weights, beside int8 also float32 or bfloat16; width is head_dim
+//                                                rounded up to 16. Keys stand transposed in tiles of 16 positions
 //                                                ([capacity / 16][width / PER][16][PER]), values as
-//                                                [capacity / PER][width][PER]
+//                                                [capacity / PER][width][PER]. In int8 a tile has its scales behind it,
+//                                                [(width + 31) / 32][16] float32, so that width here counts 4 more for
+//                                                each 32: a key has one for each 32 numbers (which are kept + 128), a value
+//                                                one; PER is 4 for keys and 2 for values
 //
 // The lower half of the file is compiled once for each path, by including itself; `PATH` names the path.
 #ifndef PATH
@@ -52,7 +55,7 @@ struct Step {
     const Span *spans; const int32_t *ids, *positions, *wanted; int32_t n_spans, rows, n_wanted, threads;
     float *x, *wide, *mixed, *logits;                       // rows x e, rows x wide, rows x e, wanted x vocabulary
     float *tops, *sums; double *totals;                     // of logits: wanted x groups padded to 16, twice, and wanted
-    float *scratch;                                         // threads x 4 x (positions + head width)
+    float *scratch;                                         // threads x 4 x (2 x positions padded to 16 + head width to 32)
     void *narrow; float *scales; int32_t *offsets;          // rows x wide, as products read them; int8: for each block of 32
 };
 }
@@ -242,7 +245,7 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 6; }
+int palaver_layout() { return 7; }
 
 /// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI, 3 AVX512-BF16; on Arm 1 is dotprod. All lower
 /// ones run too.
@@ -343,6 +346,7 @@ constexpr int PARTS = 16 / LANES;  // sums along a row run in 16 lanes on every 
 typedef float F __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t H __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef int16_t S __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef int8_t B __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 INLINE F load(const float *p) { return *(const F *)p; }
@@ -397,6 +401,7 @@ INLINE F fused(F a, F b, F c) { return a * b + c; }
 /// Words of 32 bits with PER numbers each, and the numbers they are multiplied with: Met<W>. sum + word j . x[0 .. PER)
 template <class W> struct Meets { typedef float Number; };
 template <> struct Meets<uint8_t> { typedef int8_t Number; };
+template <> struct Meets<int8_t> { typedef float Number; };
 INLINE F words(const float *p) { return *(const F *)p; }
 INLINE I words(const uint16_t *p) { return *(const I *)p; }
 /// `plus` is for products; `add`, for attention, rounds before it adds: so int8 agrees where nothing can be fused.
@@ -601,6 +606,18 @@ INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
 #endif
 #endif
 
+/// sum[j] += the 2 numbers of column j . two's, int16, exactly.
+INLINE void dot2(I &sum, const int8_t *w, int32_t two) {
+#if defined(PATH_AVX512)
+    sum = (I)_mm512_dpwssd_epi32((__m512i)sum, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)w)), _mm512_set1_epi32(two));
+#elif defined(PATH_AVX2)
+    sum += (I)_mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w)), _mm256_set1_epi32(two));
+#else
+    const I pairs = __builtin_convertvector(*(const H *)w, I);
+    sum += (pairs << 24 >> 24) * (int16_t)two + (pairs << 16 >> 24) * (two >> 16);
+#endif
+}
+
 /// What a product reads: rows of floats, or what `narrow` has of them.
 struct Rows { const float *x; int stride; };
 
@@ -696,6 +713,26 @@ template <class W> static void linear(Team &team, const Linear &l, const Step &s
     });
 }
 
+/// The nearest int8s to n floats (a multiple of 16), their scale, and what dots_from wants of them.
+INLINE void quantise(const float *x, int n, int8_t *to, float *scale, int32_t *offset) {
+    I sizes{}, totals{};  // floats above 0 compare as their bits do, infinity and NaN above all
+    for (int i = 0; i < n; i += LANES) {
+        const I size = (I)load(x + i) & 0x7FFFFFFF;
+        sizes = size > sizes ? size : sizes;
+    }
+    const int32_t bits = largest(sizes);
+    float most;
+    memcpy(&most, &bits, 4);
+    const bool finite = bits < 0x7F800000, some = finite && most > 1e-30f;
+    const float inverse = some ? 127.0f / most : 0.0f;
+    for (int i = 0; i < n; i += LANES) {
+        I q = (I)(load(x + i) * inverse + ROUND) - ROUND_BITS;
+        *(B *)(to + i) = __builtin_convertvector(q, B);
+        totals += q;
+    }
+    *scale = some ? most / 127.0f : finite ? 0.0f : NAN;
+    *offset = -128 * total(totals);
+}
 /// Row `row` of `narrow`, if products read that, from k floats (a multiple of 32), as they stand: int8 [k / 32][rows][32]
 /// with `scales` and `offsets` [k / 32][rows], bfloat16 [rows][k].
 INLINE void narrow_row(const float *, int, const Step &, int, const float *) {}
@@ -704,24 +741,8 @@ INLINE void narrow_row(const float *x, int k, const Step &s, int row, const uint
 }
 INLINE void narrow_row(const float *x, int k, const Step &s, int row, const int8_t *) {
     for (int b = 0; b < k / 32; b++, x += 32) {
-        I sizes{}, totals{};  // floats above 0 compare as their bits do, infinity and NaN above all
-        for (int i = 0; i < 32; i += LANES) {
-            const I size = (I)load(x + i) & 0x7FFFFFFF;
-            sizes = size > sizes ? size : sizes;
-        }
-        const int32_t bits = largest(sizes);
-        float most;
-        memcpy(&most, &bits, 4);
-        const bool finite = bits < 0x7F800000, some = finite && most > 1e-30f;
-        const float inverse = some ? 127.0f / most : 0.0f;
         const size_t at = (size_t)b * s.rows + row;
-        for (int i = 0; i < 32; i += LANES) {
-            I q = (I)(load(x + i) * inverse + ROUND) - ROUND_BITS;
-            *(B *)((int8_t *)s.narrow + at * 32 + i) = __builtin_convertvector(q, B);
-            totals += q;
-        }
-        s.scales[at] = some ? most / 127.0f : finite ? 0.0f : NAN;
-        s.offsets[at] = -128 * total(totals);
+        quantise(x, 32, (int8_t *)s.narrow + at * 32, s.scales + at, s.offsets + at);
     }
 }
 INLINE void norm(const float *x, const Norm &n, const Model &m, float *out) {
@@ -772,34 +793,150 @@ template <class W> static void embed(Team &team, const Model &m, const Step &s) 
     });
 }
 
-template <class K> struct Head { const float *qkv; const K *keys, *values; float *out, *scratch; int stride, dim, width, out_stride, room; float scale; };
+/// One head of a sequence. `keys_at`: how far behind its query a row's key stands, and its value behind that. A query has
+/// `room` floats of scratch, for its scores and then its weights; behind all queries' stand they themselves as they are
+/// multiplied, `wide` floats for each.
+template <class K> struct Head { const float *qkv; K *keys, *values; float *out, *scratch; int stride, keys_at, dim, width, wide, deep, out_stride, room; float scale; };
+
+/// What int8's keys have: scales of the tile from position t on.
+INLINE float *scales(const Head<int8_t> &h, int8_t *of, int t) { return (float *)(of + (size_t)t * h.deep + 16 * h.width); }
+/// 32 numbers of an int8 query, and where the first of a query's stand.
+struct Block { int8_t x[32]; float scale; int32_t offset; };
+INLINE Block *blocks(const Head<int8_t> &h, int q) { return (Block *)(h.scratch + QUERIES * h.room) + q * h.wide / 32; }
+/// A head's numbers with zeros behind them, in the place of query `q`; an int8 may take the place of a number.
+INLINE float *whole(const Head<int8_t> &h, const float *x, int q) {
+    float *to = h.scratch + QUERIES * h.room + q * h.wide;
+    for (int d = 0; d < h.wide; d += LANES) store(to + d, load(x + d, h.dim - d));
+    return to;
+}
+
+/// Keep the key and the value of position p, whose query is at `row`.
+template <class K> INLINE void keep_row(const Head<K> &h, const float *row, int p) {
+    K *key = (K *)(h.scratch + QUERIES * h.room), *value = key + h.width;
+    for (int d = 0; d < h.dim; d += LANES) {
+        put(key + d, load(row + h.keys_at + d, h.dim - d));
+        put(value + d, load(row + 2 * h.keys_at + d, h.dim - d));
+    }
+    K *to = h.keys + (size_t)(p / 16 * 16) * h.width + p % 16 * PER<K>;
+    for (int d = 0; d < h.dim; d += PER<K>) memcpy(to + 16 * d, key + d, sizeof(K) * PER<K>);
+    to = h.values + (size_t)(p / PER<K> * PER<K>) * h.width + p % PER<K>;
+    for (int d = 0; d < h.dim; d++) to[d * PER<K>] = value[d];
+}
+INLINE void keep_row(const Head<int8_t> &h, const float *row, int p) {
+    const int t = p / 16 * 16, at = p % 16;
+    int32_t unused;
+    float *key = whole(h, row + h.keys_at, 0);
+    int8_t *to = h.keys + (size_t)t * h.deep + 4 * at, *near = (int8_t *)key;
+    for (int d = 0; d < h.width; d += 4) {
+        if (d % 32 == 0) quantise(key + d, 32, near + d, scales(h, h.keys, t) + d / 2 + at, &unused);
+        int32_t four;
+        memcpy(&four, near + d, 4);
+        four ^= 0x80808080;
+        memcpy(to + 16 * d, &four, 4);
+    }
+    float *value = whole(h, row + 2 * h.keys_at, 0);
+    quantise(value, h.width, near, scales(h, h.values, t) + at, &unused);
+    to = h.values + (size_t)t * h.deep + at / 2 * 2 * h.width + at % 2;
+    for (int d = 0; d < h.dim; d++) to[2 * d] = near[d];
+}
+
+template <int Q, class K> INLINE void prepare(const Head<K> &h, int row) {
+    for (int q = 0; q < Q; q++)
+        for (int d = 0; d < h.width; d += LANES)
+            put((Met<K> *)(h.scratch + QUERIES * h.room) + q * h.width + d, load(h.qkv + (size_t)(row + q) * h.stride + d, h.dim - d));
+}
+template <int Q> INLINE void prepare(const Head<int8_t> &h, int row) {
+    for (int q = 0; q < Q; q++) {
+        const float *query = whole(h, h.qkv + (size_t)(row + q) * h.stride, QUERIES - 1);  // blocks do not reach so far
+        for (int b = 0; b < h.wide / 32; b++) {
+            Block &block = blocks(h, q)[b];
+            quantise(query + 32 * b, 32, block.x, &block.scale, &block.offset);
+        }
+    }
+}
 
 /// Sums at a time that do not wait for each other, of one query or of several.
 template <int Q> constexpr int APART = LANES == 16 || Q == 1 ? 4 : 1;
 
-/// Scores of `Q` queries, the first at `position`, for 16 * T keys from `t` on; `best` is the highest of each.
-template <int Q, int T, class K> INLINE void score(const Head<K> &h, const Met<K> *queries, int position, int t, F (&best)[Q][PARTS]) {
-    F dots[T][Q][PARTS] = {};
+/// `Q` queries . 16 * T keys from t on.
+template <int Q, int T, class K> INLINE void dots(const Head<K> &h, int t, F (&sums)[T][Q][PARTS]) {
+    const Met<K> *queries = (const Met<K> *)(h.scratch + QUERIES * h.room);
     for (int d = 0; d < h.dim; d += PER<K>)
         for (int i = 0; i < T; i++)
             for (int j = 0; j < PARTS; j++) {
                 const auto keys = words(h.keys + (size_t)(t + 16 * i) * h.width + 16 * d + LANES * PER<K> * j);
-                for (int q = 0; q < Q; q++) dots[i][q][j] = add(dots[i][q][j], keys, queries + q * h.width + d);
+                for (int q = 0; q < Q; q++) sums[i][q][j] = add(sums[i][q][j], keys, queries + q * h.width + d);
             }
+}
+template <int Q, int T> INLINE void dots(const Head<int8_t> &h, int t, F (&sums)[T][Q][PARTS]) {
+    for (int b = 0; 32 * b < h.width; b++) {
+        I of_block[T][Q][PARTS];
+        for (int i = 0; i < T; i++)
+            for (int q = 0; q < Q; q++)
+                for (I &of : of_block[i][q]) of = dots_from(blocks(h, q)[b].offset);
+        for (int d = 0; d < 32 && 32 * b + d < h.width; d += 4)
+            for (int q = 0; q < Q; q++) {
+                int32_t four;
+                memcpy(&four, blocks(h, q)[b].x + d, 4);
+                for (int i = 0; i < T; i++)
+                    for (int j = 0; j < PARTS; j++)
+                        dot4(of_block[i][q][j], (const uint8_t *)h.keys + (size_t)(t + 16 * i) * h.deep + 16 * (32 * b + d) + 4 * LANES * j, four);
+            }
+        for (int i = 0; i < T; i++)
+            for (int j = 0; j < PARTS; j++) {
+                const F scale = load(scales(h, h.keys, t + 16 * i) + 16 * b + LANES * j);
+                for (int q = 0; q < Q; q++) sums[i][q][j] += __builtin_convertvector(of_block[i][q][j], F) * (scale * blocks(h, q)[b].scale);
+            }
+    }
+}
+/// Scores of `Q` queries, the first at `position`, for 16 * T keys from t on; `best` is the highest of each.
+template <int Q, int T, class K> INLINE void score(const Head<K> &h, int position, int t, F (&best)[Q][PARTS]) {
+    F sums[T][Q][PARTS] = {};
+    dots<Q, T>(h, t, sums);
     for (int i = 0; i < T; i++)
         for (int q = 0; q < Q; q++)
             for (int j = 0; j < PARTS; j++) {
                 const int at = t + 16 * i + LANES * j;
-                F score = iota(at) <= position + q ? dots[i][q][j] * h.scale : broadcast(-INFINITY);
+                F score = iota(at) <= position + q ? sums[i][q][j] * h.scale : broadcast(-INFINITY);
                 store(h.scratch + q * h.room + at, score);
                 best[q][j] = score > best[q][j] ? score : best[q][j];
             }
 }
-/// 16 * D numbers from `d` on of the values, each times its weight, which stand `room` floats apart for each query.
-template <int Q, int D, class K> INLINE void blend(const Head<K> &h, const float *weights, int position, int row, int d, const float (&scale)[Q]) {
+
+/// Weights of floats are blended as they are.
+template <class K> INLINE float narrow_weights(const Head<K> &, float *, int, int) { return 1; }
+/// The weights of a query at `position`, each times its value's scale, behind themselves as int16, zeros up to `end`; what 1
+/// of them is. So large that no sum of so many is too much for 32 bits.
+INLINE float narrow_weights(const Head<int8_t> &h, float *weights, int position, int end) {
+    const int most = 0x7FFFFFFF / 127 / (position + 1), unit = most < 0x7FFF ? most : 0x7FFF;
+    F tops[PARTS] = {}, bad{};
+    for (int t = 0; t < end; t += LANES) {
+        F weight = load(weights + t) * load(scales(h, h.values, t / 16 * 16) + t % 16);
+        weight = iota(t) <= position ? weight : F{};
+        store(weights + t, weight);
+        F &top = tops[t / LANES % PARTS];
+        top = weight > top ? weight : top;
+        bad += weight - weight;  // 0, or NaN
+    }
+    const float top = max(tops), inverse = top > 1e-30f ? (float)unit / top : 0.0f;
+    for (int t = 0; t < end; t += LANES)
+        *(S *)((int16_t *)(weights + h.room / 2) + t) = __builtin_convertvector((I)(load(weights + t) * inverse + ROUND) - ROUND_BITS, S);
+    for (int i = 1; i < LANES; i++) bad[0] += bad[i];
+    return top / (float)unit + bad[0];
+}
+template <int Q, int D, class K> INLINE void finish(const Head<K> &h, const F (&mixed)[Q][D][PARTS], int row, int d, const float (&scale)[Q]) {
+    for (int q = 0; q < Q; q++)
+        for (int i = 0; i < D; i++)
+            for (int j = 0; j < PARTS; j++) {
+                const int at = d + 16 * i + LANES * j;
+                store(h.out + (size_t)(row + q) * h.out_stride + at, mixed[q][i][j] * scale[q], h.dim - at);
+            }
+}
+/// 16 * D numbers from `d` on of the values, each times its weight, for queries of which the first is at `position`.
+template <int Q, int D, class K> INLINE void blend(const Head<K> &h, int position, int row, int d, const float (&scale)[Q]) {
     F mixed[Q][D][PARTS] = {};
     const Met<K> *x[Q];
-    for (int q = 0; q < Q; q++) x[q] = (const Met<K> *)(weights + q * h.room);
+    for (int q = 0; q < Q; q++) x[q] = (const Met<K> *)(h.scratch + q * h.room);
     const K *values = h.values + d * PER<K>;
     int p = 0;
     for (; p + PER<K> <= position + 1; p += PER<K>)  // what all queries see
@@ -816,43 +953,53 @@ template <int Q, int D, class K> INLINE void blend(const Head<K> &h, const float
                     if (own == position + q) value = first(value);
                     mixed[q][i][j] = add(mixed[q][i][j], value, x[q] + own);
                 }
+    finish<Q, D>(h, mixed, row, d, scale);
+}
+template <int Q, int D> INLINE void blend(const Head<int8_t> &h, int position, int row, int d, const float (&scale)[Q]) {
+    I sums[Q][D][PARTS] = {};
+    for (int t = 0; t < position + Q; t += 16)
+        for (int p = 0; p < 16 && t + p < position + Q; p += 2) {
+            const int8_t *pair = h.values + (size_t)t * h.deep + p * h.width + 2 * d;
+            for (int q = 0; q < Q; q++) {
+                int32_t two;
+                memcpy(&two, (const int16_t *)(h.scratch + q * h.room + h.room / 2) + t + p, 4);
+                for (int i = 0; i < D; i++)
+                    for (int j = 0; j < PARTS; j++) dot2(sums[q][i][j], pair + 2 * (16 * i + LANES * j), two);
+            }
+        }
+    F mixed[Q][D][PARTS];
     for (int q = 0; q < Q; q++)
         for (int i = 0; i < D; i++)
-            for (int j = 0; j < PARTS; j++) {
-                const int at = d + 16 * i + LANES * j;
-                store(h.out + (size_t)(row + q) * h.out_stride + at, mixed[q][i][j] * scale[q], h.dim - at);
-            }
+            for (int j = 0; j < PARTS; j++) mixed[q][i][j] = __builtin_convertvector(sums[q][i][j], F);
+    finish<Q, D>(h, mixed, row, d, scale);
 }
 /// `Q` queries of one head, the first at `position` and row `row` of the span; each sees the keys up to its own.
 template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int row) {
-    constexpr int T = APART<Q>, D = APART<Q>;
+    constexpr int D = APART<Q>, T = sizeof(K) == 1 && D * Q > 8 ? 2 : D;
     const int end = padded(position + Q, 16);
-    float *weights = h.scratch, scale[Q];
-    Met<K> *queries = (Met<K> *)(weights + QUERIES * h.room);
-    for (int q = 0; q < Q; q++)
-        for (int d = 0; d < h.width; d += LANES)
-            put(queries + q * h.width + d, load(h.qkv + (size_t)(row + q) * h.stride + d, h.dim - d));
+    prepare<Q>(h, row);
     F best[Q][PARTS];
+    float scale[Q];
     for (int q = 0; q < Q; q++)
         for (int j = 0; j < PARTS; j++) best[q][j] = broadcast(-INFINITY);
     int t = 0;
-    for (; t + 16 * T <= end; t += 16 * T) score<Q, T>(h, queries, position, t, best);
-    for (; t < end; t += 16) score<Q, 1>(h, queries, position, t, best);
+    for (; t + 16 * T <= end; t += 16 * T) score<Q, T>(h, position, t, best);
+    for (; t < end; t += 16) score<Q, 1>(h, position, t, best);
     for (int q = 0; q < Q; q++) {
         const float top = max(best[q]);
-        float *from = weights + q * h.room;
+        float *weights = h.scratch + q * h.room;
         F total[PARTS] = {};
         for (t = 0; t < end; t += LANES) {  // a weight may be half as wide as its score, whose place it takes
-            F weight = exp<K>(load(from + t) - top);
+            F weight = exp<K>(load(weights + t) - top);
             weight = iota(t) <= position + q ? weight : F{};
-            put((Met<K> *)from + t, weight);
+            put((Met<K> *)weights + t, weight);
             total[t / LANES % PARTS] += weight;
         }
-        scale[q] = 1.0f / sum(total);
+        scale[q] = narrow_weights(h, weights, position + q, end) / sum(total);
     }
     int d = 0;
-    for (; d + 16 * D <= h.width; d += 16 * D) blend<Q, D>(h, weights, position, row, d, scale);
-    for (; d < h.width; d += 16) blend<Q, 1>(h, weights, position, row, d, scale);
+    for (; d + 16 * D <= h.width; d += 16 * D) blend<Q, D>(h, position, row, d, scale);
+    for (; d < h.width; d += 16) blend<Q, 1>(h, position, row, d, scale);
 }
 template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &span, int i) {
     for (; i + Q <= span.count; i += Q) attend<Q>(h, span.start + i, i);
@@ -861,30 +1008,19 @@ template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &s
 /// Write keys and values of every sequence, then attend, in the last layer for `wanted` rows alone; a head of a sequence is
 /// one thread's.
 template <class K> static void attention(Team &team, const Model &m, const Step &s, int layer) {
-    const int e = m.n_embd, dim = e / m.n_head, width = padded(dim, 16), room = padded(m.n_positions, 16);
+    const int e = m.n_embd, dim = e / m.n_head, width = padded(dim, 16), wide = padded(dim, 32), room = 2 * padded(m.n_positions, 16);
+    const int deep = sizeof(K) == 1 ? width + wide / 8 : width;
     const int stride = padded(3 * e, 32), out_stride = padded(e, 32);
-    float *scratch = s.scratch + (size_t)team.number * QUERIES * (room + width);
+    float *scratch = s.scratch + (size_t)team.number * QUERIES * (room + wide);
     team.each(s.n_spans * m.n_head, 1, [&](int i) {
         const int head = i % m.n_head;
         const Span &span = s.spans[i / m.n_head];
-        const size_t plane = (size_t)span.capacity * width;
+        const size_t plane = (size_t)span.capacity * deep;
         K *keys = (K *)span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
         const float *qkv = s.wide + (size_t)span.row * stride + head * dim;
-        K *key = (K *)(scratch + QUERIES * room), *value = key + width;
-        for (int r = 0; r < span.count; r++) {
-            const int p = span.start + r;
-            for (int d = 0; d < dim; d += LANES) {
-                const float *from = qkv + (size_t)r * stride + e + d;
-                put(key + d, load(from, dim - d));
-                put(value + d, load(from + e, dim - d));
-            }
-            K *to = keys + (size_t)(p / 16 * 16) * width + p % 16 * PER<K>;
-            for (int d = 0; d < dim; d += PER<K>) memcpy(to + 16 * d, key + d, sizeof(K) * PER<K>);
-            to = values + (size_t)(p / PER<K> * PER<K>) * width + p % PER<K>;
-            for (int d = 0; d < dim; d++) to[d * PER<K>] = value[d];
-        }
         float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
-        Head<K> h{qkv, keys, values, out, scratch, stride, dim, width, out_stride, room, m.layers[layer].attention_scale};
+        Head<K> h{qkv, keys, values, out, scratch, stride, e, dim, width, wide, deep, out_stride, room, m.layers[layer].attention_scale};
+        for (int r = 0; r < span.count; r++) keep_row(h, qkv + (size_t)r * stride, span.start + r);
         if (layer + 1 < m.n_layer) {
             queries_of<QUERIES>(h, span, 0);
             return;
@@ -935,6 +1071,7 @@ template <class W, class K> static void forward(Team &team, const Model &m, cons
 static void run(Team &team, const Model &m, const Step &s) {
     if (m.weights == FLOAT32) return forward<float, float>(team, m, s);
     if (m.weights == BFLOAT16) return forward<uint16_t, uint16_t>(team, m, s);
+    if (m.keys == INT8) return forward<uint8_t, int8_t>(team, m, s);
     m.keys == FLOAT32 ? forward<uint8_t, float>(team, m, s) : forward<uint8_t, uint16_t>(team, m, s);
 }
 }}  // namespace

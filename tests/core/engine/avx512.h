@@ -21,6 +21,17 @@ WRITTEN_OUT __m512i written_dpbusd(__m512i sum, __m512i a, __m512i b) {
     __builtin_memcpy(&sum, sums, 64);
     return sum;
 }
+/// sum + two products in each 32 bits, of signed numbers of 16 bits; it wraps round.
+WRITTEN_OUT __m512i written_dpwssd(__m512i sum, __m512i a, __m512i b) {
+    unsigned sums[16];
+    short x[32], y[32];
+    __builtin_memcpy(sums, &sum, 64);
+    __builtin_memcpy(x, &a, 64);
+    __builtin_memcpy(y, &b, 64);
+    for (int i = 0; i < 32; i++) sums[i / 2] += (unsigned)(x[i] * y[i]);
+    __builtin_memcpy(&sum, sums, 64);
+    return sum;
+}
 WRITTEN_OUT __m512i written_loadu(const void *from) {
     __m512i v;
     __builtin_memcpy(&v, from, 64);
@@ -37,6 +48,14 @@ WRITTEN_OUT __m512i written_widen(unsigned short mask, __m256i v) {
     unsigned to[16];
     __builtin_memcpy(from, &v, 32);
     for (int i = 0; i < 16; i++) to[i] = mask >> i & 1 ? from[i] : 0;
+    return written_loadu(to);
+}
+/// Thirty-two bytes, signed, as numbers of 16 bits.
+WRITTEN_OUT __m512i written_widen_bytes(__m256i v) {
+    signed char from[32];
+    short to[32];
+    __builtin_memcpy(from, &v, 32);
+    for (int i = 0; i < 32; i++) to[i] = from[i];
     return written_loadu(to);
 }
 /// sum + two products of bfloat16 in each 32 bits, the upper ones first. (Numbers below the normal ones stay here.)
@@ -72,3 +91,5 @@ WRITTEN_OUT __m256i written_narrow(__m512 v) {
 #define _mm512_dpbusd_epi32 written_dpbusd
 #define _mm512_loadu_si512 written_loadu
 #define _mm512_set1_epi32 written_set1
+#define _mm512_dpwssd_epi32 written_dpwssd
+#define _mm512_cvtepi8_epi16 written_widen_bytes

@@ -13,6 +13,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -173,7 +174,7 @@ def test_a_forked_sequence_goes_on_with_the_same_bits(checkpoint: Make, native: 
     whole = run(model, ids, [60])
     for at in (1, 15, 16, 17, 40):
         source, fork = model.new_kv(60), model.new_kv(128)
-        fork.fill_(float("nan"))  # what stands behind the prefix is never looked at
+        fork.view(torch.uint8).fill_(255)  # NaN; what stands behind the prefix is never looked at
         model.forward(Batch(ids[:50], [Rows(source, 0, 50)], []))
         model.copy_kv(source, fork, at)
         rest = model.forward(Batch(ids[at:], [Rows(fork, at, 60 - at)], list(range(60 - at))))
@@ -247,6 +248,40 @@ def test_logits_are_close_to_transformers_and_to_torch_with_the_same_weights(
     assert float((exact - want).abs().max() / want.std()) < 1e-4
     half = run(NativeGPT2(weights.load(folder), native, torch.bfloat16), ids, [len(ids)])
     assert float((half - want).std() / want.std()) < 0.03
+
+
+@pytest.mark.parametrize("shape", ["odd", "one-head", "deep"])
+def test_keys_and_values_in_int8_are_nearly_those_in_float32(
+    checkpoint: Make, paths: list[tuple[Any, int]], shape: str
+) -> None:
+    folder = checkpoint(shape)
+    config = weights.read_config(folder / "config.json")
+    [ids] = prompts([min(300, config.n_positions)], config.vocab_size)
+    for native, path in paths:
+        exact, near = (
+            run(NativeGPT2(weights.load(folder), native, torch.int8, path, dtype), ids, [len(ids)])
+            for dtype in (torch.float32, torch.int8)
+        )
+        assert 0 < float((exact - near).std() / exact.std()) < 0.03
+
+
+def test_the_sum_of_many_equal_values_is_not_too_large(checkpoint: Make, paths: list[tuple[Any, int]]) -> None:
+    """Attention that is the same everywhere, over values of one size: what 32 bits hold has to do for all of them."""
+    loaded = weights.load(checkpoint("one-head", n_positions=2100))
+    e = loaded.config.n_embd
+    loaded.tensors["h.0.attn.c_attn.weight"] = torch.zeros(e, 3 * e)
+    loaded.tensors["h.0.attn.c_attn.bias"] = torch.cat([torch.zeros(2 * e), torch.ones(e)])
+    for native, path in paths:
+        exact, near = (
+            run(
+                NativeGPT2(replace(loaded, tensors=dict(loaded.tensors)), native, torch.int8, path, dtype),
+                ids,
+                [2099, 1],
+            )
+            for ids in [[i % 290 for i in range(2100)]]
+            for dtype in (torch.float32, torch.int8)
+        )
+        assert float((exact - near).std() / exact.std()) < 0.01
 
 
 def test_a_head_of_its_own(checkpoint: Make, native: Any) -> None:
