@@ -52,9 +52,10 @@ Chunk = tuple[list[int], list[list[int]]]
 
 
 def lost(error: Exception) -> bool:
-    """Is the device of no more use to this process? Not where a capture was refused or went wrong: CUDA's errors 900 to
-    909 (https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html)."""
-    return isinstance(error, torch.AcceleratorError) and not 900 <= getattr(error, "error_code", 0) < 910
+    """Is the device of no more use to this process? Not where it had no memory left (CUDA's error 2) or a capture was
+    refused or went wrong (900 to 909; https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html)."""
+    code = getattr(error, "error_code", 0)
+    return isinstance(error, torch.AcceleratorError) and code != 2 and not 900 <= code < 910
 
 
 class Pages:

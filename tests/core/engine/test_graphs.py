@@ -337,7 +337,9 @@ def test_a_lost_device_is_not_kept(
     assert "GRAPHS=0" in caplog.text
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory for a graph"), cuda_error(901, "no graph here")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory for a graph"), cuda_error(901, "no graph"), cuda_error(2, "full")]
+)
 def test_what_cannot_be_captured_is_launched(
     checkpoint: Make, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:

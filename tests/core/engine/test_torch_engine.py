@@ -590,9 +590,12 @@ async def test_a_dead_engine_says_so(engine: Open) -> None:
         await ask(e, [1])
 
 
-async def test_a_capture_that_is_refused_is_no_lost_device(engine: Open, checkpoint: Make) -> None:
-    e, error = await engine(), cast("Any", torch.AcceleratorError("capture refused"))
-    error.error_code = 901
+@pytest.mark.parametrize("code", [2, 901])
+async def test_no_memory_or_a_capture_that_is_refused_is_no_lost_device(
+    engine: Open, checkpoint: Make, code: int
+) -> None:
+    e, error = await engine(), cast("Any", torch.AcceleratorError("refused"))
+    error.error_code = code
     Faulty(e, lambda batch: error if [9, 9] in prefills(batch) else None)
     with pytest.raises(Failed, match="AcceleratorError"):
         await ask(e, [9, 9])
