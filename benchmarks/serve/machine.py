@@ -88,8 +88,8 @@ def least_seconds(
     """
     width, layers, vocab = (int(config[name]) for name in ("n_embd", "n_layer", "vocab_size"))
     blocks, head = layers * width * (4 * width + 2 * (config.get("n_inner") or 4 * width)), vocab * width
-    weights = (blocks + head) * {"float32": 4, "bfloat16": 2, "int8": 1}[precision] / 1e9
-    token = 2 * layers * width * (4 if precision == "float32" else 2) / 1e9  # keys and values: 16 bits beside int8 too
+    size = {"float32": 4, "bfloat16": 2, "int8": 1}[precision]  # of a weight, and of a key's or value's number
+    weights, token = (blocks + head) * size / 1e9, 2 * layers * width * size / 1e9
     rate = max(machine["float32"], machine[precision])
 
     def one(length: int, new: int) -> float:

@@ -13,7 +13,6 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -267,18 +266,18 @@ def test_keys_and_values_in_int8_are_nearly_those_in_float32(
 
 def test_the_sum_of_many_equal_values_is_not_too_large(checkpoint: Make, paths: list[tuple[Any, int]]) -> None:
     """Attention that is the same everywhere, over values of one size: what 32 bits hold has to do for all of them."""
-    loaded = weights.load(checkpoint("one-head", n_positions=2100))
-    e = loaded.config.n_embd
-    loaded.tensors["h.0.attn.c_attn.weight"] = torch.zeros(e, 3 * e)
-    loaded.tensors["h.0.attn.c_attn.bias"] = torch.cat([torch.zeros(2 * e), torch.ones(e)])
+
+    def level() -> weights.Checkpoint:
+        loaded = weights.load(checkpoint("one-head", n_positions=2100))
+        e = loaded.config.n_embd
+        loaded.tensors["h.0.attn.c_attn.weight"] = torch.zeros(e, 3 * e)
+        loaded.tensors["h.0.attn.c_attn.bias"] = torch.cat([torch.zeros(2 * e), torch.ones(e)])
+        return loaded
+
+    ids = [i % 290 for i in range(2100)]
     for native, path in paths:
         exact, near = (
-            run(
-                NativeGPT2(replace(loaded, tensors=dict(loaded.tensors)), native, torch.int8, path, dtype),
-                ids,
-                [2099, 1],
-            )
-            for ids in [[i % 290 for i in range(2100)]]
+            run(NativeGPT2(level(), native, torch.int8, path, dtype), ids, [2099, 1])
             for dtype in (torch.float32, torch.int8)
         )
         assert float((exact - near).std() / exact.std()) < 0.01
