@@ -1,25 +1,25 @@
 // One step of GPT-2 on a CPU: rows of many sequences side by side. Weights are float32, bfloat16, or int8 in blocks of
-// 32, as then are the activations they meet; all other numbers are float32.
+// 32, as then are the activations they meet; keys and values are as the weights, and beside int8 as another model's, too.
+// All other numbers are float32.
 //
 // A row's numbers are the same bits alone, in any batch, with its prompt cut anyhow, on any number of threads: integers
 // add up exactly, and floats are added lane by lane in an order that only the row's own position decides. The paths
 // below agree too, but for two: the portable one with float weights, for it has no fused multiply-add (and nothing is
-// fused that is not written so: build with -ffp-contract=off), and AVX512-BF16, which rounds to bfloat16 what meets
-// bfloat16. What is not finite stays so: in int8 a block with such a number gets the scale NaN, and so do all logits of
-// its row, and of its row alone.
+// fused that is not written so: build with -ffp-contract=off), and AVX512-BF16 with all but float32, for it rounds to
+// bfloat16 what meets bfloat16, and the terms of e^x once. What is not finite stays so: in int8 a block with such a
+// number gets the scale NaN, and so do all logits of its row, and of its row alone.
 //
 // Layouts, all padded with zeros; a group of 32 columns is read in one run. PER numbers share 32 bits: 1 of float32, 2 of
-// bfloat16:
+// bfloat16, 4 of int8:
 //   weight   [n / 32][k / PER][32 columns][PER]  float32 or bfloat16
 //            [n / 32][k / 32][8][32 columns][4]  int8: w + 128 as uint8
 //   scale    [n / 32][k / 32][32 columns]        bfloat16, int8 only: w = (byte - 128) * scale
-//   kv       [layer][2][head][capacity][width]   as the weights, beside int8 also float32 or bfloat16; width is head_dim
-//                                                rounded up to 16. Keys stand transposed in tiles of 16 positions
-//                                                ([capacity / 16][width / PER][16][PER]), values as
-//                                                [capacity / PER][width][PER]. In int8 a tile has its scales behind it,
-//                                                [(width + 31) / 32][16] float32, so that width here counts 4 more for
-//                                                each 32: a key has one for each 32 numbers (which are kept + 128), a value
-//                                                one; PER is 4 for keys and 2 for values
+//   kv       [layer][2][head][capacity][width]   width is head_dim rounded up to 16; keys stand transposed in tiles of 16
+//                                                positions ([capacity / 16][width / PER][16][PER]), values as
+//                                                [capacity / PER][width][PER]
+//            [layer][2][head][capacity / 16]     int8: a tile of keys, each + 128 as uint8, or of values, [8][width][2], and
+//            [16][width + 4 * blocks]            behind it its scales [blocks][16] float32, blocks = (width + 31) / 32: one
+//                                                for each 32 numbers of a key, one for a value
 //
 // The lower half of the file is compiled once for each path, by including itself; `PATH` names the path.
 #ifndef PATH
@@ -798,12 +798,12 @@ template <class W> static void embed(Team &team, const Model &m, const Step &s) 
 /// multiplied, `wide` floats for each.
 template <class K> struct Head { const float *qkv; K *keys, *values; float *out, *scratch; int stride, keys_at, dim, width, wide, deep, out_stride, room; float scale; };
 
-/// What int8's keys have: scales of the tile from position t on.
+/// In int8, of keys or values: the scales of the tile that begins at position t.
 INLINE float *scales(const Head<int8_t> &h, int8_t *of, int t) { return (float *)(of + (size_t)t * h.deep + 16 * h.width); }
-/// 32 numbers of an int8 query, and where the first of a query's stand.
+/// 32 numbers of an int8 query, and where the first such block of query q is.
 struct Block { int8_t x[32]; float scale; int32_t offset; };
 INLINE Block *blocks(const Head<int8_t> &h, int q) { return (Block *)(h.scratch + QUERIES * h.room) + q * h.wide / 32; }
-/// A head's numbers with zeros behind them, in the place of query `q`; an int8 may take the place of a number.
+/// A head's numbers with zeros behind them, in the place of query q.
 INLINE float *whole(const Head<int8_t> &h, const float *x, int q) {
     float *to = h.scratch + QUERIES * h.room + q * h.wide;
     for (int d = 0; d < h.wide; d += LANES) store(to + d, load(x + d, h.dim - d));
@@ -826,7 +826,7 @@ INLINE void keep_row(const Head<int8_t> &h, const float *row, int p) {
     const int t = p / 16 * 16, at = p % 16;
     int32_t unused;
     float *key = whole(h, row + h.keys_at, 0);
-    int8_t *to = h.keys + (size_t)t * h.deep + 4 * at, *near = (int8_t *)key;
+    int8_t *to = h.keys + (size_t)t * h.deep + 4 * at, *near = (int8_t *)key;  // in the floats' own place
     for (int d = 0; d < h.width; d += 4) {
         if (d % 32 == 0) quantise(key + d, 32, near + d, scales(h, h.keys, t) + d / 2 + at, &unused);
         int32_t four;
