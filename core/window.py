@@ -1,7 +1,8 @@
 """Turns to prompt ids: whole turns inside a token budget, with a start that stays put while the cache is good.
 
 A prompt is `turn eos turn eos … turn eos` (DialoGPT, arXiv 1911.00536, section 2). GPT-2's positions are absolute, so a
-start that moves voids everything cached: it only ever stands at turn indices divisible by `stride`.
+start that moves voids everything cached: it stands at the first turn of all as long as everything fits, then at turn
+indices divisible by `stride` (marks). Turns so long that none is in reach leave nothing to keep: what fits is taken.
 
 A turn stands in a prompt again and again, and to spell and encode it costs more than all the rest here: its ids are
 remembered.
@@ -51,7 +52,7 @@ class Window:
         if not turns or not (asked := self.ids(turns[-1])):
             return []
         before = self._fitting(turns[:-1], self.budget - len(asked))
-        return [*self._from_mark(before, turns[-1].index), *asked][-self.budget :]
+        return [*self._begin(before, len(before) == len(turns) - 1), *asked][-self.budget :]
 
     def ahead(self, turns: Sequence[Turn]) -> list[int]:
         """What the next prompt will begin with if the question to come is as long as those before were on average.
@@ -64,7 +65,7 @@ class Window:
             return []
         while sum(len(span) for _, span in recent) > self.budget - sum(asked) // len(asked):
             recent.pop(0)
-        return self._from_mark(recent, turns[-1].index + 1)
+        return self._begin(recent, len(recent) == len(turns))
 
     def ids(self, turn: Turn) -> Sequence[int]:
         """The turn's ids and eos, of one longer than the budget the last budget + 1; none when it has no token."""
@@ -93,8 +94,8 @@ class Window:
             found.append((turn, span))
         return found[::-1]
 
-    def _from_mark(self, fitting: Sequence[tuple[Turn, Sequence[int]]], index: int) -> list[int]:
-        """Their ids from the first stride mark on; all when neither they nor the turn at `index` after them is one."""
+    def _begin(self, fitting: Sequence[tuple[Turn, Sequence[int]]], whole: bool) -> list[int]:
+        """The ids of those that fit, from the first mark on; of all when none is one, or they are the `whole` talk."""
         marks = (i for i, (turn, _) in enumerate(fitting) if turn.index % self.stride == 0)
-        start = next(marks, len(fitting) if index % self.stride == 0 else 0)
+        start = 0 if whole else next(marks, 0)
         return [id for _, span in fitting[start:] for id in span]

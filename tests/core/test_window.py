@@ -52,6 +52,19 @@ def test_the_start_stands_at_a_mark_where_one_is_in_reach() -> None:
     window = Window(encode, EOS, 12, stride=4)
     assert window.prompt(turns([1] * 7))[0] == 5  # room for six turns from index 1; the mark is index 4
     assert window.prompt(turns([1, 1, 1, 1, 1, 5, 5]))[0] == 6  # no mark in reach: as much as fits
+    assert window.prompt(turns([1, 9, 2, 2, 1]))[0] == 3  # nor when the question stands at one
+
+
+def test_a_talk_that_fits_is_whole_wherever_it_begins() -> None:
+    """After a /reset the indices go on, and a first exchange may be deleted: then it begins at no mark."""
+    window, spoken = Window(encode, EOS, 20, stride=4), turns([1] * 11, first=2)
+    assert window.prompt(spoken[:3]) == [3, EOS, 4, EOS, 5, EOS]
+    prompts = [window.prompt(spoken[:end]) for end in range(1, 12, 2)]
+    assert [prompt[0] for prompt in prompts] == [3, 3, 3, 3, 3, 5]  # the mark, once it does not fit
+    assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(prompts[:5]))
+    assert [window.ahead(spoken[:end]) for end in (2, 8, 10)] == [
+        window.prompt(spoken[:end])[:-2] for end in (3, 9, 11)
+    ]
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(2, 30), st.integers(1, 8))
