@@ -23,9 +23,9 @@ from discord.http import Route
 from pydantic import Field, SecretStr, field_validator
 
 from bots import discord_events as events
-from bots.discord_hearing import SESSIONS_A_DAY, Client, Hearing, call, read_answer
+from bots.discord_hearing import SESSIONS_A_DAY, Client, Hearing, Rejected, call, read_answer
 from bots.splitting import split
-from core.delivery import NotAccepted, NotSent, Refused, Unservable
+from core.delivery import NotAccepted, NotSent, Unservable
 from core.messages import Channel, MessageState, Reply
 from core.settings import Group
 from core.text import clean
@@ -41,6 +41,8 @@ SUPPRESS_EMBEDS = 1 << 2
 SESSION_PAUSE = 90.0
 CONFIRM_SECONDS = 60.0
 """From asking for a session, or for the last one again, until it is confirmed."""
+NO_REPLYING = (160002, 160009)
+"""What Discord says of replies in a channel where we may not read the history."""
 LOOK_BACK = 10
 """Pages of 100 messages that are searched for a reply in doubt."""
 FORGOTTEN = "Forgotten. We start fresh."
@@ -278,10 +280,11 @@ class DiscordBot:
         route = Route("POST", "/channels/{channel_id}/messages", channel_id=int(reply.channel.id))
         try:
             sent = await self._call(route, json=body)
-        except Refused as error:
-            if "message_reference" not in str(error) and "REPLIES" not in str(error).upper():
+        except Rejected as error:
+            gone = "message_reference" in str(error) or "REPLIES" in str(error).upper()
+            if not gone and error.code not in NO_REPLYING:
                 raise
-            del body["message_reference"]  # what it answers is gone; the answer is not
+            del body["message_reference"]  # what it answers cannot be named; the answer is the same
             sent = await self._call(route, json=body)
         return str(sent["id"])
 

@@ -64,6 +64,14 @@ class Client(discord.Client):
             await self.on_session(initial)
 
 
+class Rejected(Refused):
+    """Discord's own no."""
+
+    def __init__(self, error: discord.HTTPException) -> None:
+        super().__init__(f"Discord answered {error.status}: {' '.join(error.text.split())[:200]}")
+        self.code = error.code
+
+
 async def read_answer(response: aiohttp.ClientResponse) -> Any:
     """What discord.py reads answers with (see `open_discord`), where a 429 asks for a sane wait, a yes is JSON and a
     no is Discord's own: what stands before it may say 401, 403 or 404 for a while, and nothing is final then.
@@ -107,7 +115,7 @@ async def call(client: Client, route: Route, **arguments: Any) -> Any:
             raise MaybeSent(f"Discord answered {error.status}") from None
         if error.status == 401:
             raise NotSent("Discord does not take the token any more") from None
-        raise Refused(f"Discord answered {error.status}: {' '.join(error.text.split())[:200]}") from None
+        raise Rejected(error) from None
     except (aiohttp.ClientConnectorError, aiohttp.ClientConnectorDNSError) as error:
         raise NotSent(f"no connection to Discord ({type(error).__name__})") from None
     except (ValueError, aiohttp.ClientPayloadError):

@@ -136,6 +136,16 @@ async def test_what_was_answered_is_gone_the_answer_is_not(server: DiscordServer
     assert [sent.text for sent in server.ledger] == ["Hello."]
 
 
+@pytest.mark.parametrize("code", [160002, 160009])
+async def test_where_the_history_may_not_be_read_the_answer_is_no_reply(server: DiscordServer, code: int) -> None:
+    general = server.channel("general")
+    server.no_history[general] = code
+    async with serving(server, Ears()) as bot:
+        asked = server.say(general, "ann", "hi", mention=True)
+        assert await bot.send(reply(server, general, asked)) == server.ledger[0].id
+    assert [(sent.text, sent.reply_to) for sent in server.ledger] == [("Hello.", None)]
+
+
 @pytest.mark.parametrize(
     ("fault", "ending"),
     [

@@ -109,6 +109,8 @@ class DiscordServer:
         self.faults: list[Fault] = []
         self.chaos: dict[Kind, float] = {}
         """Fault kind -> probability, for every message sent, drawn from the seed."""
+        self.no_history: dict[str, int] = {}
+        """Channel -> the code of the no to a reply there: the bot lacks Read Message History."""
         self.duplicates = 0.0
         self.deaf_to_after = False
         """A server that always tells the whole history."""
@@ -508,7 +510,8 @@ class DiscordServer:
             return await self._create(channel, body)
         if method == "GET" and path.endswith("/messages"):
             after, most = int(request.query.get("after", 0)), int(request.query.get("limit", 50))
-            found = [m for m in self.messages.get(channel, ()) if int(m["id"]) > after][:most]
+            messages = () if channel in self.no_history else self.messages.get(channel, ())
+            found = [m for m in messages if int(m["id"]) > after][:most]
             if self.deaf_to_after:
                 found = self.messages.get(channel, [])
             return _json(found[::-1])
@@ -529,6 +532,9 @@ class DiscordServer:
                     known = self.find(channel, sent.id)
                     if known is not None:
                         return _json(known)
+        if reference and channel in self.no_history:
+            what = "Cannot reply without permission to read message history"
+            return _json({"message": what, "code": self.no_history[channel]}, 403)
         earlier = self.find(channel, str(reference["message_id"])) if reference else None
         if reference and earlier is None and reference.get("fail_if_not_exists", True):
             return _json(_invalid("message_reference", "Unknown message"), 400)
