@@ -396,7 +396,8 @@ class Hearing:
     async def _missed(self, event: dict[str, Any], guild: str) -> Message | None:
         """An event from the history, if it is said to us."""
         try:
-            return events.read({**event, **({"guild_id": guild} if guild else {})}, self._me)
+            message = events.read({**event, **({"guild_id": guild} if guild else {})}, self._me)
+            return replace(message, missed=True) if message else None
         except Exception as error:
             await self._insist(self._unread, event, type(error).__name__)
             return None

@@ -160,8 +160,9 @@ class TelegramBot:
             task.cancel()
         await self._api.aclose()
 
-    async def take(self, updates: list[Any]) -> None:
-        """All of them in the journal, in their order, when it returns; polling and webhook both end here.
+    async def take(self, updates: list[Any], missed: bool = False) -> None:
+        """All of them in the journal, in their order, when it returns; polling and webhook both end here. `missed`:
+        they waited at Telegram while we were away.
 
         Raises NotAccepted when they are not: do not acknowledge, give the same ones again.
         """
@@ -174,7 +175,7 @@ class TelegramBot:
                 await self._refail(failed(update, self._me), f"{type(error).__name__}: {error}")
                 continue
             if isinstance(what, Message):
-                heard.append(what)
+                heard.append(replace(what, missed=missed))
             elif what is not None:
                 await self._receive(heard)
                 heard = []

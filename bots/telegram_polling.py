@@ -32,8 +32,9 @@ TWO_POLLERS = (
 
 
 class Poller:
-    def __init__(self, api: TelegramApi, chat: Chat, take: Callable[[list[Any]], Awaitable[None]]) -> None:
-        """`take` returns when the updates are in the journal, and raises NotAccepted when they are not."""
+    def __init__(self, api: TelegramApi, chat: Chat, take: Callable[[list[Any], bool], Awaitable[None]]) -> None:
+        """`take` returns when the updates are in the journal, and raises NotAccepted when they are not. It is told
+        whether they were missed."""
         self._api, self._chat, self._take = api, chat, take
 
     async def run(self) -> None:
@@ -42,12 +43,14 @@ class Poller:
 
         `careful`: so many updates are fetched one by one, to get at one that spoils its batch. An answer that is no
         JSON counts as the update's fault, and not the wire's, when it comes twice the same.
+        `missed`: from a start or an outage on, until a poll that is not full.
         """
-        offset, failures, careful, spoilt = None, 0, 0, b""
+        offset, failures, careful, spoilt, missed = None, 0, 0, b"", True
         while True:
             await self._chat.paused()
+            limit = 1 if careful else BATCH
             try:
-                updates = await self._fetch(offset, 1 if careful else BATCH)
+                updates = await self._fetch(offset, limit)
             except Unreadable as error:
                 poison = parse(error.payload) if careful and error.payload == spoilt else None
                 if poison is None:
@@ -62,8 +65,10 @@ class Poller:
                 continue
             if failures:
                 log.info("Telegram: polling goes on")
+                missed = True
             failures, careful, spoilt = 0, max(0, careful - 1), b""
-            await self._take_surely(updates)
+            await self._take_surely(updates, missed)
+            missed = missed and len(updates) == limit
             offset = max(map(_number, updates)) + 1 if updates else None
 
     async def _fetch(self, offset: int | None, limit: int) -> list[Any]:
@@ -79,11 +84,11 @@ class Poller:
             await asyncio.sleep(0.2)  # a server that holds no poll
         return sorted(updates, key=_number)  # the ids say in which order people wrote
 
-    async def _take_surely(self, updates: list[Any]) -> None:
+    async def _take_surely(self, updates: list[Any], missed: bool) -> None:
         tries = 0
         while updates:
             try:
-                await self._take(updates)
+                await self._take(updates, missed)
                 break
             except NotAccepted as error:
                 if not tries:

@@ -102,7 +102,11 @@ class Chat:
         for request in received.asked:
             metrics.received.labels(request.message.channel.platform).inc()
         for request in received.asked if self._taking else ():  # nothing is awaited: arrival order is answer order
-            if bound := self._queue.full(request):
+            bound = self._queue.full(request)
+            if bound == "per_channel" and (missed := self._queue.give_way(request.message.channel)):
+                self._spawn(self._shed(missed, bound))
+                bound = self._queue.full(request)
+            if bound:
                 self._spawn(self._shed(request, bound))
             else:
                 self._queue.put(self._timed(request))
@@ -321,9 +325,9 @@ class Chat:
         return True
 
     async def _shed(self, request: Request, bound: str) -> None:
-        """No room: a recorded state, and one polite line per channel and minute."""
+        """No room: a recorded state, and one polite line per channel and minute, where somebody waits."""
         channel, now = request.message.channel, self._clock()
-        silent = now - self._busy_said.get(channel, -BUSY_EVERY) < BUSY_EVERY
+        silent = request.message.missed or now - self._busy_said.get(channel, -BUSY_EVERY) < BUSY_EVERY
         if not silent:
             self._busy_said[channel] = now
         await self._close(request, "shed", bound, "" if silent else BUSY)

@@ -54,6 +54,8 @@ class Message:
     """The Discord server or Telegram group it was said in; "" in a direct message. For caps and lists."""
     account: str = ""
     """Whose message ids these are, where each of our accounts has its own (Telegram); else ""."""
+    missed: bool = False
+    """Said while we were away, and read now: it gives way where more waits in a channel than is answered."""
 
 
 @dataclass(frozen=True, slots=True)

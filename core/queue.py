@@ -95,6 +95,13 @@ class RequestQueue:
         """A delete took the question back. False when it no longer waits here."""
         return bool(self.take_out(lambda request: request.row == row))
 
+    def give_way(self, channel: Channel) -> Request | None:
+        """Remove and return the oldest here that was missed while we were away: what is newer counts for more."""
+        missed = (request for request in self._lines.get(channel, ()) if request.message.missed)
+        if request := next(missed, None):
+            self._drop(request)
+        return request
+
     def next(self, most: int) -> list[Request]:
         """Who is taken next, in order, one of each channel that waits for its turn."""
         return [self._lines[channel][0] for channel in islice(self._turns, most)]

@@ -413,9 +413,13 @@ async def test_what_was_said_while_away_is_heard_in_order_before_what_comes_afte
     async with serving(server, ears):
         server.say(general, "ann", "back", mention=True)
         await until(lambda: len(ears.heard) == 2 + 75 + 1 + 1, 8)
+        server.say(general, "ann", "live", mention=True)
+        await until(lambda: ears.texts[-1] == "live")
     here = [message.text for message in ears.heard if message.channel.id == general]
-    assert here == ["before", *(f"away {number}" for number in range(0, 150, 2)), "back"]
+    assert here == ["before", *(f"away {number}" for number in range(0, 150, 2)), "back", "live"]
     assert all(message.server == server.guild for message in ears.heard if message.channel.id == general)
+    missed = {message.text for message in ears.heard if message.missed}
+    assert missed - {"back"} == {text for text in ears.texts if text.startswith("away")}
 
 
 async def test_a_channel_and_a_thread_made_while_away_are_read_from_their_beginning(server: DiscordServer) -> None:

@@ -53,11 +53,21 @@ async def test_direct_messages_mentions_replies_and_topics_are_heard_in_order(se
 
 
 async def test_what_came_before_the_start_is_not_lost(server: TelegramServer) -> None:
-    server.say(ANN, ANN, "while you were away")
+    for number in range(120):
+        server.say(ANN, ANN, f"while you were away {number}")
     ears = Ears()
     async with serving(server, ears):
-        await until(lambda: ears.heard)
+        await until(lambda: len(ears.heard) == 120)
+        await server.confirmed()
+        server.say(ANN, ANN, "back")
+        await until(lambda: len(ears.heard) == 121)
+        server.faults.append(Fault("page", "getUpdates"))
+        await server.confirmed()
+        await until(lambda: not server.faults)
+        server.say(ANN, ANN, "after an outage")
+        await until(lambda: len(ears.heard) == 122)
     assert "offset" not in server.called("getUpdates")[0]
+    assert [message.missed for message in ears.heard] == [*[True] * 120, False, True]
 
 
 async def test_confirmed_only_after_the_commit(server: TelegramServer) -> None:

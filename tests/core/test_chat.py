@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -247,6 +248,20 @@ def test_too_many_are_shed_with_one_polite_line_a_minute() -> None:
         assert [t for t in house.platform.texts() if t != BUSY] == ["re one", "re two"]
 
     play(scene, limits=QueueLimits(per_channel=1))
+
+
+def test_of_what_was_missed_the_newest_is_answered_and_nobody_is_told() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1
+        await house.chat.receive(*(replace(house.message(str(n)), missed=True) for n in range(5)))
+        await house.chat.receive(replace(house.message("5"), missed=True))  # "3" is under way
+        await house.chat.receive(house.message("6"), house.message("7"), house.message("8"))
+        await asyncio.sleep(10)
+        assert house.states() == [*["shed"] * 3, "answered", *["shed"] * 2, *["answered"] * 2, "shed"]
+        assert [text for text in house.platform.texts() if text != BUSY] == ["re 3", "re 6", "re 7"]
+        assert house.platform.texts().count(BUSY) == 1, "to whom is here"
+
+    play(scene, limits=QueueLimits(per_channel=2))
 
 
 def test_pollers_pause_above_80_percent_and_go_on_below_50() -> None:
