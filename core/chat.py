@@ -299,7 +299,8 @@ class Chat:
         while (left := self._left(request)) > 0:
             began = self._clock()
             try:
-                reply = await self.voice.speak(turns, seed=seed, session=session, deadline=left)
+                heard = self.voice.hears(turns[-1].text)  # an edit may have left nothing
+                reply = await self.voice.speak(turns, seed=seed, session=session, deadline=left) if heard else None
                 metrics.generate_seconds.observe(self._clock() - began)
                 self._trouble = ""
                 if reply is None:

@@ -35,8 +35,10 @@ class Voice:
         self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room), stride, self._spelled)
 
     def hears(self, text: str) -> bool:
-        """Does anything of `text` reach the model? If not, there is nothing to answer."""
-        return bool(self.window.ids(Turn("user", "", text, 0)))
+        """Does anything of `text` reach the model? If not, there is nothing to answer. Of what DialoGPT's spelling leaves
+        of another alphabet, its punctuation alone says nothing."""
+        ids = self.window.ids(Turn("user", "", text, 0))
+        return any(map(str.isalnum, self.tokenizer.decode(ids))) if self.spaced else bool(ids)
 
     def spelled(self, text: str) -> str:
         """People's spelling in the model's."""

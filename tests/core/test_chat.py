@@ -112,6 +112,20 @@ def test_an_edit_before_the_answer_changes_the_question_waiting_or_under_way() -
     play(scene)
 
 
+def test_what_an_edit_leaves_nothing_to_answer_of_is_not_answered() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds, house.chat.voice.spaced = 2, True
+        first, second = house.message("one"), house.message("two")
+        await house.chat.receive(first, second)
+        await asyncio.sleep(1)
+        for said in (first, second):
+            await house.chat.receive(house.message("?", id=said.id, kind="edit"))
+        await asyncio.sleep(10)
+        assert (house.states(), house.platform.texts()) == (["cancelled"] * 2, [])
+
+    play(scene)
+
+
 @pytest.mark.parametrize("later", [2, 4])
 def test_an_edit_that_is_heard_of_after_its_answer_ended_keeps_its_place(later: float) -> None:
     async def scene(house: House) -> None:
