@@ -23,8 +23,8 @@ def read(event: Mapping[str, Any], me: str, kind: Kind = "ask") -> Message | Non
     """The message if it is said to us: in a direct message, with our mention, or as a reply to what we said.
 
     None for everything else: other bots, webhooks, system messages, @everyone, a text with nothing in it. An edit is
-    read whoever it mentions, since only the journal knows whether its message was ours. Raises KeyError, TypeError or
-    ValueError for what is no message.
+    read whoever it mentions, since only the journal knows whether its message was ours; one that leaves no text, or none
+    that Discord shows us, takes the message back. Raises KeyError, TypeError or ValueError for what is no message.
     """
     author = event["author"]
     if event.get("type", 0) not in SPOKEN or author.get("bot") or event.get("webhook_id"):
@@ -33,7 +33,7 @@ def read(event: Mapping[str, Any], me: str, kind: Kind = "ask") -> Message | Non
     if kind != "edit" and not direct and not mentions(event, me) and not replies_to(event, me):
         return None
     text = strip_mention(str(event.get("content") or "")[: 4 * MAX_CHARS], me)
-    if not text:
+    if not text and kind != "edit":
         return None
     name = clean(str(author.get("global_name") or author.get("username") or ""))
     return Message(
@@ -42,7 +42,7 @@ def read(event: Mapping[str, Any], me: str, kind: Kind = "ask") -> Message | Non
         Author(str(int(author["id"])), " ".join(name.split())),
         text,
         sent_at(event["id"]),
-        kind,
+        kind if text else "delete",
         str(event.get("guild_id") or ""),
     )
 

@@ -283,7 +283,7 @@ class Hearing:
             self._inbox.put_nowait(Mark(channel, id))
 
     def _on_edit(self, event: Mapping[str, Any]) -> None:
-        if event.get("content") and event.get("edited_timestamp", "?"):  # else its embeds changed, or it is not for us
+        if "content" in event and event.get("edited_timestamp", "?"):  # else its embeds changed
             message = events.read({"author": {"id": 0}, **event}, self._me, "edit")
             if message is not None:
                 self._take(message)

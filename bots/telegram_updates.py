@@ -53,7 +53,10 @@ COMMANDS = {"start": "say hello", "help": "say what I am", "reset": "forget this
 
 
 def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
-    """What the update means for us; None is nothing. ValueError when it is not as the Bot API has it."""
+    """What the update means for us; None is nothing. ValueError when it is not as the Bot API has it.
+
+    An edit that leaves no text takes the message back.
+    """
     if "unreadable" in update:
         raise ValueError("it is no JSON")
     edited = "edited_message" in update
@@ -65,7 +68,7 @@ def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
     if moved := _moved(message, chat_id):
         return moved
     author, text = _author(message), _text(message)
-    if kind not in ("private", "group", "supergroup") or author is None or author.is_bot or not text:
+    if kind not in ("private", "group", "supergroup") or author is None or author.is_bot or not (text or edited):
         return None
     channel, id = _channel(message, chat_id), spelt(_need(message, "message_id", int), kind)
     server = "" if kind == "private" else channel.id.partition(":")[0]
@@ -74,7 +77,8 @@ def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
         return Message(channel, id, author, what.strip(), _date(message), server=server, account=str(me.id))
 
     if edited:
-        return replace(said(strip_mention(text, me)), kind="edit")
+        left = strip_mention(text, me)
+        return replace(said(left), kind="edit" if left else "delete")
     private = kind == "private"
     if match := _command(text):
         name, target = match[1].lower(), match[2]

@@ -290,6 +290,16 @@ async def test_edits_and_deletes_are_heard(server: DiscordServer) -> None:
     assert [(message.kind, message.text) for message in ears.heard] == [("ask", "one"), ("edit", "two"), ("delete", "")]
 
 
+async def test_an_edit_that_leaves_no_text_takes_the_message_back(server: DiscordServer) -> None:
+    ears, general, direct = Ears(), server.channel("general"), server.direct("ann")
+    async with serving(server, ears):
+        said = [server.say(place, "ann", "my secret", mention=True) for place in (general, direct, general)]
+        for place, id, left in zip((general, direct, general), said, ("", "", f"<@{server.me['id']}>, "), strict=True):
+            server.edit(place, id, left)
+        await until(lambda: len(ears.heard) == 6)
+    assert [(message.kind, message.text, message.id) for message in ears.heard[3:]] == [("delete", "", id) for id in said]
+
+
 async def test_a_preview_that_appears_is_no_edit(server: DiscordServer) -> None:
     ears, general = Ears(), server.channel("general")
     async with serving(server, ears):

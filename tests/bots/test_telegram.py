@@ -227,6 +227,9 @@ async def test_an_edit_and_a_group_that_moves(server: TelegramServer) -> None:
             ("ask", "hi", f"g{said['message_id']}"),
             ("edit", "hello", f"g{said['message_id']}"),
         ]
+        server.edit(-55, said["message_id"], "@palaver_bot")
+        await until(lambda: len(ears.heard) == 3)
+        assert (ears.heard[2].kind, ears.heard[2].text) == ("delete", "")
         server.migrate(-55, -1007777777777)
         await until(lambda: ears.moves)
         await bot.send(reply(-55, "still here", ears.heard[0].id))

@@ -116,6 +116,12 @@ def test_edits_keep_the_id() -> None:
     assert heard(said("without the mention", GROUP, "edited_message")).kind == "edit"
 
 
+@pytest.mark.parametrize("left", [{"photo": [{}]}, {"caption": "@palaver_bot "}, {"location": {}}])
+def test_an_edit_that_leaves_no_text_takes_the_message_back(left: dict[str, Any]) -> None:
+    message = heard(said(None, GROUP, "edited_message", **left))
+    assert (message.kind, message.id, message.text) == ("delete", "17", "")
+
+
 def test_a_group_that_moves_and_the_ids_of_its_past() -> None:
     basic = {"id": -55, "type": "group", "title": "Us"}
     moved = Moved(Channel("telegram", "-55"), Channel("telegram", "-100123"))
