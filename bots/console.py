@@ -65,13 +65,19 @@ class ConsoleBot:
             await chat.receive(message)
             if not chat.voice.hears(text):
                 return UNHEARD if self.at_terminal else ""
-            return await asyncio.wait_for(reply, self._patience)
+            said = await asyncio.wait_for(reply, self._patience)
+            return said or await self._found(chat, message.id)
         except TimeoutError:
             return SILENCE
         except NotAccepted as error:
             return f"({error})"
         finally:
             del self._asked[message.id]
+
+    async def _found(self, chat: Chat, id: str) -> str:
+        """What another process on the journal answered."""
+        answers = (turn.text for turn in await chat.history(self.channel) if (turn.role, turn.id) == ("assistant", id))
+        return " ".join(clean(next(answers, SILENCE)).split())
 
     # -- what the courier calls ----------------------------------------------------------------------------------
 
@@ -93,7 +99,10 @@ class ConsoleBot:
         if self.at_terminal and channel == self.channel:
             self._show(f"\r\x1b[K{note or '…'}")
 
-    async def closed(self, channel: Channel, id: str, state: MessageState) -> None: ...
+    async def closed(self, channel: Channel, id: str, state: MessageState) -> None:
+        waiting = self._asked.get(id)
+        if waiting and not waiting.done():
+            waiting.set_result("")
 
     def split(self, text: str) -> list[str]:
         return [text]

@@ -23,8 +23,8 @@ def read(event: Mapping[str, Any], me: str, kind: Kind = "ask") -> Message | Non
     """The message if it is said to us: in a direct message, with our mention, or as a reply to what we said.
 
     None for everything else: other bots, webhooks, system messages, @everyone, a text with nothing in it. An edit is
-    read whoever it mentions, since only the journal knows whether its message was ours; one that leaves no text, or none
-    that Discord shows us, takes the message back. Raises KeyError, TypeError or ValueError for what is no message.
+    read whoever it mentions, since only the journal knows whether its message was ours; one that leaves no text that we
+    are shown takes the message back. Raises KeyError, TypeError or ValueError for what is no message.
     """
     author = event["author"]
     if event.get("type", 0) not in SPOKEN or author.get("bot") or event.get("webhook_id"):

@@ -242,14 +242,18 @@ class Chat:
         tries = 0
         while True:
             try:
-                edited = await self._answer(request, tries)
-                if edited is None:
+                if tries:  # what stands in the journal counts
+                    again = await insist(self.journal.question, request.row)
+                    if again is None:
+                        await self._settled(request.message)
+                        return
+                    request = replace(again, ends=request.ends)
+                if await self._answer(request, tries):
                     return
-                request = replace(edited, ends=request.ends)
             except asyncio.CancelledError:
                 if request.row not in self._edited:
                     raise
-                request = self._edited.pop(request.row)
+                del self._edited[request.row]
                 if (task := asyncio.current_task()) is not None:
                     task.uncancel()
             except Exception:
@@ -258,8 +262,13 @@ class Chat:
                     return
             tries += 1
 
-    async def _answer(self, request: Request, tries: int) -> Request | None:
-        """None when the message has a final state; else as an edit left it that was stored before the answer."""
+    async def _settled(self, message: Message) -> None:
+        """Another process on the journal has answered it: who asked here is told that its answer is there."""
+        if state := await insist(self.journal.state, message.channel, message.id):
+            self._courier.closed(message, state)
+
+    async def _answer(self, request: Request, tries: int) -> bool:
+        """False when nothing was stored: an edit was before the answer, or the message waits no more."""
         channel, message = request.message.channel, request.message
         limit = self.voice.window.budget // 2 + 2  # no turn has fewer than two tokens
         history = await insist(self.journal.history, channel, before=request.row, limit=limit)
@@ -269,14 +278,13 @@ class Chat:
         async with self._courier.typing(message):
             spoken, completion = await self._speak(request, [*history, question], seed)
             if completion is None:
-                return None
+                return True
             parts = self._courier.split(channel, self.voice.restore(spoken)) if spoken else []
             if not parts:
                 raise Failed("the reply has no text")
             crash_point("before T2")
             # shielded: a commit that is cancelled may have happened, and then its replies must go out
-            stored = await asyncio.shield(self._spawn(self._hand_over(request, parts, spoken, seed, completion)))
-        return None if stored else await insist(self.journal.question, request.row)
+            return await asyncio.shield(self._spawn(self._hand_over(request, parts, spoken, seed, completion)))
 
     async def _hand_over(
         self, request: Request, parts: list[str], spoken: str, seed: int, completion: Completion

@@ -140,7 +140,7 @@ class Courier:
         self._start(self._show(message, note))
 
     def closed(self, message: Message, state: MessageState) -> None:
-        """Show that this ended without a reply; returns at once."""
+        """Show that this ended without a reply, or with one from another process; returns at once."""
         self._start(self._show(message, "", state))
 
     async def drain(self, timeout: float) -> bool:

@@ -82,5 +82,8 @@ class Platform(Protocol):
         ...
 
     async def closed(self, channel: Channel, id: str, state: MessageState) -> None:
-        """The message `id` came to this end and has no reply, on platforms that can show it. Errors are ignored."""
+        """The message `id` came to this end and has no reply, on platforms that can show it. Errors are ignored.
+
+        answered: by another process on the journal; what it said is in the history.
+        """
         ...

@@ -35,8 +35,8 @@ class Voice:
         self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room), stride, self._spelled)
 
     def hears(self, text: str) -> bool:
-        """Does anything of `text` reach the model? If not, there is nothing to answer. Of what DialoGPT's spelling leaves
-        of another alphabet, its punctuation alone says nothing."""
+        """Does anything of `text` reach the model? If not, there is nothing to answer. Punctuation alone, as DialoGPT's
+        spelling leaves it of other alphabets, is nothing."""
         ids = self.window.ids(Turn("user", "", text, 0))
         return any(map(str.isalnum, self.tokenizer.decode(ids))) if self.spaced else bool(ids)
 

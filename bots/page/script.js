@@ -138,13 +138,14 @@ function stored({ id, text, heard }) {
   show();
 }
 
-// No reply comes. With a note, it stays as it is, also over a reload.
+// No reply comes. With a note, it stays as it is, also over a reload; without, the history has what was said elsewhere.
 function closed(id, why) {
   const exchange = exchanges.get(id);
   const said = waiting.get(id);
   if (!said || exchange?.reply) return;
   if (why) said.note = why;
   else waiting.delete(id);
+  if (!why && connected) ask();
   keep();
   if (!exchange) return;
   const follow = atEnd();

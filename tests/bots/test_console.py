@@ -15,6 +15,7 @@ import pytest
 
 from bots.console import AGAIN, SILENCE, UNHEARD, ConsoleBot
 from core.messages import Author, Channel, Message, Reply
+from core.settings import QueueLimits
 from tests.bots.house import House, until
 from tests.bots.process import PATIENCE, command, environment, palaver
 
@@ -152,6 +153,30 @@ async def test_an_answer_that_never_comes_is_a_line_too() -> None:
     house.engine.gate.clear()
     async with house.serve(Silent(bot)) as chat:
         assert await bot._answer(chat, "hello") == SILENCE
+
+
+async def test_what_another_process_on_the_journal_answered_is_a_line_too() -> None:
+    house, other, bots = House(), House(), [ConsoleBot(), ConsoleBot()]
+    other.disk = house.disk
+    house.engine.gate.clear()
+    async with house.serve(Silent(bots[0])) as chat:
+        asked = asyncio.create_task(bots[0]._answer(chat, "hello"))
+        await until(lambda: house.engine.prompts)
+        async with other.serve(Silent(bots[1])):
+            await until(lambda: house.disk.rows[0].state == "answered")
+            house.engine.gate.set()
+            assert await asked == "You said hello"
+
+
+async def test_a_question_that_expires_is_a_line_at_once() -> None:
+    house, bot = House(QueueLimits(deadline=0.5)), ConsoleBot()
+    house.engine.gate.clear()
+    async with house.serve(Silent(bot)) as chat:
+        first = asyncio.create_task(bot._answer(chat, "hello"))
+        await until(lambda: house.engine.prompts)
+        async with asyncio.timeout(20):
+            assert await bot._answer(chat, "are you there?") == SILENCE
+        first.cancel()
 
 
 async def test_a_journal_that_takes_nothing_is_said() -> None:

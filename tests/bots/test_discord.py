@@ -297,7 +297,9 @@ async def test_an_edit_that_leaves_no_text_takes_the_message_back(server: Discor
         for place, id, left in zip((general, direct, general), said, ("", "", f"<@{server.me['id']}>, "), strict=True):
             server.edit(place, id, left)
         await until(lambda: len(ears.heard) == 6)
-    assert [(message.kind, message.text, message.id) for message in ears.heard[3:]] == [("delete", "", id) for id in said]
+    assert [(message.kind, message.text, message.id) for message in ears.heard[3:]] == [
+        ("delete", "", id) for id in said
+    ]
 
 
 async def test_a_preview_that_appears_is_no_edit(server: DiscordServer) -> None:

@@ -249,7 +249,9 @@ async def test_a_text_is_spelled_once_and_forgotten_when_asked(
     assert spelled == ["Hi, you!", "And now?", "And now?", "Hi, you!"]
 
 
-def test_only_words_are_heard_and_every_text_where_nothing_is_spelled(folder: Path, voice: Callable[..., Voice]) -> None:
+def test_only_words_are_heard_and_every_text_where_nothing_is_spelled(
+    folder: Path, voice: Callable[..., Voice]
+) -> None:
     words, others = ["hi", "Нет, no!", "42", "👍"], ["?", "...", "привет!", "¿?", "😀", "🎉", "(^_^)", " "]
     assert [text for text in [*words, *others] if voice().hears(text)] == words
     plain = Voice(EchoEngine(folder), Tokenizer.load(folder), SamplingParams(), 64, spaced=False)

@@ -237,6 +237,20 @@ async def test_what_ended_while_the_page_was_away_is_known_when_it_is_back(brows
         await expect(said(page)).to_have_text(["one", "You said one", "two"])
 
 
+async def test_what_another_process_on_the_journal_answered_is_shown(browser: Browser, bot: WebBot) -> None:
+    house, other = House(), House()
+    other.disk = house.disk
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        house.engine.gate.clear()
+        await say(page, "one")
+        await until(lambda: house.engine.prompts)
+        async with other.serve(WebBot(WebSettings(web_port=0))):
+            await until(lambda: house.disk.rows[0].state == "answered")
+            house.engine.gate.set()
+            await expect(said(page)).to_have_text(["one", "You said one"])
+
+
 async def test_answers_stand_below_their_questions(browser: Browser, bot: WebBot) -> None:
     house = House()
     async with house.serve(bot):
