@@ -119,7 +119,7 @@ async def read_lines() -> AsyncIterator[str]:
         more = bool(chunk := os.read(0, 65_536))
         *lines, rest = (rest + chunk).split(b"\n")
         for line in lines if more or not rest else [rest]:
-            yield clean(line.decode("utf-8", "replace")).strip()[:MAX_CHARS]
+            yield clean(line.decode("utf-8", "replace")).strip()[-MAX_CHARS:]
 
 
 async def _readable(descriptor: int) -> None:

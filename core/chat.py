@@ -37,6 +37,8 @@ FULL, RELIEVED = 0.8, 0.5
 BUSY = "I am answering many people right now, please try again in a minute."
 SORRY = "Sorry, I could not find an answer to that. Could you say it in other words?"
 BUSY_EVERY = 60.0
+LONGEST = 4 * MAX_CHARS
+"""Characters kept of a message, its end: twice what Discord and Telegram take. The model sees fewer."""
 FORGET = 5.0
 """Seconds for the engine to forget; it may be away, and a stop does not wait for that."""
 TELL_AFTER = 2.0
@@ -88,7 +90,7 @@ class Chat:
         Raises NotAccepted when nothing could be stored: do not acknowledge.
         """
         began = self._clock()
-        cut = [replace(m, text=m.text[:MAX_CHARS]) if len(m.text) > MAX_CHARS else m for m in messages]
+        cut = [replace(m, text=m.text[-LONGEST:]) if len(m.text) > LONGEST else m for m in messages]
         heard = [m if m.kind != "ask" or self.voice.hears(m.text) else replace(m, kind="heard") for m in cut]
         # Whoever is cancelled here may have stored it: then it is answered, too.
         return await asyncio.shield(self._spawn(self._receive(heard, marks, began)))

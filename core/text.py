@@ -12,8 +12,9 @@ from functools import cache
 from typing import Protocol
 
 MAX_CHARS = 2000
-"""Longer input is cut, before any pattern runs over it: some take time that grows with its square."""
-MAX_BYTES = 8192
+"""Of longer input the end is read, where the question is: some patterns take time that grows with its square."""
+MAX_NFKD = 8192
+"""A sign may stand for eighteen."""
 
 _SMILES = (
     "\U0001f600\U0001f601\U0001f603\U0001f604\U0001f606\U0001f60a\U0001f60d\U0001f642\U0001f917\U0001f970\u263a\u2764"
@@ -79,9 +80,9 @@ def normalise(text: str) -> str:
     Code blocks, links, mentions, hash tags and unknown signs are dropped, accents folded, the commonest emoji said in
     words. "" when nothing is left. `normalise(normalise(x)) == normalise(x)`.
     """
-    text = text[:MAX_CHARS].encode("utf-8", "ignore")[:MAX_BYTES].decode("utf-8", "ignore")
-    text = unicodedata.normalize("NFKD", text.translate(_SAID))[:MAX_BYTES]
-    text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))[:MAX_CHARS]
+    text = _end(text).encode("utf-8", "ignore").decode("utf-8", "ignore")
+    text = unicodedata.normalize("NFKD", text.translate(_SAID))[-MAX_NFKD:]
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))[-MAX_CHARS:]
     text = _LINKED.sub(r"\1", _CODE_BLOCK.sub(" ", text))
     for pattern in (_TAG, _LINK, _WORDS_OUT):
         text = pattern.sub(" ", text)
@@ -89,13 +90,22 @@ def normalise(text: str) -> str:
     return _split(_split(text))
 
 
+def _end(text: str) -> str:
+    """At most MAX_CHARS of it. A code block that the cut goes through is opened again: its end is no beginning."""
+    if len(text) <= MAX_CHARS:
+        return text
+    start = len(text) - MAX_CHARS + 3
+    return ("```" if text.count("```", 0, start) % 2 else "") + text[start:]
+
+
 def _split(text: str) -> str:
-    """Tokens with one space between, at most MAX_CHARS long; cut at a space where there is one."""
+    """Tokens with one space between, the last MAX_CHARS; cut at a space where there is one."""
     text = _DOTS.sub("...", " ".join(_tweet_tokenizer().tokenize(_DOTS.sub("...", text))))
     text = " ".join(text.split())
     if len(text) <= MAX_CHARS:
         return text
-    return text[: text.rfind(" ", 0, MAX_CHARS + 1)] if " " in text[:MAX_CHARS] else text[:MAX_CHARS]
+    _, space, end = text[-MAX_CHARS - 1 :].partition(" ")
+    return end if space else text[-MAX_CHARS:]
 
 
 _CLOSING = frozenset(".,!?:)]") | {"...", "?!", "!!", "??", "!!!", "???"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from core.chat import BUSY, SORRY
+from core.chat import BUSY, LONGEST, SORRY
 from core.delivery import NotAccepted
 from core.engine.base import EngineClosed, Failed, QueueFull
 from core.messages import Channel, Message
@@ -58,6 +58,18 @@ def test_what_says_nothing_gets_no_answer() -> None:
         await house.say("  \n ")
         await asyncio.sleep(5)
         assert (house.states(), house.platform.texts()) == (["heard"], [])
+
+    play(scene)
+
+
+def test_a_long_message_is_kept_whole_and_of_a_longer_one_the_end() -> None:
+    async def scene(house: House) -> None:
+        whole = "so " * 1300 + "why?"
+        await house.say(whole, "x" * 9000 + " end")
+        await asyncio.sleep(2)
+        kept = [row.message.text for row in house.disk.rows]
+        assert kept[0] == whole and len(kept[1]) == LONGEST and kept[1].endswith(" end")
+        assert [prompt[-1][-4:] for prompt in house.engine.prompts] == ["why?", " end"]
 
     play(scene)
 

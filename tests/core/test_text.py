@@ -83,6 +83,14 @@ def test_long_input_is_cut(unit: str) -> None:
     assert normalise(spaced) == spaced
 
 
+def test_of_long_input_the_end_is_read() -> None:
+    assert normalise("word " * 500 + "So, what is my name?").endswith("word word So , what is my name ?")
+    code = "look ```" + "x = 1\n" * 500 + "``` what is this?"
+    assert normalise(code) == "what is this ?"
+    assert normalise("```no```" + code) == "what is this ?"
+    assert normalise("no code " * 300 + "``` x ``` what is this?").endswith("no code what is this ?")
+
+
 @given(ANYTHING | SPACED)
 def test_restore_adds_and_loses_no_word(text: str) -> None:
     assert "".join(restore(text).split()).lower() == "".join(text.split()).lower()
