@@ -176,8 +176,7 @@ class Chat:
     async def rekey(self, old: Channel, new: Channel) -> None:
         """The platform gave the conversation another id."""
         await self.journal.rekey(old, new)
-        for request in self._queue.take_out(lambda waiting: waiting.message.channel == old):
-            self._queue.put(replace(request, message=replace(request.message, channel=new)))
+        self._queue.move(old, new)
         self._courier.moved(old, new)
 
     async def identified(self, platform: str, new: bool = True) -> int:

@@ -10,6 +10,7 @@ import asyncio
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 
 from core.messages import Channel, Request
@@ -20,7 +21,7 @@ class RequestQueue:
     def __init__(self, limits: QueueLimits) -> None:
         self._limits = limits
         self._lines: dict[Channel, list[Request]] = {}  # by row: the order of the journal
-        self._under_way: dict[Channel, Request] = {}
+        self._under_way: dict[int, Channel] = {}  # by row: its channel may move meanwhile
         self._turns: deque[Channel] = deque()
         self._users: Counter[tuple[str, str]] = Counter()
         self._servers: Counter[tuple[str, str]] = Counter()
@@ -59,7 +60,7 @@ class RequestQueue:
         line = self._lines.setdefault(channel, [])
         insort(line, request, key=lambda waiting: waiting.row)
         self._count(request, +1)
-        if len(line) == 1 and channel not in self._under_way:
+        if len(line) == 1 and not self._rests(channel):
             self._turns.append(channel)
         self._arrived.set()
 
@@ -70,17 +71,27 @@ class RequestQueue:
             await self._arrived.wait()
         channel = self._turns.popleft()
         request = self._lines[channel].pop(0)
-        self._under_way[channel] = request
+        self._under_way[request.row] = channel
         self._left(request)
         return request
 
     def done(self, request: Request) -> None:
         """The answer is given or given up: the channel goes to the end of the round."""
-        channel = request.message.channel
-        del self._under_way[channel]
-        if channel in self._lines:
+        channel = self._under_way.pop(request.row)
+        if channel in self._lines and not self._rests(channel):
             self._turns.append(channel)
             self._arrived.set()
+
+    def move(self, old: Channel, new: Channel) -> None:
+        """What waits in `old` waits in `new`, behind the answer that is under way in `old`."""
+        waiting = self.take_out(lambda request: request.message.channel == old)
+        for row, channel in self._under_way.items():
+            if channel == old:
+                self._under_way[row] = new
+                if new in self._turns:
+                    self._turns.remove(new)
+        for request in waiting:
+            self.put(replace(request, message=replace(request.message, channel=new)))
 
     def replace(self, request: Request) -> bool:
         """An edit changed the question. False when it no longer waits here."""
@@ -122,8 +133,8 @@ class RequestQueue:
 
     def check_integrity(self) -> None:
         """AssertionError when the books do not agree with each other."""
-        resting = {channel for channel in self._lines if channel not in self._under_way}
-        assert len(self._turns) == len(set(self._turns)) and set(self._turns) == resting
+        ready = {channel for channel in self._lines if not self._rests(channel)}
+        assert len(self._turns) == len(set(self._turns)) and set(self._turns) == ready
         assert all(line and line == sorted(line, key=lambda r: r.row) for line in self._lines.values())
         assert self._waiting == sum(map(len, self._lines.values())) == sum(self._users.values())
 
@@ -131,8 +142,12 @@ class RequestQueue:
         channel = request.message.channel
         self._lines[channel].remove(request)
         self._left(request)
-        if channel not in self._lines and channel not in self._under_way:
+        if channel not in self._lines and not self._rests(channel):
             self._turns.remove(channel)
+
+    def _rests(self, channel: Channel) -> bool:
+        """An answer is under way there."""
+        return channel in self._under_way.values()
 
     def _left(self, request: Request) -> None:
         self._count(request, -1)

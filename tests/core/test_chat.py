@@ -222,6 +222,23 @@ def test_what_waits_goes_with_a_channel_that_moves() -> None:
     play(scene)
 
 
+def test_what_is_said_where_a_channel_moved_waits_for_its_answer_which_keeps_its_memory() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1
+        await house.say("zero")
+        await asyncio.sleep(2)
+        house.engine.script = [Failed("NaN")]
+        await house.say("one")
+        await asyncio.sleep(0.5)
+        await house.chat.rekey(house.message("").channel, Channel("test", "moved"))
+        await house.say("two", channel="moved")
+        await asyncio.sleep(10)
+        assert house.platform.texts() == ["re zero", "re one", "re two"]
+        assert house.engine.prompts[2:] == [["zero", "re zero", "one"], ["zero", "re zero", "one", "re one", "two"]]
+
+    play(scene)
+
+
 def test_reset_does_not_wait_for_an_engine_that_is_away() -> None:
     async def scene(house: House) -> None:
         async def forget(session: str) -> None:

@@ -91,7 +91,20 @@ async def test_who_is_next_in_the_round() -> None:
     assert [waiting.row for waiting in queue.next(9)] == [3, 4, 2]
 
 
-@given(st.lists(st.tuples(st.sampled_from("ptdrx"), st.integers(0, 3), st.integers(1, 40)), max_size=80))
+async def test_a_channel_that_moves_waits_for_the_answer_under_way() -> None:
+    queue = RequestQueue(QueueLimits())
+    for row, channel in ((1, "old"), (2, "old"), (3, "new")):
+        queue.put(request(row, channel))
+    first = await taken(queue)
+    queue.move(first.message.channel, Channel("test", "new"))
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(queue.take(), 0.01)
+    queue.done(first)
+    second = await taken(queue)
+    assert (second.row, second.message.channel.id, [r.row for r in queue]) == (2, "new", [3])
+
+
+@given(st.lists(st.tuples(st.sampled_from("ptdrxm"), st.integers(0, 3), st.integers(1, 40)), max_size=80))
 def test_the_books_always_agree(steps: list[tuple[str, int, int]]) -> None:
     async def run() -> None:
         queue, held, rows = RequestQueue(QueueLimits()), [], set[int]()
@@ -105,6 +118,8 @@ def test_the_books_always_agree(steps: list[tuple[str, int, int]]) -> None:
                 queue.done(held.pop(0))
             elif step == "r":
                 queue.remove(row)
+            elif step == "m" and row % 4 != channel:
+                queue.move(Channel("test", str(channel)), Channel("test", str(row % 4)))
             elif step == "x":
                 queue.take_out(lambda r, bound=row: r.row < bound)  # type: ignore[misc]
             queue.check_integrity()

@@ -206,8 +206,9 @@ class MemoryJournal:
         return True
 
     async def rekey(self, old: Channel, new: Channel) -> None:
-        """As far as replies and waiting questions go; turns are not renumbered."""
+        """As far as replies and waiting questions go; the turns of `new` are not renumbered."""
         await self._before()
+        self._disk.turns[new] = self._disk.turns.get(new, 0) + self._disk.turns.pop(old, 0)
         for row in self._disk.rows:
             if row.message.channel == old:
                 row.message = replace(row.message, channel=new)
