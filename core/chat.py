@@ -265,7 +265,7 @@ class Chat:
 
     async def _settled(self, message: Message) -> None:
         """Another process on the journal has answered it: who asked here is told that its answer is there."""
-        if state := await insist(self.journal.state, message.channel, message.id):
+        if state := await insist(self.journal.state, message.channel, message.id, message.account):
             self._courier.closed(message, state)
 
     async def _answer(self, request: Request, tries: int) -> bool:

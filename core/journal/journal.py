@@ -20,7 +20,7 @@ from sqlalchemy import Connection, and_, exists, func, select, update
 
 from core.journal import storage
 from core.journal.database import JournalBusy, JournalError, file_of, open_database, parse
-from core.journal.rows import KEY, inside, key, plain, request_of, row_of, same, storable, waits
+from core.journal.rows import KEY, inside, key, named, plain, request_of, row_of, same, storable, waits
 from core.journal.schema import channels, messages, replies, unsettled
 from core.journal.upkeep import Upkeep
 from core.messages import Channel, Message, MessageState, Reply, Request, Turn
@@ -357,14 +357,12 @@ class Journal(Upkeep):
         change = update(replies).where(replies.c.id == reply.id, unsettled).values(**values)
         return await self._writer.do(lambda connection: connection.execute(change).rowcount > 0)
 
-    async def state(self, channel: Channel, id: str) -> MessageState | None:
+    async def state(self, channel: Channel, id: str, account: str = "") -> MessageState | None:
         """What became of this message; None: it is not known."""
-        found = await self._read(select(messages.c.state).where(inside(channel), messages.c.platform_id == id))
+        found = await self._read(select(messages.c.state).where(named(channel, id, account)))
         return found[0].state if found else None
 
-    async def replied(self, channel: Channel, id: str) -> bool:
+    async def replied(self, channel: Channel, id: str, account: str = "") -> bool:
         """Is there a reply to this message that was not given up?"""
-        query = select(
-            exists().where(inside(channel), messages.c.platform_id == id, replies.c.message == messages.c.id)
-        )
+        query = select(exists().where(named(channel, id, account), replies.c.message == messages.c.id))
         return bool((await self._read(query))[0][0])

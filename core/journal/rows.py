@@ -21,7 +21,13 @@ def key(message: Message) -> tuple[str, str, str, str]:
 
 def same(message: Message) -> Any:
     """The row of this message."""
-    return and_(*(column == value for column, value in zip(KEY, key(message), strict=True)))
+    return named(message.channel, message.id, message.account)
+
+
+def named(channel: Channel, id: str, account: str) -> Any:
+    """The row with this name: all of it, or no index finds it."""
+    name = (channel.platform, account, channel.id, id)
+    return and_(*(column == value for column, value in zip(KEY, name, strict=True)))
 
 
 def inside(channel: Channel) -> Any:

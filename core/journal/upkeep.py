@@ -142,13 +142,11 @@ class Upkeep:
 
     async def export(self, channel: Channel) -> AsyncIterator[dict[str, object]]:
         """Every message of a channel and what became of it, oldest first; resets do not hide anything here."""
-        last = 0
-        while rows := await self._read(
-            select(messages).where(inside(channel), messages.c.id > last).order_by(messages.c.id).limit(200)
-        ):
-            last = rows[-1].id
+        found = await self._read(select(messages.c.id).where(inside(channel)).order_by(messages.c.id))
+        for page in range(0, len(found), 200):  # by id: to find the next page again would cost the whole channel
+            ids = [row.id for row in found[page : page + 200]]
+            rows = await self._read(select(messages).where(messages.c.id.in_(ids)).order_by(messages.c.id))
             answers: dict[int, list[Row[Any]]] = {}
-            ids = [row.id for row in rows]
             for reply in await self._read(select(replies).where(replies.c.message.in_(ids)).order_by(replies.c.id)):
                 answers.setdefault(reply.message, []).append(reply)
             for row in rows:

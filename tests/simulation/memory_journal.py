@@ -166,7 +166,7 @@ class MemoryJournal:
             id, row.message.channel, row.message.id, text, nonce, part, message=row.row, created_at=self._now()
         )
 
-    async def state(self, channel: Channel, id: str) -> MessageState | None:
+    async def state(self, channel: Channel, id: str, account: str = "") -> MessageState | None:
         await self._wait(self._dice.uniform(0, 0.005))
         found = (row.state for row in self._disk.rows if (row.message.channel, row.message.id) == (channel, id))
         return next(found, None)

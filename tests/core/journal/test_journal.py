@@ -6,11 +6,14 @@ import asyncio
 import re
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 
+from core.journal.database import SQLite
 from core.journal.journal import Journal, JournalBusy, open_journal
 from core.messages import Author, Channel, Kind, Message, Reply, Request
 
@@ -276,6 +279,29 @@ async def test_an_export_holds_every_message_and_what_became_of_it(journal: Jour
         ("2", "waiting", "text 2"),
     ]
     assert lines[0]["replies"] == [{"text": "Re 1.", "state": "sent", "id": "77", "seed": None}]
+
+
+async def test_a_long_channel_costs_its_length_to_export_and_nothing_to_look_one_up_in(tmp_path: Path) -> None:
+    journal = await open_journal(f"sqlite:///{tmp_path / 'journal.db'}")
+    assert isinstance(journal._readers, SQLite)
+    steps = 0  # of SQLite's, by the hundred
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    event.listen(journal._readers._engine, "connect", lambda c, _: c.set_progress_handler(count, 100))
+    costs = []
+    for channel, length in ((HERE, 1000), (THERE, 4000)):
+        await journal.receive(*(message(str(n), channel=channel) for n in range(length)), deadline=60)
+        before, lines = steps, [line["id"] async for line in journal.export(channel)]
+        assert lines == [str(n) for n in range(length)]
+        costs.append(steps - before)
+    assert costs[1] < 6 * costs[0]
+    before = steps
+    assert await journal.state(THERE, "3999") == "waiting" and not await journal.replied(THERE, "3999")
+    assert steps - before < 10
+    await journal.aclose()
 
 
 async def test_watermarks_are_kept_per_channel(journal: Journal) -> None:
