@@ -49,9 +49,10 @@ _SAID |= {
 
 _CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _LINKED = re.compile(r"\[([^\[\]]*)\]\([^()\s]*\)")
-_TAG = re.compile(r"<(?:[@#!&:/]|a:|t:|https?:)[^<>\s]*>")
+_TAG = re.compile(r"<(?:[@#!&:/]|a:|id:|t:|https?:)[^<>\s]*>")
 _LINK = re.compile(r"\b(?:https?://|www\.)\S+", re.IGNORECASE)
 _WORDS_OUT = re.compile(r"(?<!\S)(?:[#@]\S*|\S+@\S+\.\S+)")  # from a word's start: else each letter tries the rest
+_BETWEEN = re.compile(r"(?<=[^\W_])[*_~|]+(?=[^\W_])")
 _MARKS = re.compile(r"\*+|_{2,}|~{2,}|\|{2,}|`+")
 _OUTSIDE = re.compile(r"[^A-Za-z0-9()\[\]:,.!?'\"]+")
 _DOTS = re.compile(r"\.(?:\s*\.)+")
@@ -86,7 +87,7 @@ def normalise(text: str) -> str:
     text = _LINKED.sub(r"\1", _CODE_BLOCK.sub(" ", text))
     for pattern in (_TAG, _LINK, _WORDS_OUT):
         text = pattern.sub(" ", text)
-    text = _OUTSIDE.sub(" ", _MARKS.sub("", text))
+    text = _OUTSIDE.sub(" ", _MARKS.sub("", _BETWEEN.sub(" ", text)))
     return _split(_split(text))
 
 
