@@ -258,6 +258,7 @@ def journal_export(
 
     FILE is replaced when all of it is there. Exit code 1: the journal has nothing of that channel, or it failed.
     """
+    from core.logs import ESCAPED
     from core.messages import Channel
 
     try:
@@ -275,7 +276,7 @@ def journal_export(
             try:
                 with part.open("w", encoding="utf-8") if part else contextlib.nullcontext(sys.stdout) as out:
                     async for line in journal.export(where):
-                        print(json.dumps(line, ensure_ascii=False), file=out)
+                        print(json.dumps(line, ensure_ascii=False).translate(ESCAPED), file=out)
                         lines += 1
                 if whole and part and lines:
                     part.replace(whole)

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 _TELEGRAM_TOKEN = re.compile(r"(?<!\d)\d{6,12}:[A-Za-z0-9_-]{30,}")
 _DISCORD_TOKEN = re.compile(r"(?<![A-Za-z0-9_.-])[A-Za-z0-9_-]{23,28}\.[A-Za-z0-9_-]{6,7}\.[A-Za-z0-9_-]{27,}")
 _PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):[^\s/@]+@")
-_BREAKS = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\t"} | {
-    code: f"\\u{code:04x}" for code in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-}
+_CONTROLS = (*range(0x09), *range(0x0A, 0x20), *range(0x7F, 0xA0))  # all but the tab
+ESCAPED = {code: f"\\u{code:04x}" for code in (*_CONTROLS, *range(0x2028, 0x202F), *range(0x2066, 0x206A))}
+"""For str.translate: what would break a line, turn it round or speak to a terminal, written out as JSON has it."""
 
 
 class Redacting(logging.Formatter):
@@ -27,12 +27,12 @@ class Redacting(logging.Formatter):
         self._secrets = sorted({secret for secret in secrets if len(secret) >= 6}, key=len, reverse=True)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's name)
-        record.message = record.message.translate(_BREAKS)
+        record.message = record.message.translate(ESCAPED)
         return super().formatMessage(record)
 
     def formatException(self, ei: object) -> str:  # noqa: N802
         text = super().formatException(ei)  # type: ignore[arg-type]  # typeshed keeps the tuple's type private
-        return "\n".join("| " + line.translate(_BREAKS) for line in text.splitlines())
+        return "\n".join("| " + line.translate(ESCAPED) for line in text.splitlines())
 
     def format(self, record: logging.LogRecord) -> str:
         return self.redact(super().format(record))

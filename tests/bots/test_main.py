@@ -158,12 +158,17 @@ async def test_the_journal_counts_and_exports(tmp_path: Path) -> None:
 async def test_an_export_takes_nothings_place_before_it_is_whole(tmp_path: Path) -> None:
     async with running(tmp_path) as (_, address), aiohttp.ClientSession() as session:
         await say(address, "question-1", "héllo", session)
-        [(channel,)] = sqlite3.connect(tmp_path / "palaver.db").execute("SELECT channel FROM messages").fetchall()
+        journal, text = sqlite3.connect(tmp_path / "palaver.db"), "héllo\t\x9b2J\u202eyou\u2028"  # as Telegram may say
+        [(channel,)] = journal.execute("UPDATE messages SET text = ? RETURNING channel", [text]).fetchall()
+        journal.commit()
+        journal.close()
         for name in ("palaver.db", "palaver.db-wal"):
             code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", name)
             assert code == 78 and "belongs to the journal itself" in errors
         code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", "talk.jsonl")
-        assert code == 0 and json.loads((tmp_path / "talk.jsonl").read_text("utf-8"))["text"] == "héllo", errors
+        assert code == 0 and errors == ""
+        written = (tmp_path / "talk.jsonl").read_text("utf-8")
+        assert json.loads(written)["text"] == text and '"héllo\\t\\u009b2J\\u202eyou\\u2028"' in written
         code, _, errors = await palaver(tmp_path, "journal", "export", "web:another", "talk.jsonl")
         assert (code, errors) == (1, "the journal has nothing of web:another\n")
         assert (tmp_path / "talk.jsonl").stat().st_size and not list(tmp_path.glob("*.part"))
@@ -172,7 +177,7 @@ async def test_an_export_takes_nothings_place_before_it_is_whole(tmp_path: Path)
         os.mkfifo(tmp_path / "pipe")
         read = asyncio.create_task(asyncio.to_thread((tmp_path / "pipe").read_text, "utf-8"))
         code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", "pipe")
-        assert code == 0 and json.loads(await read)["text"] == "héllo" and (tmp_path / "pipe").is_fifo(), errors
+        assert code == 0 and json.loads(await read)["text"] == text and (tmp_path / "pipe").is_fifo(), errors
         code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", "nowhere/talk.jsonl")
         assert code == 1 and errors.startswith("nowhere/talk.jsonl cannot be written")
 
