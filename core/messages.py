@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 Kind = Literal["ask", "heard", "edit", "delete"]
-"""ask: wants an answer; heard: context only; edit and delete: about the earlier message with the same id."""
+"""ask: wants an answer; heard: kept, never answered, in no history; edit and delete: about the earlier message with the same id."""
 
 ReplyState = Literal["pending", "sending", "sent", "abandoned"]
 MessageState = Literal["waiting", "answered", "shed", "expired", "cancelled", "failed", "heard"]
@@ -66,7 +66,7 @@ class Turn:
     author: str
     text: str
     index: int
-    """Position in the channel since its last reset, from 0, never renumbered."""
+    """Position in the channel, from 0. A reset does not begin anew, and what is deleted leaves a gap."""
     id: str = ""
     """The platform id of the message said, or of the one answered."""
 

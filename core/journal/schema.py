@@ -1,6 +1,6 @@
 """The journal's tables. Times are seconds since 1970 by our own clock; each text stands in one place.
 
-messages  waiting → answered | shed | expired | cancelled | failed        heard (context only)
+messages  waiting → answered | shed | expired | cancelled | failed        heard (no question, in no history)
 replies   pending → sending → sent | abandoned
 """
 
