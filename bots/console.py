@@ -112,12 +112,13 @@ class ConsoleBot:
 
 
 async def read_lines() -> AsyncIterator[str]:
-    """Standard input's lines, at most MAX_CHARS each, without white space around them; the loop runs on meanwhile."""
+    """Standard input's lines, of long ones the end, without white space around them; the loop runs on meanwhile."""
     rest, more = b"", sys.stdin is not None
     while more:
         await _readable(0)
         more = bool(chunk := os.read(0, 65_536))
         *lines, rest = (rest + chunk).split(b"\n")
+        rest = rest[-4 * MAX_CHARS :]
         for line in lines if more or not rest else [rest]:
             yield clean(line.decode("utf-8", "replace")).strip()[-MAX_CHARS:]
 

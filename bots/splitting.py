@@ -28,7 +28,7 @@ def split(text: str, limit: int, units: Units = "characters") -> list[str]:
         end = _cut(rest, room, units)
         body, rest = rest[:end].rstrip(), rest[end:].lstrip("\n" if opened else " \t\n\r\f\v")
         piece = opened + body
-        opened = _open_fence(piece, limit // 2)
+        opened = _open_fence(piece, limit // 2, units)
         pieces.append(piece + CLOSE if opened else piece)
         if not opened:
             rest = rest.lstrip()
@@ -52,7 +52,7 @@ def _cut(text: str, room: int, units: Units) -> int:
     return max(1, end)
 
 
-def _open_fence(piece: str, longest: int) -> str:
+def _open_fence(piece: str, longest: int, units: Units) -> str:
     """The line that opened a fence which `piece` does not close, with its line break; "" when all are closed."""
     fences = _FENCE.findall(piece)
-    return f"{fences[-1]}\n" if len(fences) % 2 and len(fences[-1]) < longest else ""
+    return f"{fences[-1]}\n" if len(fences) % 2 and size(fences[-1], units) < longest else ""

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 Kind = Literal["ask", "heard", "edit", "delete"]
-"""ask: wants an answer; heard: kept, never answered, in no history; edit and delete: about the earlier message with the same id."""
+"""ask: wants an answer; heard: kept, and in no history; edit and delete: about the earlier message with the same id."""
 
 ReplyState = Literal["pending", "sending", "sent", "abandoned"]
 MessageState = Literal["waiting", "answered", "shed", "expired", "cancelled", "failed", "heard"]

@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,26 @@ async def test_bytes_that_are_no_text_are_a_line_too(tmp_path: Path) -> None:
         output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
     lines = output.decode().splitlines()
     assert len(lines) == 4 and lines[1] == "Hello" and lines[2].startswith("Word word") and lines[3] == "End"
+
+
+async def test_input_without_end_of_line_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "said").write_bytes(b"x" * 2**24 + b" the end\nhello\n" + b"y" * 2**24)
+    script = """
+import asyncio, tracemalloc
+from bots.console import read_lines
+
+async def main():
+    tracemalloc.start()
+    print([line[-7:] async for line in read_lines()], tracemalloc.get_traced_memory()[1] < 2**20)
+
+asyncio.run(main())
+"""
+    with (tmp_path / "said").open("rb") as said:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", script), env=environment(), stdin=said, stdout=subprocess.PIPE
+        )
+        output, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
+    assert output.decode() == "['the end', 'hello', 'yyyyyyy'] True\n"
 
 
 async def test_each_script_is_a_conversation_of_its_own(tmp_path: Path) -> None:

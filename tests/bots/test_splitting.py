@@ -36,6 +36,12 @@ def test_a_fence_is_closed_and_opened_again() -> None:
     ]
 
 
+def test_a_fence_too_long_to_be_opened_again_is_measured_in_the_platforms_units() -> None:
+    code = "```" + "🙂" * 16 + "\n" + "a" * 100
+    assert all(size(piece, "utf-16") <= 40 for piece in split(code, 40, "utf-16"))
+    assert split(code, 40, "characters")[1].startswith("```🙂")
+
+
 @given(st.text(alphabet=st.sampled_from("ab .!\n`🙂é\t"), max_size=400), st.integers(40, 90), UNITS)
 def test_nothing_is_lost_nothing_is_too_long_nothing_is_blank(text: str, limit: int, units: Units) -> None:
     pieces = split(text, limit, units)
