@@ -271,7 +271,7 @@ class Chat:
     async def _answer(self, request: Request, tries: int) -> bool:
         """False when nothing was stored: an edit was before the answer, or the message waits no more."""
         channel, message = request.message.channel, request.message
-        limit = self.voice.window.budget // 2 + 2  # no turn has fewer than two tokens
+        limit = self.voice.window.reach
         history = await insist(self.journal.history, channel, before=request.row, limit=limit)
         question = Turn("user", message.author.name, message.text, history[-1].index + 1 if history else 0)
         given = self.voice.params.seed

@@ -38,6 +38,8 @@ class Window:
         self._encode = encode
         self._eos_id = eos_id
         self.budget = budget
+        self.reach = budget // 2 + 2
+        """So many turns never fit, none having fewer than two tokens: of a longer talk the last of them are enough."""
         self.stride = stride
         self._spelled = spelled
         self._ids: OrderedDict[bytes, array[int]] = OrderedDict()

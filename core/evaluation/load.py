@@ -28,8 +28,6 @@ PER_MINUTE = 2.0
 """Messages a minute that an active channel writes to the bot."""
 FEWEST = 5
 """Messages from which on a level says anything."""
-REMEMBERED = 40
-"""Turns a conversation keeps; the window shows the model fewer."""
 FLIGHTS = (1, 4, 16)
 """So many people write again as soon as they are answered; the last are the conversations that load begins with."""
 
@@ -102,7 +100,8 @@ class Talk:
 
     def _add(self, text: str) -> None:
         index = self.turns[-1].index + 1 if self.turns else 0
-        self.turns = [*self.turns[1 - REMEMBERED :], Turn("assistant" if index % 2 else "user", "", text, index)]
+        kept = self.turns[-self.voice.window.reach :]
+        self.turns = [*kept, Turn("assistant" if index % 2 else "user", "", text, index)]
 
 
 async def measure(voice: Voice, seconds: float, running: int, tell: Tell, seed: int = 1) -> Load:

@@ -67,10 +67,10 @@ def test_percentiles_are_values_that_were_there() -> None:
 
 async def test_a_talk_goes_on_and_keeps_its_turns_in_order() -> None:
     voice, _ = slow_voice(0, 1)
-    talk = load.Talk(voice, 1, age=30)
+    talk = load.Talk(voice, 1, age=40)
     await talk.say(random.Random(1))
-    assert len(talk.turns) == load.REMEMBERED
-    assert [turn.index for turn in talk.turns] == list(range(22, 62))
+    assert len(talk.turns) == talk.voice.window.reach + 1
+    assert [turn.index for turn in talk.turns] == list(range(15, 82))
     assert [turn.role for turn in talk.turns[-2:]] == ["user", "assistant"]
     assert talk.words == [4]
 
