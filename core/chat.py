@@ -264,7 +264,7 @@ class Chat:
             tries += 1
 
     async def _settled(self, message: Message) -> None:
-        """Another process on the journal has answered it: who asked here is told that its answer is there."""
+        """Who asked is told how it ended without a reply from here: another process may have answered it."""
         if state := await insist(self.journal.state, message.channel, message.id, message.account):
             self._courier.closed(message, state)
 
@@ -343,9 +343,10 @@ class Chat:
         await self._close(request, "shed", bound, "" if silent else BUSY)
 
     async def _close(self, request: Request, state: MessageState, note: str = "", notice: str = "") -> None:
-        self._courier.deliver(await insist(self.journal.close, request, state, note, notice))
-        if not notice:
-            self._courier.closed(request.message, state)
+        told = await insist(self.journal.close, request, state, note, notice)
+        self._courier.deliver(told)
+        if not told:
+            await self._settled(request.message)
         metrics.finished.labels(request.message.channel.platform, state).inc()
         if state == "expired":
             self._expired[request.message.channel] += 1

@@ -279,6 +279,19 @@ async def test_what_ends_without_a_reply_is_told_to_every_tab() -> None:
             assert await each.whole("closed") == {"closed": "question-2", "note": CLOSED["expired"]}
 
 
+async def test_what_another_process_answered_has_not_expired() -> None:
+    house, other, bot = House(QueueLimits(deadline=3.0)), House(), web()
+    other.disk = house.disk
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        house.engine.gate.clear()
+        await page.say("question-0", "this takes long")
+        await page.say("question-1", "hello")
+        await until(lambda: house.engine.prompts)
+        async with other.serve(web()):
+            assert await page.whole("closed") == {"closed": "question-1", "note": ""}
+    assert [row.state for row in house.disk.rows] == ["answered", "answered"]
+
+
 async def test_what_had_ended_when_it_was_said_again_is_told_so() -> None:
     house, bot = House(QueueLimits(deadline=1.0)), web()
     async with house.serve(bot), browser(bot) as session, tab(session) as page, tab(session) as other:
