@@ -17,10 +17,11 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from core.journal.journal import Journal
 
 EX_TEMPFAIL, EX_CONFIG = 75, 78
+ResultT = TypeVar("ResultT")
 
 cli = typer.Typer(
     name="palaver",
@@ -138,7 +140,7 @@ def finetune(
     )  # fmt: skip
     _stop_as_by_hand()
     try:
-        base = hub.resolve(settings.model, settings.model_revision)
+        base = _run(asyncio.to_thread(hub.resolve, settings.model, settings.model_revision or None))
         progress = finetune(data, out, base, valid=valid, recipe=recipe)
     except BadCheckpoint as error:
         _stop([f"MODEL: {error}"])
@@ -449,7 +451,7 @@ def _go(work: Coroutine[None, None, int]) -> int:
     from core.journal.journal import JournalError
 
     try:
-        return asyncio.run(work)
+        return _run(work)
     except BadCheckpoint as error:
         print(f"MODEL: {error}", file=sys.stderr)
         return EX_CONFIG
@@ -460,22 +462,42 @@ def _go(work: Coroutine[None, None, int]) -> int:
         return 130
 
 
+class _Left(ThreadPoolExecutor):
+    """Threads that nobody waits for at the end: a download, or a copy of the journal, may take hours more."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+
+
+def _run(work: Coroutine[None, None, ResultT]) -> ResultT:
+    async def beside_threads_that_are_left() -> ResultT:
+        asyncio.get_running_loop().set_default_executor(_Left())
+        return await work
+
+    return asyncio.run(beside_threads_that_are_left())
+
+
 def main() -> None:
+    """Ends without waiting for threads that are still at work, as Python would."""
+    code = 0
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # people's names, on a terminal that knows fewer letters
     try:
         try:
             cli(prog_name="palaver")
+        except SystemExit as end:
+            code = int(end.code or 0)
         finally:
             if sys.stdout:
                 sys.stdout.flush()
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is tried again at the end
         print(f"standard output cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+        code = 1
+    logging.shutdown()
+    os._exit(code)
 
 
 if __name__ == "__main__":

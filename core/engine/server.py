@@ -20,7 +20,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -218,7 +218,10 @@ async def open_local(kind: str, model: str, revision: str, device: str, dtype: s
         from core.engine.torch_engine import open_torch_engine
     except ModuleNotFoundError as error:
         raise EngineClosed(f"{error.name} is not installed: pip install 'palaver[engine]'") from error
-    return await open_torch_engine(model, revision=revision or None, device=device, dtype=dtype, threads=threads)
+    folder = await asyncio.to_thread(resolve, model, revision or None)  # nobody need wait for it, as for torch's thread
+    engine = await open_torch_engine(folder, device=device, dtype=dtype, threads=threads)
+    engine.info = replace(engine.info, name=Path(model).name)
+    return engine
 
 
 async def serve_engine(settings: Settings, address: str) -> int:

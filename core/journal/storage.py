@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -274,6 +275,10 @@ def _settle(file: Path, copy: Path) -> None:
         os.utime(copy, ns=(newest + 1, newest + 1))
     for old in [kept for kept in _kept(file) if re.fullmatch(r"[\d-]+", kept.stem)][:-KEEP]:
         old.unlink(missing_ok=True)
+    for half in copies(file).glob("*.part"):  # of a process that ended in the middle of it
+        with contextlib.suppress(FileNotFoundError):
+            if half.stat().st_mtime < time.time() - 86_400:
+                half.unlink()
 
 
 def _hand_over(made: Path, file: Path) -> None:

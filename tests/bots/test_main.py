@@ -19,7 +19,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bots.__main__ import cli
-from tests.bots.process import PATIENCE, palaver, running, start
+from core.engine.hub import EMBEDDED
+from tests.bots.process import PATIENCE, ROOT, palaver, running, start
+from tests.fakes.hub import Hub, hub
 
 SECRET = "hunter2-and-more"
 
@@ -240,3 +242,58 @@ async def test_a_journal_deleted_while_nobody_talks_is_noticed_and_there_after_t
     async with running(tmp_path):
         pass
     assert (await palaver(tmp_path, "journal"))[1] == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "code"),
+    [
+        (("run",), signal.SIGTERM, 0),
+        (("engine", "127.0.0.1:0"), signal.SIGTERM, 0),
+        (("bench",), signal.SIGINT, 130),
+        (("finetune", "talks.jsonl", "mine"), signal.SIGTERM, 143),
+    ],
+)
+async def test_a_signal_while_the_model_is_fetched_ends_it(
+    tmp_path: Path, arguments: tuple[str, ...], name: signal.Signals, code: int
+) -> None:
+    """The hub sends 1 KB a second of a file of minutes."""
+    files = {file: (EMBEDDED / file).read_bytes() for file in ("config.json", "tokenizer.json", "model.safetensors")}
+    (tmp_path / "talks.jsonl").write_text('["hi", "hello"]\n')
+    with hub(files, drip=1.0) as address:
+        settings = {"MODEL": "some/model", "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "WEB_PORT": "0"}
+        process = await start(tmp_path, *arguments, **settings, ENGINE="process", HF_HUB_DISABLE_XET="1")
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while "model.safetensors" not in Hub.fetched:
+                    assert process.returncode is None
+                    await asyncio.sleep(0.05)
+            process.send_signal(name)
+            _, errors = await asyncio.wait_for(process.communicate(), 20)
+        finally:
+            if process.returncode is None:
+                process.kill()
+    assert process.returncode == code and b"Traceback" not in errors, errors.decode()
+
+
+SLOWLY = """
+import time
+from core import app
+from core.journal import storage
+
+def save(reader, target):
+    target.parent.mkdir()
+    time.sleep(600)
+
+app.BACKUP_EVERY = 0.1
+storage._save = save
+"""
+
+
+async def test_a_long_copy_of_the_journal_holds_up_no_stop(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOWLY)
+    async with running(tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}") as (process, _):
+        async with asyncio.timeout(PATIENCE):
+            while not (tmp_path / "palaver.db.backups").is_dir():
+                await asyncio.sleep(0.05)
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), 20) == 0

@@ -531,6 +531,16 @@ async def test_the_newest_copies_are_kept(file: Path, tmp_path: Path) -> None:
     assert again == elsewhere and ids(elsewhere) == []
 
 
+async def test_halves_of_copies_do_not_pile_up(file: Path) -> None:
+    await filled(file, "1")
+    old, fresh = (storage.copies(file) / f"{name}.db.part" for name in ("old", "fresh"))
+    for half in (old, fresh):
+        half.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    await storage.backup(file)
+    assert fresh.exists() and not old.exists()
+
+
 async def test_whatever_people_name_theirs_the_last_copy_is_the_newest(file: Path) -> None:
     await filled(file, "1")
     theirs = await storage.backup(file, storage.copies(file) / "before-upgrade.db")
