@@ -70,7 +70,7 @@ def run() -> None:
         _stop(["WEB_ENABLED: no bot is left to run; set DISCORD_TOKEN or TELEGRAM_TOKEN, or WEB_ENABLED=true"])
     if web.web_enabled:
         bots.append(open_web(web))
-    raise typer.Exit(_go(_serve(settings, bots)))
+    raise typer.Exit(_go(_serve(settings, bots, waits=True)))
 
 
 @cli.command()
@@ -428,7 +428,7 @@ def _stop(lines: list[str]) -> NoReturn:
     raise SystemExit(EX_CONFIG)
 
 
-async def _serve(settings: Settings, bots: list[Bot]) -> int:
+async def _serve(settings: Settings, bots: list[Bot], waits: bool = False) -> int:
     """Loading may take minutes, and a container's first process hears no signal that it has not asked for."""
     from core.app import open_app
 
@@ -437,7 +437,7 @@ async def _serve(settings: Settings, bots: list[Bot]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, opening.cancel)  # app.run hears them from then on
     try:
-        async with open_app(settings) as app:
+        async with open_app(settings, waits) as app:
             return await app.run(bots)
     except asyncio.CancelledError:
         print("stopped before it served", file=sys.stderr)

@@ -39,6 +39,8 @@ BEAT = 0.25
 HELD = 10.0
 """Seconds until another process serves a platform whose own stands still; renewed three times as often."""
 LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+START = 600.0
+"""Seconds that systemd gives a start that says it is still at it, as the unit does from the beginning."""
 STEADY = 60.0
 """A bot that served this long was healthy: its next failure counts as the first."""
 
@@ -256,13 +258,28 @@ async def _all(tasks: Collection[asyncio.Task[None]]) -> bool:
     return bool(await asyncio.wait(tasks))
 
 
-@contextlib.asynccontextmanager
-async def open_app(settings: Settings) -> AsyncIterator[App]:
-    """Journal, engine, courier, chat. Raises JournalError or EngineError, one clear line each."""
-    from core.journal.journal import open_journal
+async def _open_journal(url: str, waits: bool) -> Journal:
+    from core.journal.journal import JournalBusy, open_journal
 
+    tries = 0
+    while True:
+        try:
+            return await open_journal(url, progress=log.info)
+        except JournalBusy as error:
+            if not waits:
+                raise
+            log.warning("%s; waiting for it", error)
+        systemd.notify(f"EXTEND_TIMEOUT_USEC={START * 1e6:.0f}")
+        await asyncio.sleep(backoff(tries, 30.0, first=1.0))
+        tries += 1
+
+
+@contextlib.asynccontextmanager
+async def open_app(settings: Settings, waits: bool = False) -> AsyncIterator[App]:
+    """Journal, engine, courier, chat. Raises JournalError or EngineError, one clear line each; if it `waits`, not for a
+    PostgreSQL that is away: that comes back, as under a house that runs."""
     async with contextlib.AsyncExitStack() as stack:
-        journal = await open_journal(settings.database_url.get_secret_value(), progress=log.info)
+        journal = await _open_journal(settings.database_url.get_secret_value(), waits)
         stack.push_async_callback(journal.aclose)
         voice = await stack.enter_async_context(open_voice(settings))
         courier = Courier(journal, settings.delivery)

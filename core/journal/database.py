@@ -38,6 +38,8 @@ GROUP = 256
 RESCUE_EVERY = 10.0
 """Seconds after which saving a file that is gone from its place is tried again."""
 READ_ONLY = "25006"
+AWAY_CLASS = ("08", "25", "53", "57")
+"""PostgreSQL's: no connection, read-only, no room, starting or stopping. The others are for a person to mend."""
 ASK_FOR = 30.0
 """Seconds in which PostgreSQL may come back and say whether a commit that broke off took place."""
 
@@ -257,6 +259,12 @@ def busy(error: BaseException) -> JournalBusy | None:
     if isinstance(error, DBAPIError | OSError | PoolTimeout | asyncio.TimeoutError | sqlite3.Error):
         return _not_now(original)
     return None
+
+
+def away(error: BaseException) -> bool:
+    """Could PostgreSQL not be reached, or not work yet?"""
+    state = getattr(getattr(error, "orig", None) or error, "sqlstate", None)
+    return state[:2] in AWAY_CLASS if state else isinstance(error, OSError | asyncio.TimeoutError)
 
 
 def _not_now(error: BaseException | None) -> JournalBusy:

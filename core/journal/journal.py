@@ -43,7 +43,8 @@ class Received:
 async def open_journal(url: str, *, progress: Callable[[str], None] = lambda line: None) -> Journal:
     """Check, migrate and open. `progress` hears one line per long step.
 
-    Raises JournalError: a wrong address, a database out of reach, a newer schema, a corrupt file without a good backup.
+    Raises JournalBusy where PostgreSQL is away, else JournalError: a wrong address, a newer schema, a corrupt file
+    without a good backup.
     """
     address = parse(url)
     file = file_of(address)

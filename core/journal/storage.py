@@ -24,7 +24,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.engine import URL
 
-from core.journal.database import JournalError, busy, file_of, open_database
+from core.journal.database import JournalBusy, JournalError, away, busy, file_of, open_database
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ def _tables(file: Path) -> set[str]:
 
 
 async def migrate(url: URL, progress: Callable[[str], None]) -> None:
-    """Bring the tables to this version, all in one transaction. Raises JournalError."""
+    """Bring the tables to this version, all in one transaction. Raises JournalError; JournalBusy where PostgreSQL is
+    away."""
     database = open_database(url, writes=True)
     try:
         await database.run(lambda connection: _upgrade(connection, progress))
@@ -97,8 +98,8 @@ async def migrate(url: URL, progress: Callable[[str], None]) -> None:
         ) from None
     except Exception as error:
         where = file_of(url) or url.host or url.query.get("host")
-        reason = busy(error)
-        raise JournalError(f"the journal cannot be opened at {where}: {reason or error}") from error
+        line = f"the journal cannot be opened at {where}: {busy(error) or error}"
+        raise (JournalError if file_of(url) or not away(error) else JournalBusy)(line) from error
     finally:
         await database.dispose()
 

