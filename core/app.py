@@ -95,6 +95,7 @@ class App:
         self.settings, self.journal, self.courier, self.chat = settings, journal, courier, chat
         self.serving: dict[str, str] = {}  # bot -> why it does not serve, "" when it does
         self.stopping = asyncio.Event()
+        self._code = 0
 
     async def run(self, bots: Sequence[Bot]) -> int:
         """Serve until a signal or until no bot is left; then drain. The process's exit code."""
@@ -121,7 +122,7 @@ class App:
         for failure in failures:
             log.critical("the house fell down", exc_info=failure)
         left = asked or not bots or any(not self.serving.get(bot.name) for bot in bots)
-        return 1 if failures or not left else 0
+        return 1 if failures or not left else self._code
 
     def stop(self) -> None:
         """Drain and end; called a second time, the process ends at once."""
@@ -208,8 +209,8 @@ class App:
             await asyncio.sleep(wait)
 
     async def _beat(self) -> None:
-        """Until cancelled: measure how late the event loop wakes, feed the watchdog, see that the journal's
-        file is in its place, back it up hourly."""
+        """Until cancelled: measure how late the event loop wakes, feed the watchdog, see that the engine has the model
+        we know and the journal's file is in its place, back it up hourly."""
         backup_at, look_at = time.monotonic() + BACKUP_EVERY, 0.0
         backup: asyncio.Task[None] | None = None
         while True:
@@ -217,6 +218,10 @@ class App:
             await asyncio.sleep(BEAT)
             metrics.loop_lag_seconds.observe(max(0.0, time.monotonic() - began - BEAT))
             systemd.notify("WATCHDOG=1")
+            if (other := getattr(self.chat.voice.engine, "other", "")) and not self.stopping.is_set():
+                log.critical("%s; this process ends here, the next start learns it", other)
+                self._code = os.EX_TEMPFAIL
+                self.stop()
             if time.monotonic() >= look_at:
                 look_at = time.monotonic() + LOOK_EVERY
                 with contextlib.suppress(NotAccepted):  # /readyz tells

@@ -5,6 +5,7 @@ EngineError
  ├─ PromptTooLong   prompt and reply do not fit the model's positions
  ├─ EngineClosed    closed, or died and could not be brought back
  ├─ Cancelled       the request was given up (deadline, client gone)
+ ├─ OtherModel      the engine has another model than the one whose tokenizer is asked with
  ├─ BadCheckpoint   the model cannot be loaded; the text says which file and what to do
  └─ Failed          this request raised; others did not suffer
 """
@@ -33,6 +34,9 @@ class EngineClosed(EngineError): ...
 
 
 class Cancelled(EngineError): ...
+
+
+class OtherModel(EngineError): ...
 
 
 class BadCheckpoint(EngineError): ...

@@ -23,7 +23,7 @@ import aiohttp
 
 from core.backoff import backoff
 from core.engine import wire
-from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelInfo, SamplingParams
+from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelInfo, OtherModel, SamplingParams
 from core.engine.folder import PrivateFolder
 from core.engine.hub import resolve
 from core.engine.process import EngineProcess
@@ -68,6 +68,8 @@ class HttpEngine:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
             raise_for_status=False,
         )
+        self.other = ""
+        """The line that says so, once an engine elsewhere has another model than at the start: only a new one helps."""
         self._info: ModelInfo | None = None
         self._files: PrivateFolder | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -257,6 +259,8 @@ class HttpEngine:
             if self.process:
                 self.process.kill(str(refusal))
             raise Unreachable(str(refusal))
+        if isinstance(refusal, OtherModel):
+            self.other = f"{self.address}: {refusal}"
         raise refusal
 
     def _unreachable(self, error: BaseException) -> str:
@@ -289,7 +293,9 @@ class HttpEngine:
 
     async def _ask_info(self) -> ModelInfo:
         try:
-            return wire.load_info(await self._insist("GET", "/info"))
+            said = await self._insist("GET", "/info")
+            self._session.headers[wire.MODEL] = str(said.pop("fingerprint", ""))
+            return wire.load_info(said)
         except (ValueError, TypeError) as error:
             raise EngineClosed(f"{self.address} is no engine of this version ({wire.one_line(error)})") from error
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from core.engine import wire
-from core.engine.base import Engine, EngineClosed, EngineError, Failed, ModelInfo
+from core.engine.base import Engine, EngineClosed, EngineError, Failed, ModelInfo, OtherModel
 from core.engine.hub import resolve
 from core.engine.machine import spin_briefly
 from core.logs import announce
@@ -49,6 +49,7 @@ class Server:
 
     def __init__(self, engine: Engine | None = None, why: str = "the model is loading") -> None:
         self.engine, self.why = engine, why
+        self._fingerprint = ""
         self.running = 0
         self.counts: Counter[str] = Counter()
 
@@ -106,7 +107,8 @@ class Server:
         return web.json_response({})
 
     async def info(self, request: web.Request) -> web.Response:
-        return web.json_response(asdict(self._open(request).info))
+        engine = self._open(request)
+        return web.json_response(asdict(engine.info) | {"fingerprint": self._model(engine)})
 
     async def tokenizer(self, request: web.Request) -> web.Response:
         files = await asyncio.to_thread(_tokenizer_files, self._open(request).info)
@@ -116,7 +118,10 @@ class Server:
         return web.Response(text="alive\n")
 
     async def readyz(self, request: web.Request) -> web.Response:
-        why = self.why if self.engine is None or self.why else await self.engine.ready()
+        try:
+            why = await self._open(request).ready()
+        except EngineError as error:
+            why = str(error)
         return web.Response(text=f"{why or 'ready'}\n", status=503 if why else 200)
 
     async def metrics(self, request: web.Request) -> web.Response:
@@ -131,7 +136,14 @@ class Server:
             raise web.HTTPUnsupportedMediaType  # so that no page in a browser on this machine can post here
         if self.engine is None or self.why:
             raise EngineClosed(self.why)
+        model = request.headers.get(wire.MODEL)
+        if model is not None and model != self._model(self.engine):
+            raise OtherModel(f"the engine has another model now: {self.engine.info.name}")
         return self.engine
+
+    def _model(self, engine: Engine) -> str:
+        self._fingerprint = self._fingerprint or wire.fingerprint(_tokenizer_files(engine.info))
+        return self._fingerprint
 
     @web.middleware
     async def _in_json(self, request: web.Request, handler: Answer) -> web.StreamResponse:

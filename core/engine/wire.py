@@ -2,11 +2,13 @@
 
 A request is {"prompt": [ids], "params": {…}, "session": "", "deadline": seconds or null}, its answer
 {"completions": [{…}]}; a hint of what to prepare is {"prompt": [ids], "session": ""}, its answer {}; a refusal is
-{"error": the exception's name, "message": one line}.
+{"error": the exception's name, "message": one line}. The header MODEL says whose ids they are, as /info names it; an
+engine with another model refuses.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -20,6 +22,7 @@ from core.engine.base import (
     EngineError,
     Failed,
     ModelInfo,
+    OtherModel,
     PromptTooLong,
     QueueFull,
     SamplingParams,
@@ -30,6 +33,7 @@ STATUS: dict[type[EngineError], int] = {
     PromptTooLong: 422,
     EngineClosed: 503,
     Cancelled: 504,
+    OtherModel: 409,
     BadCheckpoint: 500,
     Failed: 500,
 }
@@ -38,6 +42,7 @@ ERRORS = {error.__name__: error for error in STATUS}
 BAD_REQUEST = "BadRequest"
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
 """What a client elsewhere needs of the checkpoint's folder."""
+MODEL = "Palaver-Model"
 _KINDS = {"float": (int, float), "int": (int,), "int | None": (int, type(None))}
 _FIELDS: dict[str, tuple[type, ...]] = {field.name: _KINDS[str(field.type)] for field in fields(SamplingParams)}
 _FARTHEST = 1e9
@@ -102,6 +107,11 @@ def dump_completions(completions: Sequence[Completion]) -> dict[str, object]:
 
 def load_completions(answer: dict[str, Any]) -> list[Completion]:
     return [Completion(**completion) for completion in answer["completions"]]
+
+
+def fingerprint(files: dict[str, str]) -> str:
+    """Of the files in TOKENIZER_FILES: who has the same means the same by an id."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def load_info(answer: dict[str, Any]) -> ModelInfo:

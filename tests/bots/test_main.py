@@ -275,6 +275,40 @@ async def test_a_signal_while_the_model_is_fetched_ends_it(
     assert process.returncode == code and b"Traceback" not in errors, errors.decode()
 
 
+async def test_an_engine_that_comes_back_with_another_model_ends_it_and_the_next_start_answers(
+    tmp_path: Path, browser: aiohttp.ClientSession
+) -> None:
+    for model in ("one", "other"):
+        (tmp_path / model).mkdir()
+        for file in ("config.json", "tokenizer.json"):
+            (tmp_path / model / file).write_bytes((EMBEDDED / file).read_bytes() + b" " * (model == "other"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = "{}:{}".format(*free.getsockname())
+
+    @contextlib.asynccontextmanager
+    async def serving(model: str) -> AsyncIterator[None]:
+        engine = await start(tmp_path, "engine", place, MODEL=model)
+        try:
+            assert engine.stdout and b"ready" in await engine.stdout.readline()
+            yield
+        finally:
+            engine.kill()
+            await engine.communicate()
+
+    async with contextlib.AsyncExitStack() as stack:
+        async with serving("one"):
+            process, address = await stack.enter_async_context(running(tmp_path, ENGINE=f"http://{place}", GRACE="1"))
+            assert await say(address, "question-1", "hello there", browser) == "Hello there"
+        async with serving("other"):
+            async with browser.get(address + "/readyz") as response:
+                assert (response.status, await response.text()) == (503, "the engine has another model now: echo\n")
+            with pytest.raises(TypeError, match="8:1001"):  # the page goes before there is a reply
+                await say(address, "question-2", "are you there", browser)
+            assert await asyncio.wait_for(process.wait(), PATIENCE) == 75
+            _, address = await stack.enter_async_context(running(tmp_path, ENGINE=f"http://{place}"))
+            assert await say(address, "question-2", "are you there", browser) == "Are you there"
+
+
 SLOWLY = """
 import time
 from core import app

@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 
 from core.engine import wire
-from core.engine.base import Completion, EngineClosed, EngineError, ModelInfo, SamplingParams
+from core.engine.base import Completion, EngineClosed, EngineError, ModelInfo, OtherModel, SamplingParams
 from core.engine.echo_engine import EchoEngine
 from core.engine.folder import PrivateFolder
 from core.engine.server import BODY_LIMIT, Server, bound
@@ -80,12 +80,28 @@ async def test_generate_and_what_it_counts(checkpoint: Callable[..., Path], fold
 async def test_whoever_asks_learns_the_model(checkpoint: Callable[..., Path], folder: Path) -> None:
     async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
         async with http.get("/info") as answer:
-            assert wire.load_info(await answer.json()) == ModelInfo(
-                "echo", 256, 384, 256, str(checkpoint()), "says it back, no model"
-            )
+            said = await answer.json()
+            assert len(said.pop("fingerprint")) == 64
+            assert wire.load_info(said) == ModelInfo("echo", 256, 384, 256, str(checkpoint()), "says it back, no model")
         async with http.get("/tokenizer") as answer:
             files = await answer.json()
     assert files == {name: (checkpoint() / name).read_text("utf-8") for name in ("config.json", "tokenizer.json")}
+
+
+async def test_who_asks_with_another_models_ids_is_refused(checkpoint: Callable[..., Path], folder: Path) -> None:
+    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+        async with http.get("/info") as answer:
+            mine = (await answer.json())["fingerprint"]
+        for model, statuses in ((mine, [200, 200, 200]), ("another", [409, 409, 503])):
+            headers = {wire.MODEL: model}
+            async with (
+                http.post("/generate", json=GOOD, headers=headers) as generated,
+                http.post("/prepare", json={"prompt": [1], "session": "s"}, headers=headers) as prepared,
+                http.get("/readyz", headers=headers) as ready,
+            ):
+                assert [generated.status, prepared.status, ready.status] == statuses
+                if model != mine:
+                    assert type(wire.load_error(await generated.json())) is OtherModel
 
 
 async def test_while_the_model_loads_it_lives_but_is_not_ready(folder: Path) -> None:
