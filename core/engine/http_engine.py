@@ -37,6 +37,8 @@ PATIENCE = 60.0
 """Seconds without an engine that a request without a deadline bears, and that a start waits for a remote one."""
 OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """What keeps us from asking, and says nothing of a child."""
+SILENCE = 10.0
+"""Seconds in which an answer that needs no model must go on."""
 HINT = 5.0
 """Seconds for a hint to be taken, after which it is void."""
 SUSPECT, MOST_DEATHS = 2, 5
@@ -238,7 +240,11 @@ class HttpEngine:
     async def _exchange(self, method: str, path: str, body: dict[str, object]) -> dict[str, Any]:
         try:
             async with self._session.request(
-                method, f"{self._base}{path}", json=body if method == "POST" else None, allow_redirects=False
+                method,
+                f"{self._base}{path}",
+                json=body if method == "POST" else None,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(sock_connect=10.0, sock_read=None if path == "/generate" else SILENCE),
             ) as answer:
                 status, text = answer.status, await answer.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:

@@ -643,6 +643,16 @@ async def test_nobody_there_is_one_line_after_a_while() -> None:
     assert time.monotonic() - began >= 0.3
 
 
+async def test_who_takes_the_call_and_says_nothing_is_one_line_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_engine, "SILENCE", 0.2)
+    with bound("127.0.0.1:0") as hole:
+        hole.listen()
+        address = "http://{}:{}".format(*hole.getsockname())
+        async with asyncio.timeout(30):
+            with pytest.raises(EngineClosed, match=f"{address} does not answer"):
+                await connect_engine(address, patience=0.5)
+
+
 @pytest.mark.parametrize(
     ("status", "body", "says"),
     [
