@@ -1,7 +1,8 @@
 """The engine somewhere else: in a child process (`spawn_engine`) or at an address (`connect_engine`). Torch-free.
 
 A request is a pure function of prompt and params, its seed is drawn here, so whenever an engine dies or a wire breaks
-the same request is sent again until its deadline: the caller notices nothing but the clock.
+the same request is sent again until its deadline: the caller notices nothing but the clock. A wire may also die without
+a sign, so one elsewhere that is silent is asked again beside the first time, and counts both as one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -38,7 +40,9 @@ PATIENCE = 60.0
 OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """What keeps us from asking, and says nothing of a child."""
 SILENCE = 10.0
-"""Seconds in which an answer that needs no model must go on."""
+"""Seconds in which an answer that needs no model must go on, and after which one elsewhere is asked again."""
+MOST_SENDS = 6
+"""How often a request is under way at once, each time over another wire."""
 HINT = 5.0
 """Seconds for a hint to be taken, after which it is void."""
 SUSPECT, MOST_DEATHS = 2, 5
@@ -207,42 +211,49 @@ class HttpEngine:
     async def _once(
         self, method: str, path: str, body: Callable[[], dict[str, object]], end: float | None
     ) -> dict[str, Any]:
-        """One exchange; nobody waits for it beyond `end`, when it raises Cancelled."""
-        left = None if end is None else end - time.monotonic()
-        if left is not None and left <= 0:
-            raise Cancelled("the deadline has passed")
-        exchange = self._spawn(self._exchange(method, path, body()))
+        """One answer; nobody waits for it beyond `end`, when it raises Cancelled."""
+        began, number = time.monotonic(), f"{random.getrandbits(64):x}"
+        silence = SILENCE if path == "/generate" and not self.process else math.inf
+        asked: set[asyncio.Task[dict[str, Any]]] = set()
+        done: set[asyncio.Task[dict[str, Any]]] = set()
         try:
-            await asyncio.wait({exchange}, timeout=left)
-        except asyncio.CancelledError:
-            exchange.cancel()  # the connection closes, and with that the other end gives the request up
-            raise
-        if exchange.done():
-            if exchange.cancelled():
-                raise EngineClosed("the engine is closed")
-            return exchange.result()
-        assert left is not None
-        self._spawn(self._overdue(exchange, max(left, self.mercy)))
-        raise Cancelled("no answer within the deadline")
+            while (left := math.inf if end is None else end - time.monotonic()) > 0:
+                if not done and len(asked) < MOST_SENDS:
+                    asked.add(self._spawn(self._exchange(method, path, body(), number)))
+                bound = min(left, silence)
+                done, asked = await asyncio.wait(
+                    asked, timeout=None if bound == math.inf else bound, return_when=asyncio.FIRST_COMPLETED
+                )
+                for exchange in done:
+                    if exchange.cancelled():
+                        raise EngineClosed("the engine is closed")
+                    if not exchange.exception() or not asked:  # what fails beside another is not the last word
+                        return exchange.result()
+            if self.process and asked:
+                self._spawn(self._overdue(self.process, asked.pop(), max(time.monotonic() - began, self.mercy)))
+            raise Cancelled("no answer within the deadline")
+        finally:
+            for exchange in asked:  # its connection closes, and with that the other end gives the request up
+                exchange.cancel()
 
     async def _hint(self, body: dict[str, object]) -> None:
         async with asyncio.timeout(HINT):
             await self._exchange("POST", "/prepare", body)
 
-    async def _overdue(self, exchange: asyncio.Task[dict[str, Any]], bound: float) -> None:
+    async def _overdue(self, process: EngineProcess, exchange: asyncio.Task[dict[str, Any]], bound: float) -> None:
         """A child that says nothing for `bound` seconds more, not even that it gave the request up, hangs."""
-        if self.process:
-            await asyncio.wait({exchange}, timeout=bound)
-            if not exchange.done():
-                self.process.kill("no answer at twice the deadline of a request")
+        await asyncio.wait({exchange}, timeout=bound)
+        if not exchange.done():
+            process.kill("no answer at twice the deadline of a request")
         exchange.cancel()
 
-    async def _exchange(self, method: str, path: str, body: dict[str, object]) -> dict[str, Any]:
+    async def _exchange(self, method: str, path: str, body: dict[str, object], number: str = "") -> dict[str, Any]:
         try:
             async with self._session.request(
                 method,
                 f"{self._base}{path}",
                 json=body if method == "POST" else None,
+                headers={wire.REQUEST: number},
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(sock_connect=10.0, sock_read=None if path == "/generate" else SILENCE),
             ) as answer:

@@ -20,14 +20,14 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from core.engine import wire
-from core.engine.base import Engine, EngineClosed, EngineError, Failed, ModelInfo, OtherModel
+from core.engine.base import Completion, Engine, EngineClosed, EngineError, Failed, ModelInfo, OtherModel
 from core.engine.hub import resolve
 from core.engine.machine import spin_briefly
 from core.logs import announce
@@ -44,13 +44,21 @@ LOOK_EVERY = 1.0
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
+@dataclass
+class _UnderWay:
+    """A request, and how many wait for its answer: it was sent again where its wire may have died."""
+
+    answer: asyncio.Task[list[Completion]]
+    waiting: int = 0
+
+
 class Server:
     """The routes over one engine. `why` is the line for those who ask before it is there, or while it ends."""
 
     def __init__(self, engine: Engine | None = None, why: str = "the model is loading") -> None:
         self.engine, self.why = engine, why
         self._fingerprint = ""
-        self.running = 0
+        self.running: dict[object, _UnderWay] = {}
         self.counts: Counter[str] = Counter()
 
     def application(self) -> web.Application:
@@ -85,14 +93,26 @@ class Server:
     async def generate(self, request: web.Request) -> web.Response:
         engine = self._open(request)
         prompt, params, session, deadline = wire.load_request(await request.read(), engine.info.vocab_size)
-        self.running += 1
-        try:
+
+        async def answer() -> list[Completion]:
             completions = await engine.generate(prompt, params, session=session, deadline=deadline)
+            self.counts["requests"] += 1
+            self.counts["prompt_tokens"] += len(prompt)
+            self.counts["reply_tokens"] += sum(len(completion.token_ids) for completion in completions)
+            return completions
+
+        key = request.headers.get(wire.REQUEST) or object()
+        if key not in self.running:
+            self.running[key] = _UnderWay(asyncio.create_task(answer()))
+        this = self.running[key]
+        this.waiting += 1
+        try:
+            completions = await asyncio.shield(this.answer)
         finally:
-            self.running -= 1
-        self.counts["requests"] += 1
-        self.counts["prompt_tokens"] += len(prompt)
-        self.counts["reply_tokens"] += sum(len(completion.token_ids) for completion in completions)
+            this.waiting -= 1
+            if not this.waiting:
+                del self.running[key]
+                this.answer.cancel()
         return web.json_response(wire.dump_completions(completions))
 
     async def prepare(self, request: web.Request) -> web.Response:
@@ -125,7 +145,7 @@ class Server:
         return web.Response(text=f"{why or 'ready'}\n", status=503 if why else 200)
 
     async def metrics(self, request: web.Request) -> web.Response:
-        lines = ["# TYPE palaver_engine_requests_running gauge", f"palaver_engine_requests_running {self.running}"]
+        lines = ["# TYPE palaver_engine_requests_running gauge", f"palaver_engine_requests_running {len(self.running)}"]
         for name in sorted({"requests", "prompt_tokens", "reply_tokens", *self.counts}):
             total = f"palaver_engine_{name}_total"
             lines += [f"# TYPE {total} counter", f"{total} {self.counts[name]}"]
@@ -276,7 +296,7 @@ async def serve_engine(settings: Settings, address: str) -> int:
                 raise EngineClosed(died.result())
             died.cancel()
             server.why = "the engine is stopping"
-            log.info("stopping: %d requests under way have %g s", server.running, settings.grace)
+            log.info("stopping: %d requests under way have %g s", len(server.running), settings.grace)
     return 0
 
 

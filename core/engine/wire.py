@@ -3,7 +3,7 @@
 A request is {"prompt": [ids], "params": {…}, "session": "", "deadline": seconds or null}, its answer
 {"completions": [{…}]}; a hint of what to prepare is {"prompt": [ids], "session": ""}, its answer {}; a refusal is
 {"error": the exception's name, "message": one line}. The header MODEL says whose ids they are, as /info names it; an
-engine with another model refuses.
+engine with another model refuses. What comes with the same REQUEST is one request, computed once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ERRORS = {error.__name__: error for error in STATUS}
 BAD_REQUEST = "BadRequest"
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
 """What a client elsewhere needs of the checkpoint's folder."""
-MODEL = "Palaver-Model"
+MODEL, REQUEST = "Palaver-Model", "Palaver-Request"
 _KINDS = {"float": (int, float), "int": (int,), "int | None": (int, type(None))}
 _FIELDS: dict[str, tuple[type, ...]] = {field.name: _KINDS[str(field.type)] for field in fields(SamplingParams)}
 _FARTHEST = 1e9

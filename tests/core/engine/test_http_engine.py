@@ -628,6 +628,66 @@ async def test_an_engine_elsewhere_may_go_and_come_back(checkpoint: Make, caplog
         folder.close()
 
 
+@pytest.mark.parametrize("lost", ["request", "answer"])
+async def test_a_wire_that_dies_in_silence_costs_no_answer(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Something between takes the bytes of the first question, or of its answer, and passes nothing on any more."""
+    monkeypatch.setattr(http_engine, "SILENCE", 0.3)
+    cut: list[asyncio.StreamWriter] = []
+
+    async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        their_reader, their_writer = await asyncio.open_connection(*place.getsockname())
+
+        async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter, mark: bytes) -> None:
+            while data := await source.read(1 << 16):
+                if not cut and mark in data:
+                    cut.append(writer)
+                if writer not in cut:
+                    sink.write(data)
+            sink.close()
+
+        request, answer = (b"POST /generate", b"\0") if lost == "request" else (b"\0", b"completions")
+        await asyncio.gather(pass_on(reader, their_writer, request), pass_on(their_reader, writer, answer))
+
+    with bound("127.0.0.1:0") as place:
+        async with (
+            Server(EchoEngine(checkpoint()), "").listening(place),
+            await asyncio.start_server(between, "127.0.0.1") as server,
+        ):
+            there = await connect_engine("http://{}:{}".format(*server.sockets[0].getsockname()))
+            try:
+                began = time.monotonic()
+                [completion] = await there.generate([1, 256], SamplingParams(), deadline=60)
+                assert completion.token_ids == [1] and cut and time.monotonic() - began < 30
+            finally:
+                await there.aclose()
+
+
+async def test_a_long_answer_is_waited_for_and_computed_once(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_engine, "SILENCE", 0.1)
+    ends: list[str] = []
+
+    class Slow(EchoEngine):
+        async def generate(
+            self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
+        ) -> list[Completion]:
+            try:
+                await asyncio.sleep(prompt[0] / 10)
+            except asyncio.CancelledError:
+                ends.append("given up")
+                raise
+            ends.append("answered")
+            return await super().generate(prompt, params)
+
+    async with over_http(Slow(checkpoint())) as there:
+        assert await there.generate([10, 256], SamplingParams(), deadline=60)
+        assert ends == ["answered"]
+        with pytest.raises(Cancelled):
+            await there.generate([300, 256], SamplingParams(), deadline=0.5)
+        await until(lambda: ends == ["answered", "given up"])
+
+
 @pytest.mark.parametrize("address", ["http://", "unix:", "ftp://", "somewhere", "http://[x"])
 async def test_what_is_no_address_is_one_line(address: str) -> None:
     with pytest.raises(EngineClosed, match="is no address"):
