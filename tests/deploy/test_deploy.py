@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,12 @@ def test_the_compose_file_fits_the_specification() -> None:
     check = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
     done = subprocess.run([*check, str(ROOT / "deploy/docker/compose.yaml")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_git_takes_no_secrets() -> None:
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    files = re.findall(r"file: \./(\w+/)\w+", (ROOT / "deploy/docker/compose.yaml").read_text())
+    assert files and {".env", *(f"deploy/docker/{folder}" for folder in files)} <= {*ignored}
 
 
 def test_what_the_image_copies_exists() -> None:
