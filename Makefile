@@ -26,7 +26,8 @@ format: $(VENV)/test.done
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Palaver needs Python 3.11 or newer; name one: make run PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "This Python makes no venv; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
 $(VENV)/run.done: $(VENV)/bin/python pyproject.toml deploy/constraints.txt $(NATIVE)
 	@echo "Setting up (once, a minute or two) ..."

@@ -61,6 +61,19 @@ def test_the_compose_file_fits_the_specification() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_a_python_without_venv_leaves_nothing_that_passes_for_one(tmp_path: Path) -> None:
+    """Debian's makes the folder with its python, and fails then."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nmkdir -p "$3/bin"; touch "$3/bin/python"; exit 1\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        done = subprocess.run(
+            ["make", ".venv/bin/python", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode and "apt install python3-venv" in done.stdout and not (tmp_path / ".venv").exists()
+
+
 def test_git_takes_no_secrets() -> None:
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     files = re.findall(r"file: \./(\w+/)\w+", (ROOT / "deploy/docker/compose.yaml").read_text())
