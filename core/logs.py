@@ -61,7 +61,7 @@ def set_up(level: str, secrets: Iterable[str] = ()) -> None:
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[stream], force=True)
-    for name in ("httpx", "httpcore", "aiohttp.access", "discord.gateway", "alembic", "asyncio"):
+    for name in ("httpx", "httpcore", "httpx2", "httpcore2", "aiohttp.access", "discord.gateway", "alembic", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.captureWarnings(True)
     crash = logging.getLogger("palaver")
