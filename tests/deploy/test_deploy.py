@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,36 @@ def test_git_takes_no_secrets() -> None:
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     files = re.findall(r"file: \./(\w+/)\w+", (ROOT / "deploy/docker/compose.yaml").read_text())
     assert files and {".env", *(f"deploy/docker/{folder}" for folder in files)} <= {*ignored}
+
+
+def test_the_image_is_healthy_also_where_a_proxy_is_set() -> None:
+    """Its health check, asking a page of ours on a port of ours."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/livez" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    text = (ROOT / "deploy/docker/Dockerfile").read_text().replace("\\\n", "")
+    [check] = [line.split(" CMD ", 1)[1] for line in text.splitlines() if line.startswith("HEALTHCHECK")]
+    server = http.server.HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        for port, healthy in ((server.server_port, True), (1, False)):
+            environment = {"PATH": str(BIN), "WEB_PORT": str(port), "http_proxy": "http://127.0.0.1:9"}
+            done = subprocess.run(json.loads(check), env=environment, capture_output=True, timeout=60)
+            assert (done.returncode == 0) is healthy, done.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_what_env_says_cuts_no_page_off() -> None:
+    """env_file comes before environment."""
+    lines = (ROOT / "deploy/docker/compose.yaml").read_text().splitlines()
+    assert {"      WEB_HOST: 0.0.0.0", "      WEB_PORT: 8080", '      - "127.0.0.1:8080:8080"'} <= {*lines}
 
 
 def test_what_the_image_copies_exists() -> None:
