@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 ENV_FILE = ".env"
 JOURNALS = ("sqlite", "sqlite+aiosqlite", "postgres", "postgresql", "postgresql+asyncpg")
+SECRET = (SecretStr, SecretStr | None)
 GroupT = TypeVar("GroupT", bound="Group")
 _NESTED = ConfigDict(frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -44,7 +45,7 @@ class _Files(PydanticBaseSettingsSource):
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         name = field_name.upper()
-        if field.annotation not in (SecretStr, SecretStr | None):
+        if field.annotation not in SECRET:
             return None, name, False
         directory = os.environ.get("CREDENTIALS_DIRECTORY")
         if directory and (Path(directory) / name).is_file():
@@ -277,16 +278,23 @@ def _misspelt(groups: tuple[type[GroupT], ...]) -> list[str]:
     """Names that nobody reads but that look like ours: a setting without effect is a mistake too."""
     known = [name for group in groups for name, *_ in variables(group)]
     nested = {name.split("__")[0] for name in known if "__" in name}
-    ours = {*known, *(f"{name}_FILE" for name in known), *nested}
+    secret = [n.upper() for g in groups for n, f in g.model_fields.items() if f.annotation in SECRET]
+    ours = {*known, *(f"{name}_FILE" for name in secret), *nested}
     lines = []
     for name in {
         *map(str.upper, _dotenv()),
         *(n.upper() for n in os.environ if n.split("__")[0].upper() in nested),
     }:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        near = _near(name, known, 0.85)
         if name not in ours and (near or name.split("__")[0] in nested):
             lines.append(f"{name}: is no setting" + (f"; did you mean {near[0]}?" if near else ""))
     for name in {name.upper() for name in os.environ} - ours:  # others set variables too: no mistake, but worth a word
-        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.9):
+        if near := _near(name, known, 0.9):
             log.warning("%s is no setting and does nothing here; %s is one", name, near[0])
     return lines
+
+
+def _near(name: str, known: list[str], cutoff: float) -> list[str]:
+    """What was meant, if anything: also by who thinks that NAME_FILE is for all, and not for secrets alone."""
+    plain = name.removesuffix("_FILE")
+    return [plain] if plain in known else difflib.get_close_matches(name, known, n=1, cutoff=cutoff)

@@ -85,6 +85,21 @@ def test_a_misspelt_name_is_a_mistake(empty_house: Path, monkeypatch: pytest.Mon
     ]
 
 
+def test_only_a_secret_has_a_file(
+    empty_house: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (empty_house / "url").write_text("sqlite:///mine.db")
+    monkeypatch.setenv("DATABASE_URL_FILE", str(empty_house / "url"))
+    monkeypatch.setenv("LOG_LEVEL_FILE", "/somewhere")
+    read(Settings)
+    assert caplog.messages == ["LOG_LEVEL_FILE is no setting and does nothing here; LOG_LEVEL is one"]
+    (empty_house / ".env").write_text("MODEL_FILE=/somewhere\nQUEUE__TOTAL_FILE=/somewhere\n")
+    assert mistakes(Settings) == [
+        "MODEL_FILE: is no setting; did you mean MODEL?",
+        "QUEUE__TOTAL_FILE: is no setting; did you mean QUEUE__TOTAL?",
+    ]
+
+
 def test_a_misspelt_name_in_the_environment_is_worth_a_word(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
