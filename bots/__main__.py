@@ -101,7 +101,8 @@ def engine(
     """
     from core.engine.server import serve_engine
 
-    if not re.fullmatch(r"unix:.+|.+:\d{1,5}", address):
+    found = re.fullmatch(r"unix:.+|.+:(\d{1,5})", address)
+    if not found or int(found[1] or 0) > 65535:
         _stop([f"{address} is no address: name HOST:PORT, for example 127.0.0.1:8100, or unix:PATH"])
     (settings,) = _settings(Settings)
     raise typer.Exit(_go(serve_engine(settings, address)))
@@ -448,10 +449,13 @@ def _go(work: Coroutine[None, None, int]) -> int:
     """Run to the end; what cannot be opened is one line."""
     from core.delivery import NotAccepted
     from core.engine.base import BadCheckpoint, EngineError
-    from core.journal.journal import JournalError
+    from core.journal.database import JournalError, WrongAddress
 
     try:
         return _run(work)
+    except WrongAddress as error:
+        print(error, file=sys.stderr)
+        return EX_CONFIG
     except BadCheckpoint as error:
         print(f"MODEL: {error}", file=sys.stderr)
         return EX_CONFIG

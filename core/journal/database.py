@@ -30,6 +30,7 @@ T = TypeVar("T")
 Rescue = Callable[[sqlite3.Connection], str]
 
 EXAMPLES = "for example sqlite:///palaver.db or postgresql+asyncpg://palaver:PASSWORD@localhost/palaver"
+SSL = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 FSYNC_FAILED = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
 BAD_VALUE = (sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE)
 BAD_VALUE_CLASS = ("21", "22", "23", "54")  # PostgreSQL's: cardinality, data, integrity, program limits
@@ -48,16 +49,20 @@ class JournalError(Exception):
     """The journal cannot be used; str() is one line that says what to do."""
 
 
+class WrongAddress(JournalError):
+    """DATABASE_URL must be mended first."""
+
+
 class JournalBusy(JournalError, NotAccepted):
     """Not now; nothing was stored."""
 
 
 def parse(url: str) -> URL:
-    """An address in SQLAlchemy's form, with the drivers we speak. Raises JournalError with an example."""
+    """An address in SQLAlchemy's form, with the drivers we speak. Raises WrongAddress."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        raise JournalError(f"DATABASE_URL: is no database address; {EXAMPLES}") from None
+        raise WrongAddress(f"DATABASE_URL: is no database address; {EXAMPLES}") from None
     drivers = {
         "sqlite": "sqlite",
         "sqlite+aiosqlite": "sqlite",
@@ -66,9 +71,9 @@ def parse(url: str) -> URL:
         "postgresql+asyncpg": "postgresql+asyncpg",
     }
     if parsed.drivername not in drivers:
-        raise JournalError(f"DATABASE_URL: only SQLite and PostgreSQL hold a journal; {EXAMPLES}")
+        raise WrongAddress(f"DATABASE_URL: only SQLite and PostgreSQL hold a journal; {EXAMPLES}")
     if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise JournalError(f"DATABASE_URL: a journal in memory would lose everything; name a file, {EXAMPLES}")
+        raise WrongAddress(f"DATABASE_URL: a journal in memory would lose everything; name a file, {EXAMPLES}")
     parsed = parsed.set(drivername=drivers[parsed.drivername])
     if parsed.get_backend_name() == "sqlite":
         return parsed
@@ -76,8 +81,17 @@ def parse(url: str) -> URL:
         {"sslmode": "ssl"}.get(name, name): value for name, value in parsed.query.items()
     }  # libpq's name, asyncpg's
     if unknown := sorted(given.keys() - {"ssl", "host", "port"}):
-        raise JournalError(f"DATABASE_URL: {', '.join(unknown)} cannot be given there; sslmode, host and port can")
-    return parsed.set(query=given)
+        raise WrongAddress(f"DATABASE_URL: {', '.join(unknown)} cannot be given there; sslmode, host and port can")
+    if given.get("ssl", "prefer") not in SSL:
+        raise WrongAddress(f"DATABASE_URL: sslmode must be one of {', '.join(SSL)}")
+    parsed = parsed.set(query=given)
+    try:
+        ports = parsed.get_dialect()().create_connect_args(parsed)[1].get("port", 1)
+    except ArgumentError as error:
+        raise WrongAddress(f"DATABASE_URL: {error}") from None
+    if not all(0 < port < 65536 for port in ([ports] if isinstance(ports, int) else ports)):
+        raise WrongAddress("DATABASE_URL: a port is a number up to 65535")
+    return parsed
 
 
 def file_of(url: URL) -> Path | None:

@@ -24,7 +24,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.engine import URL
 
-from core.journal.database import JournalBusy, JournalError, away, busy, file_of, open_database
+from core.journal.database import JournalBusy, JournalError, WrongAddress, away, busy, file_of, open_database
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ MIGRATING = 0x70616C61766572  # PostgreSQL's advisory lock: two processes that s
 def prepare(file: Path) -> None:
     """Before opening: the folder exists, and the file is whole or was replaced by its newest good copy."""
     if not file.parent.is_dir():
-        raise JournalError(f"DATABASE_URL: the folder {file.parent} does not exist; make it, or name another")
+        raise WrongAddress(f"DATABASE_URL: the folder {file.parent} does not exist; make it, or name another")
     if file.is_dir():
-        raise JournalError(f"DATABASE_URL: {file} is a folder; name a file in it, for example {file / 'palaver.db'}")
+        raise WrongAddress(f"DATABASE_URL: {file} is a folder; name a file in it, for example {file / 'palaver.db'}")
     missing = not file.exists() or file.stat().st_size == 0
     problems = [] if missing else _problems(file)
     if not problems and not missing and (tables := _tables(file)):

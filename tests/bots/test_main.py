@@ -108,6 +108,20 @@ async def test_wrong_settings_are_a_line_each_and_no_value(tmp_path: Path) -> No
     assert time.monotonic() - began < 30  # two seconds on a machine that has nothing else to do
 
 
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql://u:hunter2@127.0.0.1/x?pool=3", "pool cannot be given there"),
+        ("postgresql://u:hunter2@127.0.0.1/x?sslmode=maybe", "sslmode must be one of"),
+        ("sqlite:////nowhere/at/all/palaver.db", "/nowhere/at/all does not exist; make it"),
+        ("sqlite:////tmp", "/tmp is a folder"),
+    ],
+)
+async def test_a_journals_address_that_is_wrong_is_a_wrong_setting(tmp_path: Path, url: str, says: str) -> None:
+    code, _, errors = await palaver(tmp_path, "run", DATABASE_URL=url)
+    assert code == 78 and errors.startswith("DATABASE_URL: ") and says in errors and errors.count("\n") == 1
+
+
 async def test_nothing_to_run_is_a_wrong_setting(tmp_path: Path) -> None:
     code, _, errors = await palaver(tmp_path, "run", WEB_ENABLED="false")
     assert code == 78 and errors.startswith("WEB_ENABLED: ") and len(errors.splitlines()) == 1

@@ -284,6 +284,7 @@ async def test_palaver_engine_stops_with_one_line_when_it_cannot_serve(tmp_path:
     async with palaver_engine(f"unix:{folder}/socket", tmp_path, MODEL=str(tmp_path)) as (process, line):
         assert line == f"MODEL: {tmp_path} has no config.json: it is not a model's folder"
         assert await process.wait() == 78
-    async with palaver_engine("nowhere", tmp_path, ENGINE="echo") as (process, line):
-        assert line.startswith("nowhere is no address")
-        assert await process.wait() == 78
+    for nowhere in ("nowhere", "127.0.0.1:80000"):
+        async with palaver_engine(nowhere, tmp_path, ENGINE="echo") as (process, line):
+            assert line.startswith(f"{nowhere} is no address")
+            assert await process.wait() == 78

@@ -78,6 +78,9 @@ def ids(file: Path) -> list[str]:
         ("postgresql://u:hunter2@127.0.0.1:1/x", "cannot be opened at 127.0.0.1"),
         ("postgresql://u:hunter2@/x?host=127.0.0.1&port=1", "cannot be opened at 127.0.0.1"),
         ("postgresql://u:hunter2@127.0.0.1:1/x?sslmode=require", "cannot be opened at 127.0.0.1"),
+        ("postgresql://u:hunter2@127.0.0.1/x?sslmode=maybe", "sslmode must be one of disable, allow"),
+        ("postgresql://u:hunter2@127.0.0.1/x?host=a&port=b", "port"),
+        ("postgresql://u:hunter2@/x?host=a&port=99999", "a port is a number up to 65535"),
         ("postgresql://u:hunter2@127.0.0.1/x?sslmode=require&pool=3&a=b", "a, pool cannot be given there"),
     ],
 )
