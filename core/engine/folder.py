@@ -9,6 +9,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from core.engine.base import EngineClosed
+
 _PREFIX, _UNFINISHED, _LOCK = "palaver-engine-", ".palaver-engine-", "lock"
 _LONGEST = 60
 """Bytes of the folder above; a Unix socket's path has about 100 at most."""
@@ -18,13 +20,20 @@ class PrivateFolder:
     """`path`, which nobody else may open (0700). Its owner holds a lock on it that ends with the process."""
 
     def __init__(self) -> None:
-        above = Path(tempfile.gettempdir())
-        above = above if len(os.fsencode(above)) <= _LONGEST else Path("/tmp")
-        _sweep(above)
-        made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=above))
-        self._lock = os.open(made / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self.path = made.rename(made.with_name(made.name.removeprefix(".")))  # locked before another's sweep sees it
+        """Raises EngineClosed, one line."""
+        try:
+            above = Path(tempfile.gettempdir())
+            above = above if len(os.fsencode(above)) <= _LONGEST else Path("/tmp")
+            _sweep(above)
+            made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=above))
+            self._lock = os.open(made / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.path = made.rename(
+                made.with_name(made.name.removeprefix("."))
+            )  # locked before another's sweep sees it
+        except OSError as error:
+            reason = error.strerror or error
+            raise EngineClosed(f"no temporary folder can be made ({reason}): set TMPDIR to one with room") from error
 
     def close(self) -> None:
         """Remove it with all that is in it. Harmless the second time."""

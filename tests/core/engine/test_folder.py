@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from core.engine.folder import PrivateFolder
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_only_its_owner_may_open_it_and_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +35,19 @@ def test_a_long_place_for_temporary_files_leaves_room_for_a_socket(
     folder = PrivateFolder()
     assert len(bytes(folder.path / "socket")) < 100
     folder.close()
+
+
+def test_nowhere_to_be_is_one_line(tmp_path: Path) -> None:
+    """A process that may write no file, as where all disks are full."""
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "sys.argv[1:] = ['bench']; runpy.run_module('bots', run_name='__main__')"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ENGINE": "process", "MODEL": "embedded"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 75 and "Traceback" not in done.stderr
+    assert "no temporary folder can be made (No usable temporary directory found" in done.stderr.splitlines()[-1]
+    assert "set TMPDIR" in done.stderr
 
 
 def test_what_a_killed_process_left_is_swept_and_what_lives_is_not() -> None:
