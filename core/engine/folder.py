@@ -28,9 +28,8 @@ class PrivateFolder:
             made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=above))
             self._lock = os.open(made / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self.path = made.rename(
-                made.with_name(made.name.removeprefix("."))
-            )  # locked before another's sweep sees it
+            # locked before another's sweep sees it
+            self.path = made.rename(made.with_name(made.name.removeprefix(".")))
         except OSError as error:
             reason = error.strerror or error
             raise EngineClosed(f"no temporary folder can be made ({reason}): set TMPDIR to one with room") from error
