@@ -6,16 +6,18 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from core.chat import BUSY, LONGEST, SORRY
+from core.courier import LAST
 from core.delivery import NotAccepted
 from core.engine.base import EngineClosed, Failed, QueueFull
 from core.messages import Channel, Message
 from core.settings import QueueLimits
-from tests.simulation.house import House, play
+from tests.simulation.house import House, late, play
 
 
 def test_a_question_is_answered_with_its_history() -> None:
@@ -154,6 +156,37 @@ def test_an_edit_that_is_heard_of_after_its_answer_ended_keeps_its_place(later: 
     play(scene)
 
 
+def test_an_edit_that_is_heard_of_after_its_answer_ended_has_no_more_time() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 2
+        first = house.message("one")
+        await house.chat.receive(first)
+        await asyncio.sleep(1)
+        house.journal.receive = late(house.journal.receive, 30)
+        edit = asyncio.create_task(house.chat.receive(house.message("uno", id=first.id, kind="edit")))
+        await asyncio.sleep(1.5)
+        house.engine.script = [EngineClosed("gone")] * 1000
+        await asyncio.sleep(15)
+        assert (house.states(), house.platform.texts()) == (["expired"], [])
+        await edit
+
+    play(scene, limits=QueueLimits(deadline=10))
+
+
+def test_an_edit_while_a_failure_is_counted_is_answered() -> None:
+    async def scene(house: House) -> None:
+        house.engine.script = [Failed("NaN")]
+        house.journal.attempt = late(house.journal.attempt, 5)
+        first = house.message("one")
+        await house.chat.receive(first)
+        await asyncio.sleep(2)
+        await house.chat.receive(house.message("uno", id=first.id, kind="edit"))
+        await asyncio.sleep(10)
+        assert (house.states(), house.platform.texts()) == (["answered"], ["re uno"])
+
+    play(scene)
+
+
 def test_an_apology_that_an_edit_interrupts_goes_out() -> None:
     async def scene(house: House) -> None:
         house.engine.seconds = 1
@@ -169,17 +202,6 @@ def test_an_apology_that_an_edit_interrupts_goes_out() -> None:
         assert (house.states(), house.platform.texts()) == (["failed"], [SORRY])
 
     play(scene)
-
-
-def late(call: Callable[..., Awaitable[Any]], seconds: float) -> Callable[..., Awaitable[Any]]:
-    """`call`, and its caller hears of it so much later."""
-
-    async def called(*args: Any, **settings: Any) -> Any:
-        result = await call(*args, **settings)
-        await asyncio.sleep(seconds)
-        return result
-
-    return called
 
 
 def test_a_delete_before_the_answer_cancels_it_waiting_or_under_way() -> None:
@@ -207,6 +229,39 @@ def test_reset_starts_the_history_anew_and_drops_the_cache() -> None:
         assert house.engine.prompts[-1] == ["two"] and house.engine.forgotten == ["test:a"]
 
     play(scene)
+
+
+def test_a_reset_that_comes_again_is_obeyed_once() -> None:
+    async def scene(house: House) -> None:
+        asked = house.message("/reset", kind="heard")
+        await house.say("one", "two")
+        await asyncio.sleep(2)
+        assert await house.chat.reset(asked.channel, asked)
+        await house.say("three")
+        await asyncio.sleep(2)
+        assert not await house.chat.reset(asked.channel, asked)
+        await house.say("four")
+        await asyncio.sleep(2)
+        assert house.engine.prompts[-2:] == [["three"], ["three", "re three", "four"]]
+        assert house.engine.forgotten == ["test:a"]
+
+    play(scene)
+
+
+def test_what_waits_in_other_channels_stays_when_one_moves() -> None:
+    async def scene(house: House) -> None:
+        await house.say("one", channel="b")
+        await asyncio.sleep(2)
+        house.engine.seconds = 5
+        await house.say("busy")
+        await house.say("two", channel="b")
+        await asyncio.sleep(1)
+        await house.chat.rekey(house.message("").channel, Channel("test", "moved"))
+        await asyncio.sleep(20)
+        assert house.engine.prompts[-1] == ["one", "re one", "two"]
+        assert house.states() == ["answered"] * 3
+
+    play(scene, limits=QueueLimits(running=1))
 
 
 def test_what_waits_goes_with_a_channel_that_moves() -> None:
@@ -289,6 +344,12 @@ def test_too_many_are_shed_with_one_polite_line_a_minute() -> None:
         assert house.states() == ["answered", "answered", "shed", "shed"]
         assert house.platform.texts().count(BUSY) == 1
         assert [t for t in house.platform.texts() if t != BUSY] == ["re one", "re two"]
+        for told in (1, 1, 2):
+            await house.say("more")
+            await asyncio.sleep(0.5)
+            await house.say("and more", "too many")
+            await asyncio.sleep(25)
+            assert (house.states()[-1], house.platform.texts().count(BUSY)) == ("shed", told)
 
     play(scene, limits=QueueLimits(per_channel=1))
 
@@ -416,6 +477,34 @@ def test_drain_finishes_what_is_under_way_and_leaves_the_rest_for_the_next_start
         await house.open()
         await asyncio.sleep(10)
         assert house.platform.texts() == ["re one", "re two", "re three"]
+
+    play(scene)
+
+
+def test_a_drain_takes_no_longer_than_it_may() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds, house.platform.way = 8, 100
+        await house.say("one")
+        began = house.loop.time()
+        await house.chat.drain(10)
+        assert house.loop.time() - began < 10 + LAST + 1
+        assert [sent.reply.state for sent in house.disk.replies] == ["sending"]
+
+    play(scene)
+
+
+@pytest.mark.parametrize("wrong", [timedelta(), timedelta(days=-1)])
+def test_what_a_start_takes_up_expires_when_it_is_due_and_by_no_wrong_clock_later(wrong: timedelta) -> None:
+    async def scene(house: House) -> None:
+        house.engine.script = [EngineClosed("gone")] * 10_000
+        await house.say("one")
+        await asyncio.sleep(40)
+        await house.kill()
+        house.build()
+        house.chat._now = lambda: house.loop.wall() + wrong
+        await house.open()
+        await asyncio.sleep(65 if wrong else 25)
+        assert house.states() == ["expired"]
 
     play(scene)
 

@@ -28,6 +28,8 @@ class ScriptedPlatform:
         self.script: dict[Channel, list[SendError | Exception]] = {}
         self.arrives_anyway = False
         self.found: str | None = None
+        self.lookups: list[SendError] = []
+        """How looking for what was sent fails, before it finds `found`."""
         self.visible: list[tuple[float, str]] = []
         self.typed: list[tuple[float, Channel]] = []
         self.told: list[str] = []
@@ -52,6 +54,8 @@ class ScriptedPlatform:
         return f"s{len(self.visible)}"
 
     async def find_sent(self, reply: Reply) -> str | None:
+        if self.lookups:
+            raise self.lookups.pop(0)
         return self.found
 
     async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
@@ -95,6 +99,17 @@ class ScriptedEngine:
         self.forgotten.append(session)
 
     async def aclose(self) -> None: ...
+
+
+def late(call: Callable[..., Awaitable[Any]], seconds: float) -> Callable[..., Awaitable[Any]]:
+    """`call`, and its caller hears of it so much later."""
+
+    async def called(*args: Any, **settings: Any) -> Any:
+        result = await call(*args, **settings)
+        await asyncio.sleep(seconds)
+        return result
+
+    return called
 
 
 class House:

@@ -202,6 +202,10 @@ class MemoryJournal:
 
     async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
         await self._before()
+        if asked:
+            if self._known(asked):
+                return False
+            self._disk.rows.append(Row(len(self._disk.rows) + 1, asked, "heard", self._now()))
         self._disk.after[channel] = len(self._disk.rows)
         return True
 
@@ -226,9 +230,10 @@ class MemoryJournal:
         await self._wait(self._dice.uniform(0, 0.005))
         return due[:limit]
 
-    async def begin_send(self, reply: Reply) -> Reply:
+    async def begin_send(self, reply: Reply) -> Reply | None:
         await self._before()
-        return await self._set(replace(reply, state="sending", tries=reply.tries + 1))
+        begun = replace(reply, state="sending", tries=reply.tries + 1)
+        return begun if await self._set(begun) else None
 
     async def sent(self, reply: Reply, id: str) -> None:
         await self._before()
@@ -242,10 +247,12 @@ class MemoryJournal:
         await self._before()
         await self._set(replace(reply, state="abandoned"), note)
 
-    async def _set(self, reply: Reply, note: str = "") -> Reply:
-        place = next(i for i, sent in enumerate(self._disk.replies) if sent.reply.id == reply.id)
-        tries = max(reply.tries, self._disk.replies[place].reply.tries)
-        self._disk.replies[place].reply = replace(reply, tries=tries)
-        self._disk.replies[place].note = note
+    async def _set(self, reply: Reply, note: str = "") -> bool:
+        """False when it is settled already."""
+        stored = next(sent for sent in self._disk.replies if sent.reply.id == reply.id)
+        waits = stored.reply.state in ("pending", "sending")
+        if waits:
+            tries = max(reply.tries, stored.reply.tries)
+            stored.reply, stored.note = replace(stored.reply, state=reply.state, tries=tries), note
         await self._after()
-        return reply
+        return waits
