@@ -68,6 +68,7 @@ async def test_what_came_before_the_start_is_not_lost(server: TelegramServer) ->
         await until(lambda: len(ears.heard) == 122)
     assert "offset" not in server.called("getUpdates")[0]
     assert [message.missed for message in ears.heard] == [*[True] * 120, False, True]
+    assert ears.adopted == [("telegram", str(server.me["id"]))]
 
 
 async def test_confirmed_only_after_the_commit(server: TelegramServer) -> None:
@@ -135,6 +136,18 @@ async def test_one_that_is_no_json_harms_no_other(server: TelegramServer) -> Non
     assert ears.texts == ["one", "two"] and len(ears.failed) == 1
 
 
+async def test_two_answers_cut_off_at_different_places_are_the_wires_fault(server: TelegramServer) -> None:
+    ears = Ears()
+    server.say(ANN, ANN, "one")
+    server.say(ANN, ANN, "two")
+    cut = '{"ok": true, "result": [{"update_id": %d, "mess' % server.pending[0]["update_id"]
+    server.faults += [Fault("garbage", "getUpdates", value=seen) for seen in (cut + 'age": {', cut)]
+    async with serving(server, ears):
+        await until(lambda: len(ears.heard) == 2)
+        await server.confirmed()
+    assert ears.texts == ["one", "two"] and not ears.failed
+
+
 async def test_the_same_again_out_of_order_and_with_new_numbers(server: TelegramServer) -> None:
     ears = Ears()
     server.duplicates, server.reordered = 0.5, 0.3
@@ -186,9 +199,28 @@ async def test_a_reset_that_fails_says_so(server: TelegramServer, monkeypatch: p
     assert [sent.text for sent in server.ledger] == [NOT_NOW]
 
 
+async def test_a_reset_stands_between_what_was_said_before_and_after_it(server: TelegramServer) -> None:
+    ears = Ears()
+    for text in ("before", "/reset", "after"):
+        server.say(ANN, ANN, text)
+    async with serving(server, ears):
+        await server.confirmed()
+    assert ears.order == ["before", "reset", "after"]
+
+
+async def test_a_reset_that_is_not_accepted_is_not_confirmed_and_comes_again(server: TelegramServer) -> None:
+    ears = Ears()
+    ears.refuse = 1
+    server.say(ANN, ANN, "/reset")
+    async with serving(server, ears):
+        await server.until(1)
+        await server.confirmed()
+    assert (ears.order, [sent.text for sent in server.ledger]) == (["reset"], [FORGOTTEN])
+
+
 async def test_reset_and_start(server: TelegramServer) -> None:
     ears = Ears()
-    async with serving(server, ears):
+    async with serving(server, ears) as bot:
         server.say(ANN, ANN, "/start")
         server.say(ANN, ANN, "before")
         again = server.say(ANN, ANN, "/reset")
@@ -197,6 +229,7 @@ async def test_reset_and_start(server: TelegramServer) -> None:
         server.update(message=again)
         sent = await server.until(3)
         await server.confirmed()
+        await until(lambda: not bot._confirming, 10)
     assert ears.resets == [Channel("telegram", "7"), Channel("telegram", f"{GROUP}:45")]
     assert ears.texts == ["before"]
     assert {(s.chat, s.thread, s.text) for s in sent} == {
@@ -256,6 +289,15 @@ async def test_a_group_that_moved_unseen_is_followed_by_the_send(server: Telegra
     assert len(server.called("sendMessage")) == 4
 
 
+async def test_a_group_that_moves_for_ever_is_not_followed_for_ever(server: TelegramServer) -> None:
+    ears = Ears()
+    server.faults.append(Fault("migrated", times=-1, value=-1007777777777))
+    async with serving(server, ears) as bot:
+        with pytest.raises(NotSent):
+            await asyncio.wait_for(bot.send(reply(-55)), 20)
+    assert len(ears.moves) == 1 and len(server.called("sendMessage")) == 2
+
+
 async def test_a_reply_as_it_goes_out(server: TelegramServer) -> None:
     ears = Ears()
     async with serving(server, ears) as bot:
@@ -286,7 +328,10 @@ async def test_a_server_that_will_not_reply_to_what_is_gone_gets_a_plain_message
         (Fault("error", value=[400, "Bad Request: chat not found"]), Refused),
         (Fault("error", value=[404, "Not Found"]), Refused),
         (Fault("error", value=[413, "Request Entity Too Large"]), Refused),
+        (Fault("error", value=[302, "Found"]), NotSent),
         (Fault("error", value=[401, "Unauthorized"]), NotSent),
+        (Fault("error", value=[408, "Request Timeout"]), MaybeSent),
+        (Fault("error", value=[409, "Conflict: terminated by other long poll"]), NotSent),
         *((Fault("page", value=code), MaybeSent) for code in (401, 403, 404, 502)),
         (Fault("error", value=[500, "Internal Server Error: restart"]), MaybeSent),
         (Fault("garbage"), MaybeSent),

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bots import telegram_api
-from bots.telegram_api import Pace, Rejected, TelegramApi, Unreadable, Window
+from bots.telegram_api import Pace, Rejected, TelegramApi, Unreadable, Window, wait_after
 from core.delivery import MaybeSent, NotSent, RetryAfter, SendError, Unservable
 from tests.fakes.telegram_server import Fault, TelegramServer
+from tests.simulation.virtual_time import VirtualLoop, run
 
 HELLO: dict[str, Any] = {"chat_id": 7, "text": "hello"}
 
@@ -107,6 +108,20 @@ async def test_silence_is_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
         await api.aclose()
 
 
+async def test_an_answer_that_never_ends_is_in_doubt_and_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeout = asyncio.timeout
+    monkeypatch.setattr(asyncio, "timeout", lambda seconds: timeout(seconds / 300))
+    async with TelegramServer() as server:
+        server.private(7)
+        server.faults.append(Fault("delay", value=10.0))
+        api = TelegramApi(server.token, server.base)
+        with pytest.raises(MaybeSent):
+            await api.call("sendMessage", **HELLO)
+        await asyncio.sleep(0.1)
+        assert not api._under_way
+        await api.aclose()
+
+
 @pytest.mark.parametrize("parameters", [{"retry_after": float("nan")}, {"retry_after": -5}, {}, {"retry_after": "x"}])
 async def test_a_strange_retry_after_is_a_second(parameters: dict[str, Any]) -> None:
     async with TelegramServer() as server:
@@ -152,6 +167,33 @@ async def test_insist_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
         api = TelegramApi(server.token, server.base)
         assert (await api.insist("getMe"))["is_bot"] is True
         await api.aclose()
+
+
+async def test_what_is_not_found_at_all_says_the_mend() -> None:
+    async with TelegramServer() as server:
+        server.faults.append(Fault("error", "getMe", value=[404, "Not Found"]))
+        api = TelegramApi(server.token, server.base)
+        with pytest.raises(Unservable, match="TELEGRAM_API_BASE"):
+            await api.insist("getMe")
+        await api.aclose()
+
+
+async def test_as_long_is_waited_as_telegram_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bots.telegram_api.backoff", lambda failures: 0.0)
+    began = asyncio.get_running_loop().time()
+    await wait_after(Rejected(429, "Too Many Requests", {"retry_after": 0.3}), 1)
+    assert asyncio.get_running_loop().time() - began >= 0.3
+
+
+def test_all_chats_together_are_sent_thirty_a_second() -> None:
+    async def scene() -> None:
+        pace, times = Pace(), list[float]()
+        for chat in range(100, 200):
+            await pace.turn(chat)
+            times.append(asyncio.get_running_loop().time())
+        assert all(last - first > 1 for first, last in zip(times, times[30:], strict=False)) and times[-1] < 4
+
+    run(VirtualLoop(), scene())
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

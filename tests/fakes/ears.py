@@ -17,6 +17,9 @@ class Ears:
         self.failed: list[tuple[Message, str]] = []
         self.expired: list[tuple[Message, str]] = []
         self.resets: list[Channel] = []
+        self.order: list[str] = []
+        """Texts and resets as they came."""
+        self.adopted: list[tuple[str, str]] = []
         self.moves: list[tuple[Channel, Channel]] = []
         self.refuse = 0
         """So many calls more raise NotAccepted; -1 is all."""
@@ -51,6 +54,7 @@ class Ears:
             seen = any((m.channel, m.id, m.kind) == (message.channel, message.id, message.kind) for m in self.heard)
             if message.kind == "edit" or not seen:
                 self.heard.append(message)
+                self.order.append(message.text)
 
     async def refail(self, *messages: Message, note: str, state: MessageState = "failed") -> None:
         self._asked()
@@ -59,6 +63,7 @@ class Ears:
     async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
         self._asked()
         self.resets.append(channel)
+        self.order.append("reset")
         return True
 
     async def rekey(self, old: Channel, new: Channel) -> None:
@@ -72,7 +77,8 @@ class Ears:
         self._asked()
         return dict(self.marks)
 
-    async def adopt(self, platform: str, account: str) -> None: ...
+    async def adopt(self, platform: str, account: str) -> None:
+        self.adopted.append((platform, account))
 
     async def replied(self, channel: Channel, id: str) -> bool:
         return False

@@ -56,7 +56,7 @@ class Fault:
     times: int = 1
     value: Any = None
     """flood: the parameters, e.g. {"retry_after": 3}; delay: seconds; migrated: the new chat; error: [code, text];
-    page: the HTTP status of some proxy's page, 502 when None."""
+    page: the HTTP status of some proxy's page, 502 when None; garbage: what is sent for an answer."""
 
 
 @dataclass
@@ -333,7 +333,7 @@ class TelegramServer:
                 html = "<html><h1>Not from Telegram</h1></html>"
                 return web.Response(status=fault.value or 502, text=html, content_type="text/html")
             case "garbage":
-                return web.Response(text='{"ok": tr')
+                return web.Response(text=fault.value or '{"ok": tr')
         return _reset(request)
 
     async def _get_updates(self, params: Json) -> list[Any]:
