@@ -140,7 +140,7 @@ async def test_two_answers_cut_off_at_different_places_are_the_wires_fault(serve
     ears = Ears()
     server.say(ANN, ANN, "one")
     server.say(ANN, ANN, "two")
-    cut = '{"ok": true, "result": [{"update_id": %d, "mess' % server.pending[0]["update_id"]
+    cut = f'{{"ok": true, "result": [{{"update_id": {server.pending[0]["update_id"]}, "mess'
     server.faults += [Fault("garbage", "getUpdates", value=seen) for seen in (cut + 'age": {', cut)]
     async with serving(server, ears):
         await until(lambda: len(ears.heard) == 2)

@@ -1,15 +1,17 @@
 """The journal's contract over plain lists, a delay before and after each commit: what was applied survives a crash.
 
-Only what chat and courier call; the real one's contract is in tests/core/journal.
+Only what chat and courier call; the contract, of which it keeps that much, is in tests/core/journal.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
+from core.chat import NO_MARKS
 from core.delivery import NotAccepted
 from core.messages import Channel, Message, MessageState, Reply, Request, Turn
 
@@ -86,7 +88,7 @@ class MemoryJournal:
     def _request(self, row: Row) -> Request:
         return Request(row.row, row.message, row.deadline, row.attempts)
 
-    async def receive(self, *messages: Message, deadline: float, marks: Mapping[Channel, str]) -> Received:
+    async def receive(self, *messages: Message, deadline: float, marks: Mapping[Channel, str] = NO_MARKS) -> Received:
         await self._before()
         asked: list[Request] = []
         changed: list[Request] = []
@@ -165,6 +167,10 @@ class MemoryJournal:
         return Reply(
             id, row.message.channel, row.message.id, text, nonce, part, message=row.row, created_at=self._now()
         )
+
+    async def counts(self) -> dict[str, dict[str, int]]:
+        rows, sent = self._disk.rows, self._disk.replies
+        return {"messages": Counter(row.state for row in rows), "replies": Counter(one.reply.state for one in sent)}
 
     async def state(self, channel: Channel, id: str, account: str = "") -> MessageState | None:
         await self._wait(self._dice.uniform(0, 0.005))

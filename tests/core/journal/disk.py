@@ -14,8 +14,11 @@ ROOT = Path(__file__).parents[3]
 WRITER = """
 import asyncio, sys
 from datetime import UTC, datetime
+from core.journal import database
 from core.journal.journal import JournalBusy, open_journal
 from core.messages import Author, Channel, Message
+
+database.RESCUE_EVERY = 1.0
 
 async def main():
     journal = await open_journal(sys.argv[1])

@@ -1,9 +1,10 @@
-"""The journal's contract, on SQLite and on PostgreSQL."""
+"""The journal's contract, on SQLite and on PostgreSQL; what the simulation needs of it also on plain lists."""
 
 from __future__ import annotations
 
 import asyncio
 import re
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,14 +12,16 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import event
+from sqlalchemy import event, select
 
 from core.journal.database import SQLite
-from core.journal.journal import Journal, JournalBusy, open_journal
+from core.journal.journal import Journal, JournalBusy, JournalError, open_journal
+from core.journal.schema import messages, replies
 from core.messages import Author, Channel, Kind, Message, Reply, Request
 
 HERE = Channel("test", "here")
 THERE = Channel("test", "there")
+in_memory_too = pytest.mark.parametrize("url", ["sqlite", "postgresql", "memory"], indirect=True)
 
 
 def message(id: str, text: str = "", channel: Channel = HERE, kind: Kind = "ask", author: str = "u1") -> Message:
@@ -42,6 +45,7 @@ async def states(journal: Journal) -> dict[str, int]:
     return (await journal.counts())["messages"]
 
 
+@in_memory_too
 async def test_a_message_is_stored_once_however_often_it_comes(journal: Journal) -> None:
     first = await journal.receive(message("1"), message("2"), message("1"), deadline=60)
     again = await journal.receive(message("2"), message("3"), deadline=60)
@@ -70,6 +74,7 @@ async def test_messages_without_an_account_are_adopted(journal: Journal) -> None
     assert other.message.account == "8"
 
 
+@in_memory_too
 async def test_what_comes_back_is_what_was_stored(journal: Journal) -> None:
     stored = await ask(journal, "1", text="¿qué? 'quoted' \\ 🙂")
     (owed,) = await journal.backlog(60)
@@ -93,6 +98,7 @@ async def test_ids_no_database_can_hold_are_held(journal: Journal) -> None:
     assert await states(journal) == {"failed": 1}
 
 
+@in_memory_too
 async def test_an_answer_is_given_once(journal: Journal) -> None:
     request = await ask(journal, "1")
     replies = await journal.answer(request, ["One.", "Two."], spoken="one . two .", seed=2**62, logprob=-3.5)
@@ -105,11 +111,13 @@ async def test_an_answer_is_given_once(journal: Journal) -> None:
     assert await states(journal) == {"answered": 1}
 
 
+@in_memory_too
 async def test_nonces_fit_discord_and_never_repeat(journal: Journal) -> None:
     nonces = {(await answered(journal, str(id)))[0].nonce for id in range(20)}
     assert len(nonces) == 20 and all(re.fullmatch(r"[\w-]{20}", nonce) for nonce in nonces)
 
 
+@in_memory_too
 async def test_history_is_every_turn_once_in_order_of_this_channel_only(journal: Journal) -> None:
     for id in ("1", "2", "3"):
         await answered(journal, id)
@@ -122,6 +130,15 @@ async def test_history_is_every_turn_once_in_order_of_this_channel_only(journal:
     assert await spoken(journal, THERE) == [(0, "text 1"), (1, "re 1 .")]
 
 
+@in_memory_too
+async def test_an_answer_in_parts_is_one_turn(journal: Journal) -> None:
+    for id in ("1", "2"):
+        await journal.answer(await ask(journal, id), ["One.", "Two."], spoken=f"re {id} .")
+    assert await spoken(journal) == [(0, "text 1"), (1, "re 1 ."), (2, "text 2"), (3, "re 2 .")]
+    assert [turn.index for turn in await journal.history(HERE, limit=2)] == [2, 3]
+
+
+@in_memory_too
 async def test_what_was_heard_shed_or_never_delivered_is_no_history(journal: Journal) -> None:
     await journal.receive(message("1", kind="heard"), deadline=60)
     (notice,) = await journal.close(await ask(journal, "2"), "shed", "per_channel", "Busy.")
@@ -131,6 +148,7 @@ async def test_what_was_heard_shed_or_never_delivered_is_no_history(journal: Jou
     assert await states(journal) == {"answered": 1, "heard": 1, "shed": 1}
 
 
+@in_memory_too
 async def test_reset_hides_what_was_and_indices_go_on(journal: Journal) -> None:
     await answered(journal, "1")
     await journal.reset(HERE)
@@ -146,6 +164,7 @@ async def test_reset_hides_what_was_and_indices_go_on(journal: Journal) -> None:
     assert await spoken(journal, THERE) == [(0, "text 1"), (1, "re 1 .")]
 
 
+@in_memory_too
 async def test_an_edit_changes_a_waiting_question_and_the_history(journal: Journal) -> None:
     request = await ask(journal, "1")
     received = await journal.receive(message("1", "better", kind="edit"), deadline=60)
@@ -159,6 +178,7 @@ async def test_an_edit_changes_a_waiting_question_and_the_history(journal: Journ
     assert [text for _, text in await spoken(journal)] == ["best", "re"]
 
 
+@in_memory_too
 async def test_a_delete_takes_back_a_waiting_question_and_a_turn(journal: Journal) -> None:
     waiting = await ask(journal, "1")
     assert (await journal.receive(message("1", kind="delete"), deadline=60)).cancelled == (waiting.row,)
@@ -168,11 +188,22 @@ async def test_a_delete_takes_back_a_waiting_question_and_a_turn(journal: Journa
     assert (await journal.receive(message("1"), deadline=60)).asked == (), "it does not come back to life"
 
 
+async def test_of_what_was_deleted_nothing_is_kept(journal: Journal) -> None:
+    await answered(journal, "1")
+    await journal.receive(message("1", kind="delete"), message("1", "better", kind="edit"), deadline=60)
+    kept = select(messages.c.text, messages.c.author_name, replies.c.spoken).join(
+        replies, replies.c.message == messages.c.id
+    )
+    assert [tuple(row) for row in await journal._read(kept)] == [("", "", "")]
+
+
+@in_memory_too
 async def test_edits_and_deletes_of_what_we_never_saw_are_dropped(journal: Journal) -> None:
     received = await journal.receive(message("8", kind="edit"), message("9", kind="delete"), deadline=60)
     assert not received.changed and not received.cancelled and await states(journal) == {}
 
 
+@in_memory_too
 async def test_an_edit_in_the_batch_of_its_message(journal: Journal) -> None:
     received = await journal.receive(message("1"), message("1", "new", kind="edit"), message("2"), deadline=60)
     assert [r.message.id for r in received.asked] == ["1", "2"] and received.changed[0].message.text == "new"
@@ -181,7 +212,8 @@ async def test_an_edit_in_the_batch_of_its_message(journal: Journal) -> None:
 async def test_events_nobody_could_read_are_recorded(journal: Journal) -> None:
     await journal.refail(message("1", "raw"), note="no field x")
     await journal.refail(message("1", "raw"), note="no field x")
-    assert await states(journal) == {"failed": 1}
+    await journal.refail(message("2", "raw"), note="long ago", state="expired")
+    assert await states(journal) == {"failed": 1, "expired": 1}
 
 
 async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(
@@ -200,6 +232,7 @@ async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(
     assert all(r.deadline > datetime.now(UTC) for r in owed)
 
 
+@in_memory_too
 async def test_the_backlog_of_some_platforms_leaves_the_others_alone(journal: Journal) -> None:
     await journal.receive(message("1"), message("2"), message("3", channel=Channel("other", "one")), deadline=-1)
     assert [str(r.message.channel) for r in await journal.backlog(60, platforms=["other", "third"])] == ["other:one"]
@@ -207,6 +240,7 @@ async def test_the_backlog_of_some_platforms_leaves_the_others_alone(journal: Jo
     assert await states(journal) == {"waiting": 3}
 
 
+@in_memory_too
 async def test_a_question_that_never_gets_done_comes_in_the_end_to_be_closed(journal: Journal) -> None:
     await journal.receive(message("1"), deadline=-1)
     assert [(await journal.backlog(60, max_attempts=1))[0].deadline > datetime.now(UTC) for _ in range(2)] == [True] * 2
@@ -215,6 +249,7 @@ async def test_a_question_that_never_gets_done_comes_in_the_end_to_be_closed(jou
     assert tried == [1, 2, 3, 3, 3] and await states(journal) == {"waiting": 2}
 
 
+@in_memory_too
 async def test_attempts_are_counted(journal: Journal) -> None:
     request = await ask(journal, "1")
     assert [await journal.attempt(request) for _ in range(3)] == [1, 2, 3]
@@ -235,6 +270,7 @@ async def test_a_delivery_step_by_step(journal: Journal) -> None:
     assert (await journal.state(HERE, "1"), await journal.state(HERE, "2")) == ("answered", None)
 
 
+@in_memory_too
 async def test_a_reset_that_comes_again_is_obeyed_once(journal: Journal) -> None:
     asked = message("2", "/reset", kind="heard")
     await answered(journal, "1")
@@ -245,6 +281,7 @@ async def test_a_reset_that_comes_again_is_obeyed_once(journal: Journal) -> None
     assert await journal.reset(HERE) and await journal.history(HERE) == []
 
 
+@in_memory_too
 async def test_what_is_settled_stays_settled(journal: Journal) -> None:
     """Another process may have taken the platform over and sent it."""
     (sent,), (given_up,) = await answered(journal, "1"), await answered(journal, "2")
@@ -256,6 +293,7 @@ async def test_what_is_settled_stays_settled(journal: Journal) -> None:
     assert await journal.due() == [] and (await journal.counts())["replies"] == {"abandoned": 1, "sent": 1}
 
 
+@in_memory_too
 async def test_what_is_due_in_one_channel(journal: Journal) -> None:
     there = Channel("test", "other")
     for number in range(3):
@@ -304,6 +342,11 @@ async def test_a_long_channel_costs_its_length_to_export_and_nothing_to_look_one
     await journal.aclose()
 
 
+async def test_an_export_of_very_many_holds_each_once(journal: Journal) -> None:
+    await journal.receive(*(message(str(id)) for id in range(450)), deadline=60)
+    assert [line["id"] async for line in journal.export(HERE)] == [str(id) for id in range(450)]
+
+
 async def test_watermarks_are_kept_per_channel(journal: Journal) -> None:
     await journal.receive(marks={HERE: "5"}, deadline=60)
     await journal.receive(message("9"), marks={HERE: "9", Channel("other", "here"): "1"}, deadline=60)
@@ -324,10 +367,13 @@ async def test_a_lease_from_the_future_is_void(journal: Journal) -> None:
     assert await journal.lease("poller", "me", 30)
 
 
-async def test_sessions_of_a_day_are_counted(journal: Journal) -> None:
+async def test_sessions_of_a_day_are_counted(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [await journal.identified("discord") for _ in range(3)] == [1, 2, 3]
     assert await journal.identified("discord", new=False) == 3
     assert await journal.identified("other") == 1
+    tomorrow = time.time() + 86_401
+    monkeypatch.setattr(time, "time", lambda: tomorrow)
+    assert await journal.identified("discord") == 1
 
 
 async def test_a_channel_that_moves_takes_everything_along(journal: Journal) -> None:
@@ -376,9 +422,12 @@ async def test_a_channel_that_moves_stays_reset(journal: Journal) -> None:
 async def test_a_person_can_be_forgotten(journal: Journal) -> None:
     await answered(journal, "1", author="u1")
     await answered(journal, "2", author="u2")
+    elsewhere = Channel("another platform", "one")
+    await answered(journal, "3", elsewhere, author="u1")  # somebody else, with the same number
     assert await journal.forget("test", "u1") == 1
     assert [text for _, text in await spoken(journal)] == ["text 2", "re 2 ."]
-    assert (await journal.counts())["replies"] == {"pending": 1}
+    assert [text for _, text in await spoken(journal, elsewhere)] == ["text 3", "re 3 ."]
+    assert (await journal.counts())["replies"] == {"pending": 2}
 
 
 async def test_many_writers_share_commits_and_keep_their_order(journal: Journal) -> None:
@@ -430,6 +479,16 @@ async def test_a_caller_that_gives_up_harms_no_other(journal: Journal) -> None:
     done = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(request, Request) for request in done[1::2])
     assert (await ask(journal, "after")).row
+
+
+async def test_what_is_asked_while_it_closes_is_refused(url: str) -> None:
+    journal = await open_journal(url)
+    slow = asyncio.create_task(journal._writer.do(lambda connection: time.sleep(0.2)))
+    closing = asyncio.create_task(journal.aclose())
+    await asyncio.sleep(0.1)
+    with pytest.raises(JournalError):
+        await asyncio.wait_for(ask(journal, "1"), 10)
+    await asyncio.gather(slow, closing)
 
 
 async def test_what_returned_is_there_after_opening_again(journal: Journal, url: str) -> None:

@@ -219,6 +219,15 @@ def test_a_file_that_cannot_be_saved_takes_nothing_more_until_it_can(file: Path)
     assert set(before[:-1]) <= set(ids(saved))
 
 
+async def test_what_was_forgotten_is_not_in_the_file_any_more(file: Path) -> None:
+    async with opened(file) as journal:
+        for number in range(20):
+            await ask(journal, str(number), text="a secret " * 20)
+        await ask(journal, "kept", text="no secret", author="u2")
+        await journal.forget("test", "u1")
+    assert file.read_bytes().count(b"a secret") == 0 and ids(file) == ["kept"]
+
+
 async def test_cancelled_callers_leave_no_half(file: Path) -> None:
     dice = random.Random(1)
     async with opened(file) as journal:
