@@ -149,6 +149,7 @@ async def test_where_the_history_may_not_be_read_the_answer_is_no_reply(server: 
 @pytest.mark.parametrize(
     ("fault", "ending"),
     [
+        (Fault("error", value=[401, 0, "401: Unauthorized"], times=9), NotSent),
         (Fault("error", value=[403, 50001, "Missing Access"], times=9), Refused),
         (Fault("error", value=[404, 10003, "Unknown Channel"], times=9), Refused),
         (Fault("error", value=[503, 0, "unavailable"], times=9), MaybeSent),
@@ -337,6 +338,33 @@ async def test_what_cannot_be_stored_now_is_kept_and_its_mark_waits(server: Disc
         await until(lambda: ears.texts == ["one"] and int(ears.marks.get(general, 0)) > int(id))
 
 
+async def test_while_messages_are_refused_no_mark_passes_them_and_they_keep_their_order(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: general in ears.marks)
+        ears.full = True
+        id = server.say(general, "ann", "one", mention=True)
+        calls = ears.calls
+        await until(lambda: ears.calls > calls)
+        server.say(general, "ann", "two", mention=True)
+        other = server.channel("other")
+        await until(lambda: other in ears.marks)  # marks are written all the while
+        await asyncio.sleep(0.2)
+        assert int(ears.marks[general]) < int(id)
+        ears.full = False
+        await until(lambda: ears.texts == ["one", "two"] and int(ears.marks[general]) > int(id))
+
+
+async def test_a_first_mark_that_is_refused_is_written_later(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: general in ears.marks)
+        ears.refuse = 1
+        new = server.channel("new")
+        await until(lambda: new in ears.marks, 10)
+        assert not ears.refuse
+
+
 @pytest.mark.parametrize("trouble", ["drop", "break", "op 7", "invalid", "silence"])
 async def test_nothing_is_missed_when_the_gateway_fails(
     server: DiscordServer, trouble: str, monkeypatch: pytest.MonkeyPatch
@@ -382,11 +410,11 @@ async def test_where_the_last_session_was_there_may_be_nobody_any_more(server: D
 async def test_a_quiet_gateway_is_not_taken_for_a_dead_one(
     server: DiscordServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Discord's heartbeats and our patience, 15 times as fast."""
+    """Discord's heartbeats and our patience, 15 times as fast, for longer than either."""
     server.heartbeat_seconds = 41.25 / 15
     monkeypatch.setattr(DiscordBot, "heartbeat_timeout", DiscordBot.heartbeat_timeout / 15)
     async with serving(server, Ears()):
-        await asyncio.sleep(7.0)
+        await asyncio.sleep(5.0)
     assert (server.identifies, server.resumes) == (1, 0)
 
 
@@ -610,6 +638,24 @@ async def test_a_gap_that_opens_while_an_older_one_is_read_is_not_jumped(
         new_read.set()
         await until(lambda: len(ears.heard) == 5)
     assert [message.text for message in ears.heard if message.channel.id == general] == ["one", "two", "three"]
+
+
+async def test_what_waits_behind_a_gap_is_not_lost_when_another_opens(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        id = server.say(general, "ann", "one", mention=True)
+        await until(lambda: len(ears.heard) == 1 and int(ears.marks.get(general, 0)) >= int(id))
+        server.faults = [Fault("error", "GET", times=-1, value=[503, 0, "down"])]
+        await server.invalidate()
+        server.say(general, "ann", "away", mention=True)
+        await until(lambda: any("/messages" in path for _, path, _ in server.calls))
+        server.edit(general, id, f"<@{server.me['id']}> uno")  # no history tells of it
+        await asyncio.sleep(0.2)
+        await server.invalidate()
+        await until(lambda: server.identifies == 3 and server.connected)
+        server.faults.clear()
+        await until(lambda: len(ears.heard) == 3)
+    assert ears.texts == ["one", "away", "uno"]
 
 
 async def test_what_was_missed_in_an_outage_of_a_server_is_heard_before_what_comes_after(server: DiscordServer) -> None:

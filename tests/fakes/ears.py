@@ -23,6 +23,8 @@ class Ears:
         self.moves: list[tuple[Channel, Channel]] = []
         self.refuse = 0
         """So many calls more raise NotAccepted; -1 is all."""
+        self.full = False
+        """Messages are refused, marks alone are not."""
         self.poison = ""
         """A text that cannot be stored."""
         self.room = asyncio.Event()
@@ -47,6 +49,8 @@ class Ears:
 
     async def receive(self, *messages: Message, marks: Mapping[Channel, str] = NO_MARKS) -> None:
         self._asked()
+        if messages and self.full:
+            raise NotAccepted("the disk is full")
         if self.poison and any(self.poison in message.text for message in messages):
             raise ValueError("cannot be stored")
         self.marks |= {channel.id: id for channel, id in marks.items()}
