@@ -6,7 +6,9 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -16,6 +18,8 @@ from core import app as module
 from core.app import App, open_app
 from core.chat import Chat
 from core.delivery import Unservable
+from core.engine.base import Completion
+from core.messages import Author, Channel, Message
 from core.settings import Settings
 from tests.faults.burst import Board
 
@@ -46,6 +50,10 @@ def settings(folder: Path) -> Settings:
     return Settings(database_url=SecretStr(f"sqlite:///{folder / 'palaver.db'}"), engine="echo", grace=1.0)
 
 
+def said(platform: str) -> Message:
+    return Message(Channel(platform, "a"), "1", Author("u", "Ann"), "hello", datetime.now(UTC))
+
+
 async def running(app: App, *bots: Bot) -> asyncio.Task[int]:
     task = asyncio.create_task(app.run(bots))
     await until(lambda: len(app.serving) == len(bots))
@@ -63,6 +71,61 @@ async def test_a_bot_that_dies_is_named_and_started_again(tmp_path: Path, monkey
         app.stop()
         assert await app.ready() == "stopping"
         assert await task == 0 and well.starts == 1
+
+
+@pytest.mark.parametrize(("steady", "counted"), [(60.0, [1, 2, 3]), (0.0, [0, 0, 0])])
+async def test_the_wait_before_a_start_grows_until_a_bot_served_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steady: float, counted: list[int]
+) -> None:
+    waits: list[int] = []
+
+    def at_once(failures: int, longest: float, first: float) -> float:
+        waits.append(failures)
+        return 0.0
+
+    monkeypatch.setattr(module, "STEADY", steady)
+    monkeypatch.setattr(module, "backoff", at_once)
+    dying = Player("dying", *[ConnectionError("no route")] * 3)
+    async with open_app(settings(tmp_path)) as app:
+        task = await running(app, dying)
+        await until(lambda: dying.starts == 4)
+        app.stop()
+        assert await task == 0 and waits == counted
+
+
+async def test_what_waits_on_another_platform_is_left_to_who_serves_it(tmp_path: Path) -> None:
+    bot = Player("here")
+    async with open_app(settings(tmp_path)) as app:
+        await app.journal.receive(said("elsewhere"), said("here"), deadline=60)
+        task = await running(app, bot)
+        await until(lambda: bot.seen)
+        await asyncio.sleep(0.2)
+        [owed] = await app.journal.backlog(60, platforms=["elsewhere"])
+        assert owed.attempts == 0
+        app.stop()
+        assert await task == 0
+
+
+async def test_a_stop_lets_an_answer_under_way_end_and_another_process_serve_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot, begun = Player("here"), asyncio.Event()
+    bot.alone = True
+    async with open_app(settings(tmp_path)) as app:
+        generate = app.chat.voice.engine.generate
+
+        async def slowly(*prompt: Any, **more: Any) -> list[Completion]:
+            begun.set()
+            await asyncio.sleep(0.3)
+            return await generate(*prompt, **more)
+
+        monkeypatch.setattr(app.chat.voice.engine, "generate", slowly)
+        await app.journal.receive(said("here"), deadline=60)
+        task = await running(app, bot)
+        await begun.wait()
+        app.stop()
+        assert await task == 0 and len(bot.seen) == 1
+        assert await app.journal.lease("here", "another process", 10)
 
 
 async def test_every_bot_that_cannot_serve_is_named_and_the_others_go_on(tmp_path: Path) -> None:
