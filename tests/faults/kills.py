@@ -84,9 +84,9 @@ async def kill_at_points(
             for point in points * times:
                 for place in town.dice.sample(mine, 2):
                     town.say(place)
-                await town.start(PALAVER_CRASH_AT=point)
+                await town.start(platform, PALAVER_CRASH_AT=point)
                 await town.died()
-            await town.start()
+            await town.start(platform)
             await town.settled()
         await close(town, tally)
     return tally
@@ -112,7 +112,7 @@ async def two_on_one_journal(folder: Path, seed: int) -> Tally:
     tally = Tally()
     async with Town(folder, seed, private=12, rooms=6) as town:
         await open_town(town)
-        people = asyncio.create_task(town.talk(0.02))
+        people = asyncio.create_task(town.talk(0.1))
         first = town.process
         await town.start()
         second = town.process

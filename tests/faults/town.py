@@ -229,7 +229,8 @@ class Town:
 
     # -- the process ---------------------------------------------------------------------------------------------
 
-    async def start(self, **settings: str) -> None:
+    async def start(self, only: str = "", **settings: str) -> None:
+        """`only`: the one platform that it serves this time."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
         environment = kept | {
             "PYTHONPATH": str(ROOT),
@@ -243,6 +244,8 @@ class Town:
             "TELEGRAM_TOKEN": self.telegram.token,
             "TELEGRAM_API_BASE": self.telegram.base,
         }
+        if only:
+            del environment["DISCORD_TOKEN" if only == "telegram" else "TELEGRAM_TOKEN"]
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "bots", "run"),

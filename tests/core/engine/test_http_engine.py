@@ -319,7 +319,7 @@ async def test_a_child_is_not_killed_because_we_have_no_descriptor_to_ask_with(
         child = pid(engine)
         resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))  # before the first probe, whose connection would be kept
         try:
-            await asyncio.sleep(3)
+            await asyncio.sleep(2)  # twice the probes that end a child
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert await engine.generate([5, 256], LONG, deadline=60)

@@ -146,7 +146,7 @@ async def test_a_conversation_reuses_its_cache_and_says_the_same(
     rng = random.Random(2)
     history: list[int] = []
     reused = 0
-    for turn in range(24):
+    for turn in range(16):
         history += [rng.randrange(256) for _ in range(rng.randrange(1, 12))] + [256]
         if len(history) > 120:  # the window's start moves: every position changes
             history = history[len(history) // 2 :]
@@ -158,7 +158,7 @@ async def test_a_conversation_reuses_its_cache_and_says_the_same(
         reused += got.cached_tokens
         assert want.cached_tokens == 0
         history += [*got.token_ids, 256]
-    assert reused > 800
+    assert reused > 600
 
 
 async def test_only_new_tokens_are_prefilled(engine: Open) -> None:
