@@ -109,6 +109,19 @@ def test_a_misspelt_name_in_the_environment_is_worth_a_word(
     assert caplog.messages == ["LOGLEVEL is no setting and does nothing here; LOG_LEVEL is one"]
 
 
+def test_a_name_like_no_other_in_a_group_of_ours_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMPLING__XYZZY", "1")
+    assert mistakes(Settings) == ["SAMPLING__XYZZY: is no setting"]
+
+
+def test_addresses_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATABASE_URL", " sqlite:////data/palaver.db\n")
+    monkeypatch.setenv("ENGINE", "http://engine:8000/")
+    (settings,) = read(Settings)
+    assert settings.database_url.get_secret_value() == "sqlite:////data/palaver.db"
+    assert settings.engine == "http://engine:8000"
+
+
 def test_the_environment_goes_before_the_file(empty_house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (empty_house / ".env").write_text("HISTORY_TOKENS=64\nQUEUE__TOTAL=7\nMODEL=\n")
     monkeypatch.setenv("HISTORY_TOKENS", "32")
@@ -127,6 +140,9 @@ def test_secrets_come_from_credentials_then_files_then_the_environment(
     monkeypatch.setenv("SOME_TOKEN", "from environment")
     assert token() == "from environment"
     (empty_house / "file").write_text("from file\n")
+    (empty_house / ".env").write_text("SOME_TOKEN_FILE=file\n")
+    assert token() == "from file"
+    (empty_house / ".env").unlink()
     monkeypatch.setenv("SOME_TOKEN_FILE", str(empty_house / "file"))
     assert token() == "from file"
     (empty_house / "SOME_TOKEN").write_text("from credentials\n")

@@ -167,6 +167,21 @@ async def test_what_only_repeats_is_drawn_again_with_other_seeds(voice: Callable
     assert [params.seed for _, params, _, _ in asked(speaker)] == [10, 11, 12]
 
 
+async def test_a_line_that_was_said_four_answers_ago_is_a_repetition_too(voice: Callable[..., Voice]) -> None:
+    said = [bot(text, 2 * i + 1) for i, text in enumerate(("i see", "oh", "well", "why ?"))]
+    turns = [turn for i, line in enumerate(said) for turn in (user("a", 2 * i), line)]
+    spoken = await voice("i see", "do tell").speak([*turns, user("b", 8)], seed=1)
+    assert spoken and spoken[0] == "do tell"
+
+
+async def test_each_draw_has_seeds_of_its_own_and_the_time_that_is_left(voice: Callable[..., Voice]) -> None:
+    speaker = voice(*["why ?"] * 9, n=3)
+    await speaker.speak([user("a"), bot("why ?", 1), user("b", 2)], seed=10, deadline=5.0)
+    assert [params.seed for _, params, _, _ in asked(speaker)] == [10, 13, 16]
+    first, second, third = [deadline or 0.0 for _, _, _, deadline in asked(speaker)]
+    assert 5.0 >= first > second > third > 4.0
+
+
 async def test_it_does_not_draw_for_ever(voice: Callable[..., Voice]) -> None:
     speaker = voice(*["why ?"] * 9)
     spoken = await speaker.speak([user("a"), bot("why ?", 1), user("b", 2)], seed=1)
