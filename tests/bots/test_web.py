@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from bots import web as module
 from bots.web import CLOSED, COOKIE, MOST_TABS_EACH, Tab, WebBot, WebSettings, open_web
-from core.chat import BUSY
+from core.chat import BUSY, Chat
 from core.delivery import Unservable
 from core.messages import Author, Channel, Message, Reply
 from core.settings import QueueLimits
@@ -168,6 +168,19 @@ async def test_one_browser_does_not_take_everybodys_places() -> None:
         await tabs[0].socket.close()
         await until(lambda: sum(map(len, bot._tabs.values())) < MOST_TABS_EACH)
         async with tab(session) as page:
+            assert await page.history() == []
+
+
+async def test_when_very_many_are_here_nobody_more_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_TABS", 1)
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, browser(bot) as other:
+        async with tab(session):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await other.ws_connect("/ws")
+            assert refused.value.status == 503
+        await until(lambda: not bot._tabs)
+        async with tab(other) as page:
             assert await page.history() == []
 
 
@@ -456,6 +469,35 @@ async def test_who_reads_nothing_is_owed_one_history_and_is_let_go(monkeypatch: 
                 assert len(await page.history()) == 200
             await until(lambda: all(deaf not in tabs for tabs in bot._tabs.values()))
             assert len(await page.history()) == 200
+        raw.close()
+
+
+async def test_who_cannot_be_answered_is_not_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SENT_WITHIN", 1.0)
+    heard, receive = list[Message](), Chat.receive
+
+    async def listen(chat: Chat, *messages: Message) -> bool:
+        heard.extend(messages)
+        return await receive(chat, *messages)
+
+    monkeypatch.setattr(Chat, "receive", listen)
+    bot = web()
+    async with full_house(bot):
+        said = [f'{{"id":"another-{number}","text":"hello"}}' for number in range(30)]
+        raw = await knock(bot, *['{"hello":true}'] * 15, *said)
+        await until(lambda: heard)
+        await until(lambda: not bot._tabs)
+        assert 0 < len(heard) < 30
+        raw.close()
+
+
+async def test_who_answers_no_ping_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT", 0.2)
+    house, bot = House(), web()
+    async with house.serve(bot):
+        raw = await knock(bot, '{"hello":true}')
+        await until(lambda: bot._tabs)
+        await until(lambda: not bot._tabs)
         raw.close()
 
 

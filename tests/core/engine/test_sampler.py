@@ -205,6 +205,13 @@ def test_eos_is_never_first_and_free_afterwards() -> None:
         assert draw(logits, [0], params, 0, eos_id=2, is_first=False) == 2
 
 
+@pytest.mark.parametrize("rule", [{"no_repeat_ngram": 2}, {"repetition_penalty": 1.5}, {}])
+def test_eos_is_never_first_whatever_else_is_forbidden(rule: dict[str, Any]) -> None:
+    logits = np.array([0, 1, 2, 3, 50], np.float32)
+    params = replace(SamplingParams(temperature=1.0, top_k=3), **rule)
+    assert all(draw(logits, [0, 1, 0], params, i, eos_id=4, is_first=True) != 4 for i in range(50))
+
+
 def test_a_vocabulary_that_is_used_up_may_repeat() -> None:
     logits = np.array([0, 1, 2], np.float32)
     params = SamplingParams(temperature=0, no_repeat_ngram=1)

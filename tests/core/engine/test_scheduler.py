@@ -222,6 +222,27 @@ def test_bad_numbers_cost_the_session_its_cache_and_one_retry() -> None:
     assert not scheduler.running
 
 
+def test_bad_numbers_cost_the_session_what_another_of_its_prompts_has_left() -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    client.ask([1, 2, 3], "a", max_tokens=1)
+    client.ask([4, 5, 6], "a")
+    step(scheduler)
+    assert any(slot.session == "a" for slot in scheduler.cache.idle)
+    step(scheduler, bad=frozenset([6]))
+    assert all(slot.session != "a" for slot in scheduler.cache.idle)
+
+
+def test_who_is_computed_again_waits_for_nobody() -> None:
+    scheduler = make_scheduler(max_running=1)
+    client = Client(scheduler)
+    first = client.ask([1, 2, 3])
+    client.ask([4, 5])
+    step(scheduler, bad=frozenset([3]))
+    [span] = step(scheduler)
+    assert span.sequence.request is first
+
+
 def test_deadlines_and_full_queues() -> None:
     scheduler = make_scheduler(max_running=1, max_waiting=2)
     client = Client(scheduler)
@@ -408,6 +429,21 @@ def test_what_was_said_before_is_guessed_and_saves_steps() -> None:
     length = len(expected([2, 8], 24))
     assert length > 8
     assert steps[1] <= steps[0] - length  # two of three replies took a third of their steps or less
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_what_a_forgotten_session_said_is_not_guessed(forgotten: bool) -> None:
+    scheduler = make_scheduler()
+    client = Client(scheduler)
+    client.ask([2, 8], "a", max_tokens=24)
+    finish(scheduler)
+    if forgotten:
+        scheduler.forget("a")
+    client.ask([2, 8], "b", max_tokens=24)
+    guessed = False
+    while spans := step(scheduler):
+        guessed |= any(span.guess for span in spans)
+    assert guessed != forgotten
 
 
 def test_two_at_once_do_not_guess() -> None:
