@@ -160,8 +160,14 @@ async def close(town: Town, tally: Tally, echo: bool = True) -> None:
 
 
 def left_behind(folder: Path) -> list[int]:
-    """Processes that still work in the folder: an engine whose bots were killed must end too."""
-    time.sleep(0.5)
+    """Processes that still work in the folder after a moment: an engine whose bots were killed must end too."""
+    end = time.monotonic() + 0.5
+    while (found := working_in(folder)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def working_in(folder: Path) -> list[int]:
     found = []
     for process in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
