@@ -26,12 +26,10 @@ def split(text: str, limit: int, units: Units = "characters") -> list[str]:
             break
         room = limit - size(opened, units) - len(CLOSE)
         end = _cut(rest, room, units)
-        body, rest = rest[:end].rstrip(), rest[end:].lstrip("\n" if opened else " \t\n\r\f\v")
-        piece = opened + body
+        piece, rest = opened + rest[:end].rstrip(), rest[end:]
         opened = _open_fence(piece, limit // 2, units)
         pieces.append(piece + CLOSE if opened else piece)
-        if not opened:
-            rest = rest.lstrip()
+        rest = rest.lstrip("\n" if opened else None)
     return [piece for piece in pieces if piece.strip()]
 
 
