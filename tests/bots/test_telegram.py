@@ -61,13 +61,14 @@ async def test_what_came_before_the_start_is_not_lost(server: TelegramServer) ->
         await server.confirmed()
         server.say(ANN, ANN, "back")
         await until(lambda: len(ears.heard) == 121)
-        server.faults.append(Fault("page", "getUpdates"))
         await server.confirmed()
+        server.faults.append(Fault("page", "getUpdates"))
+        server.say(ANN, ANN, "and here")  # ends the poll under way
         await until(lambda: not server.faults)
         server.say(ANN, ANN, "after an outage")
-        await until(lambda: len(ears.heard) == 122)
+        await until(lambda: len(ears.heard) == 123)
     assert "offset" not in server.called("getUpdates")[0]
-    assert [message.missed for message in ears.heard] == [*[True] * 120, False, True]
+    assert [message.missed for message in ears.heard] == [*[True] * 120, False, False, True]
     assert ears.adopted == [("telegram", str(server.me["id"]))]
 
 
