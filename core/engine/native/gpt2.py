@@ -90,9 +90,9 @@ class NativeGPT2:
         self.dtype = dtype
         self.kv_dtype = kv_dtype if dtype is torch.int8 else dtype
         self.path: int = native.palaver_best_path() if path is None else path
-        head_dim = config.n_embd // config.n_head
-        scales = 4 * round_up(head_dim, 32) // 32 if self.kv_dtype is torch.int8 else 0  # float32 beside bytes
-        self.head_width = round_up(head_dim, 16) + scales
+        self.head_dim = config.n_embd // config.n_head
+        scales = 4 * round_up(self.head_dim, 32) // 32 if self.kv_dtype is torch.int8 else 0  # float32 beside bytes
+        self.head_width = round_up(self.head_dim, 16) + scales
         self.token_bytes = self.kv_dtype.itemsize * 2 * config.n_layer * config.n_head * self.head_width
         self.width = round_up(config.n_embd, BLOCK)
         self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)
@@ -120,7 +120,7 @@ class NativeGPT2:
         head = self._linear(tensors.pop("lm_head.weight")) if "lm_head.weight" in tensors else wte
         beyond = torch.zeros(BLOCK * head.groups)
         beyond[config.vocab_size :] = BEYOND
-        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         self._layers = (c.Layer * config.n_layer)(
             *(
                 c.Layer(
@@ -187,7 +187,7 @@ class NativeGPT2:
             map(max, self._room, (round_up(rows, 16), round_up(wanted, 16), threads))
         )
         config, width, wide = self.config, self.width, self.wide
-        groups, head_dim = round_up(config.vocab_size, BLOCK) // BLOCK, config.n_embd // config.n_head
+        groups = round_up(config.vocab_size, BLOCK) // BLOCK
         self._memory = {
             "x": torch.zeros(rows, width),
             "wide": torch.zeros(rows, wide),
@@ -195,7 +195,7 @@ class NativeGPT2:
             "logits": torch.empty(wanted, BLOCK * groups),
             "tops": torch.full((wanted, round_up(groups, 16)), BEYOND),
             "sums": torch.zeros(wanted, round_up(groups, 16)),
-            "scratch": torch.zeros(threads, 4, 2 * round_up(config.n_positions, 16) + round_up(head_dim, 32)),
+            "scratch": torch.zeros(threads, 4, 2 * round_up(config.n_positions, 16) + round_up(self.head_dim, 32)),
             "narrow": torch.zeros(rows, wide, dtype=torch.bfloat16),
             "scales": torch.zeros(rows, wide // BLOCK),
             "offsets": torch.zeros(rows, wide // BLOCK, dtype=torch.int32),
