@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := core/engine/native/step.cpp
-LONGEST := tests/core/engine/test_native.py tests/faults tests/e2e  # first, so that nobody waits for them alone
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c deploy/constraints.txt
 
 .PHONY: run test check format clean
@@ -18,7 +17,7 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(LONGEST) tests
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 format: $(VENV)/test.done
 	$(BIN)/ruff format .
