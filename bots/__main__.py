@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -126,22 +127,27 @@ def finetune(
     epochs it goes on after its end; with other dialogues or options, OUT must be another folder. In the end the folder
     holds the model, a plot of the losses and a card. NORMALISE=false takes the texts of a .jsonl as they are.
     """
-    finetune = _trainer()
+    for name in ("torch", "transformers", "matplotlib"):
+        if not find_spec(name):
+            _stop([f"palaver finetune needs {name}: in Palaver's folder, pip install '.[train]'"])
     from core.engine import hub
     from core.engine.base import BadCheckpoint
     from core.engine.machine import cores
-    from core.training.datasets import BadData
-    from core.training.finetune import Recipe
-    from core.training.outcome import summary
+    from core.training.datasets import BadData, read_dialogues
 
     (settings,) = _settings(Settings)
-    recipe = Recipe(
-        learning_rate=learning_rate, epochs=epochs, minutes=minutes, batch_tokens=batch_tokens,
-        max_length=max_length, reverse=reverse, normalise=settings.normalise, threads=settings.threads or cores(),
-    )  # fmt: skip
     _stop_as_by_hand()
     try:
         base = _run(asyncio.to_thread(hub.resolve, settings.model, settings.model_revision or None))
+        if not data.is_fifo():
+            next(read_dialogues(data), None)  # a wrong file is told at once, not after the seconds that these take
+        from core.training.finetune import Recipe, finetune
+        from core.training.outcome import summary
+
+        recipe = Recipe(
+            learning_rate=learning_rate, epochs=epochs, minutes=minutes, batch_tokens=batch_tokens,
+            max_length=max_length, reverse=reverse, normalise=settings.normalise, threads=settings.threads or cores(),
+        )  # fmt: skip
         progress = finetune(data, out, base, valid=valid, recipe=recipe)
     except BadCheckpoint as error:
         _stop([f"MODEL: {error}"])
@@ -364,15 +370,6 @@ def _journal_file(tool: str, must_exist: bool = True) -> Path:
     if must_exist and not file.is_file():
         raise JournalError(f"DATABASE_URL: there is no journal at {file}")
     return file
-
-
-def _trainer() -> Any:
-    """What trains; it needs packages that a bot does not."""
-    try:
-        from core.training.finetune import finetune
-    except ModuleNotFoundError as error:
-        _stop([f"palaver finetune needs {error.name}: in Palaver's folder, pip install '.[train]'"])
-    return finetune
 
 
 def _stop_as_by_hand() -> None:
