@@ -30,9 +30,14 @@ def reference(folder: Path) -> Any:
 
 def greedy(folder: Path, prompt: Sequence[int], max_tokens: int = 24, **options: Any) -> list[int]:
     """The reply to `prompt` alone, without its eos, which never comes first."""
+    return list(_greedy(folder, tuple(prompt), max_tokens, **options))
+
+
+@cache
+def _greedy(folder: Path, prompt: tuple[int, ...], max_tokens: int, **options: Any) -> list[int]:
     model = reference(folder)
     out = model.generate(
-        torch.tensor([list(prompt)]),
+        torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         do_sample=False,
         max_new_tokens=min(max_tokens, model.config.n_positions - len(prompt)),
