@@ -8,8 +8,11 @@ import signal
 
 import pytest
 
+from core.engine.machine import spin_briefly
+
 # One thread for torch, unless a test asks for more: with tensors as small as these, threads wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+spin_briefly()  # as every engine does: those of a worker beside other workers would take the time of whom they wait for
 
 # A script that runs the tests in the background has SIGINT ignored, nohup has SIGHUP, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
