@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -141,9 +142,11 @@ def finetune(
         base = _run(asyncio.to_thread(hub.resolve, settings.model, settings.model_revision or None))
         if not data.is_fifo():
             next(read_dialogues(data), None)  # a wrong file is told at once, not after the seconds that these take
+        gc.disable()  # as in core.engine.server
         from core.training.finetune import Recipe, finetune
         from core.training.outcome import summary
 
+        gc.enable()
         recipe = Recipe(
             learning_rate=learning_rate, epochs=epochs, minutes=minutes, batch_tokens=batch_tokens,
             max_length=max_length, reverse=reverse, normalise=settings.normalise, threads=settings.threads or cores(),

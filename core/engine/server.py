@@ -246,10 +246,13 @@ async def open_local(kind: str, model: str, revision: str, device: str, dtype: s
 
         return EchoEngine(await asyncio.to_thread(resolve, model, revision or None))
     spin_briefly()
+    gc.disable()  # what is imported is no garbage; it would be looked through again and again
     try:
         from core.engine.torch_engine import open_torch_engine
     except ModuleNotFoundError as error:
         raise EngineClosed(f"{error.name} is not installed: pip install 'palaver[engine]'") from error
+    finally:
+        gc.enable()
     folder = await asyncio.to_thread(resolve, model, revision or None)  # nobody need wait for it, as for torch's thread
     engine = await open_torch_engine(folder, device=device, dtype=dtype, threads=threads)
     engine.info = replace(engine.info, name=Path(model).name)
