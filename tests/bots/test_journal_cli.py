@@ -96,9 +96,3 @@ async def test_a_copy_does_not_take_the_journals_place(tmp_path: Path) -> None:
     code, _, errors = await palaver(tmp_path, "journal", "backup", "palaver.db")
     assert code and "is the journal itself: name another file" in errors
     assert (tmp_path / "palaver.db").read_bytes() == before
-
-
-async def test_an_export_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    await talked(tmp_path, "hello")
-    code, _, errors = await palaver(tmp_path, "journal", "export", "console:x", "no/such/file")
-    assert code and "no/such/file cannot be written: No such file or directory" in errors and "Traceback" not in errors

@@ -195,22 +195,25 @@ async def test_an_export_takes_nothings_place_before_it_is_whole(tmp_path: Path)
         code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", "pipe")
         assert code == 0 and json.loads(await read)["text"] == text and (tmp_path / "pipe").is_fifo(), errors
         code, _, errors = await palaver(tmp_path, "journal", "export", f"web:{channel}", "nowhere/talk.jsonl")
-        assert code == 1 and errors.startswith("nowhere/talk.jsonl cannot be written")
+        assert (code, errors) == (1, "nowhere/talk.jsonl cannot be written: No such file or directory\n")
 
 
-@pytest.mark.parametrize("arguments", [("journal",), ("journal", "check"), ("chat",)])
-async def test_output_that_cannot_be_written_is_one_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+async def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     await palaver(tmp_path, "chat", said="hello\n")
-    shell = f"{sys.executable} -m bots {' '.join(arguments)} > /dev/full"
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parents[2]), "ENGINE": "echo"}
-    process = await asyncio.create_subprocess_shell(
-        shell, cwd=tmp_path, env=environment, stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
-    async with asyncio.timeout(PATIENCE):
-        _, errors = await process.communicate(b"hello\n")
-    last = errors.decode().splitlines()[-1]
-    assert process.returncode == 1 and "standard output cannot be written: No space left on device" in last
-    assert b"Traceback" not in errors
+    for command in ("journal", "journal check", "chat"):
+        process = await asyncio.create_subprocess_shell(
+            f"{sys.executable} -m bots {command} > /dev/full",
+            cwd=tmp_path,
+            env=environment,
+            stdin=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(PATIENCE):
+            _, errors = await process.communicate(b"hello\n")
+        last = errors.decode().splitlines()[-1]
+        assert process.returncode == 1 and "standard output cannot be written: No space left on device" in last
+        assert b"Traceback" not in errors
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
