@@ -117,13 +117,13 @@ async def test_an_evaluation_that_is_stopped_keeps_what_is_through(tmp_path: Pat
     """Also where its progress is shown at a terminal."""
     mine, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        *command("eval", "--cases", "1000"), cwd=tmp_path, env=environment(TERM="xterm"), stdout=PIPE, stderr=theirs
+        *command("eval", "--cases", "300"), cwd=tmp_path, env=environment(TERM="xterm"), stdout=PIPE, stderr=theirs
     )
     os.close(theirs)
     page = ""
     async with asyncio.timeout(PATIENCE):
         assert process.stdout
-        while not page.endswith(" of 1000) |\n"):
+        while not page.endswith(" of 300) |\n"):
             page += (await process.stdout.readline()).decode()
         process.send_signal(signal.SIGINT)
         await process.stdout.read()
@@ -131,4 +131,4 @@ async def test_an_evaluation_that_is_stopped_keeps_what_is_through(tmp_path: Pat
     assert page.startswith("Model echo: ") and page.splitlines()[-1].startswith("| name, in Palaver's corpus | ")
     progress = os.read(mine, 100_000).decode()
     os.close(mine)
-    assert "recall of a name" in progress and "of 1000" not in progress and "Traceback" not in progress
+    assert "recall of a name" in progress and "of 300" not in progress and "Traceback" not in progress
