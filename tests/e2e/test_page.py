@@ -405,8 +405,9 @@ async def test_a_connection_that_breaks_without_a_word(browser: Browser, bot: We
     """Frames into the void: the page notices what is not acknowledged, connects again and says it again."""
     house = House()
     async with house.serve(bot):
-        page = await visit(browser, bot)
-        await page.clock.install()
+        context = await browser.new_context()
+        await context.clock.install()
+        page = await visit(context, bot)
         await page.evaluate("socket.send = () => {}")
         await say(page, "is anybody there?")
         await expect(page.locator(".exchange.sending")).to_have_count(1)
