@@ -25,13 +25,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(params=["cpu", "cuda"][: 1 + torch.cuda.is_available()])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where `engine` computes: on all that this machine has, unless a test says where."""
+    return str(request.param)
+
+
 @pytest.fixture
-async def engine(checkpoint: Callable[..., Path]) -> AsyncIterator[Callable[..., Coroutine[Any, Any, TorchEngine]]]:
+async def engine(
+    checkpoint: Callable[..., Path], device: str
+) -> AsyncIterator[Callable[..., Coroutine[Any, Any, TorchEngine]]]:
     """`await engine("odd", max_running=2)`: open, one thread; in the end its books are checked and it is closed."""
 
     @asynccontextmanager
     async def opened(folder: Path, options: dict[str, Any]) -> AsyncIterator[TorchEngine]:
-        engine = await open_torch_engine(folder, **({"threads": 1, "cache_bytes": 1 << 26, "seed": 0} | options))
+        usual = {"device": device, "dtype": "float32", "threads": 1, "cache_bytes": 1 << 26, "seed": 0}
+        engine = await open_torch_engine(folder, **(usual | options))
         try:
             yield engine
             if not await engine.ready():

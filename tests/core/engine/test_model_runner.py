@@ -13,6 +13,7 @@ from core.engine.torch_engine import TorchEngine
 @pytest.mark.parametrize(
     ("dtype", "path"), [("float32", "native"), ("bfloat16", "native"), ("float16", "torch"), ("int8", "native")]
 )
+@pytest.mark.parametrize("device", ["cpu"])
 async def test_the_line_at_start_says_device_precision_path_and_threads(
     engine: Callable[..., Coroutine[Any, Any, TorchEngine]], dtype: str, path: str
 ) -> None:
