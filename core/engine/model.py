@@ -13,7 +13,7 @@ A row's logits are the same bits whatever stands beside it and however its promp
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ from core.engine.sampler import Summary, summarise
 from core.engine.weights import Checkpoint, Config
 
 TILE = 64
-"""Positions that attention takes together; a graph's pages are as long."""
+"""Positions that attention takes together; on a GPU a page of keys and values has as many."""
 MIN_ROWS = 4
 """Rows that a product has at least."""
 
@@ -96,7 +96,7 @@ class Linear:
         """`weight` is (out, in). With `block`, T must be a multiple of it."""
         self.bias, self.activation, self.block = bias, activation, block
         self.packed = pack(weight)
-        self.weight = weight if self.packed is None else None
+        self.weight = weight.contiguous() if self.packed is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.block and len(x) > self.block:
@@ -186,51 +186,33 @@ class GPT2:
         target[:, :, :, :count] = source[:, :, :, :count]
 
     def forward(self, batch: Batch) -> Tensor:
-        placed = batch.placed
-        return self._launch(batch, lambda layer, qkv: self._attend(layer, qkv, placed))
-
-    def summary(self, logits: Tensor) -> Summary:
-        return summarise(logits)
-
-    def _launch(self, batch: Batch, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
-        x = self.hidden(self._padded(batch.ids), self._padded(batch.positions), attend, self._padded(batch.wanted))
-        if not batch.wanted:
-            return torch.empty(0, self.config.vocab_size)
-        return self.logits(x)[: len(batch.wanted)].float().cpu()
-
-    def hidden(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        attend: Callable[[int, Tensor], Tensor],
-        wanted: Tensor | slice = slice(None),
-    ) -> Tensor:
-        """(T,), (T,) -> (T, E) or what is `wanted` of it; `attend` takes a layer's number and its (T, 3 E), and gives
-        (T, E)."""
+        wanted = self._padded(batch.wanted)
+        ids, positions = self._padded(batch.ids), self._padded(batch.positions)
         x = F.embedding(ids, self.wte).float() + F.embedding(positions, self.wpe)  # (T, E)
         for i, layer in enumerate(self.h):
-            qkv = layer.c_attn(self._norm(x, layer.ln_1))  # (T, 3 E)
-            mixed = attend(i, qkv)
+            mixed = self._attend(i, layer.c_attn(self._norm(x, layer.ln_1)), batch.placed)
             if layer is self.h[-1]:  # nobody reads its other rows
                 x, mixed = x[wanted], mixed[wanted]
             x = x + layer.attn_c_proj(mixed)
             x = x + layer.mlp_c_proj(layer.c_fc(self._norm(x, layer.ln_2)))
-        return x
+        if not batch.wanted:
+            return torch.empty(0, self.config.vocab_size)
+        return self.lm_head(self._norm(x, self.ln_f))[: len(batch.wanted)].float().cpu()
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(T, E) -> (T, vocab_size), rounded to `dtype`."""
-        return self.lm_head(self._norm(x, self.ln_f))
+    def summary(self, logits: Tensor) -> Summary:
+        return summarise(logits)
 
     def _attend(self, layer: int, qkv: Tensor, placed: Sequence[tuple[int, Rows]]) -> Tensor:
         """Write keys and values, then attend, sequence by sequence. (T, 3 E) -> (T, E)"""
-        qkv = self._heads(qkv)
+        qkv = qkv.view(len(qkv), 3, -1, self.head_dim).to(self.kv_dtype)
         q = F.pad(qkv[:, 0], (0, 0, 0, 0, 0, self.min_queries))  # a tile's padding may reach over the end
         out = torch.zeros(len(qkv), *qkv.shape[2:], dtype=self.kv_dtype, device=self.device)
         for row, r in placed:
-            kv = self._keep(layer, r, qkv[row : row + r.count, 1:].transpose(0, 1))
+            kv: Tensor = r.kv[layer]  # (2, H, P, D)
+            kv[:, :, r.start : r.start + r.count] = qkv[row : row + r.count, 1:].permute(1, 2, 0, 3)
             for begin, end in tiles(r.start, r.count):
                 first, count = row + begin - r.start, end - begin
-                keys, left = self._keys(end), self._positions - round_up(end, TILE)
+                keys, left = round_up(end, TILE), self._positions - round_up(end, TILE)
                 queries, at = round_up(count, self.min_queries), begin % TILE
                 mixed = F.scaled_dot_product_attention(
                     q[None, first : first + queries].transpose(1, 2),  # (1, H, queries, D)
@@ -242,29 +224,13 @@ class GPT2:
                 out[first : first + count] = mixed[0, :, :count].transpose(0, 1)
         return out.flatten(1).to(self.dtype)
 
-    def _heads(self, qkv: Tensor) -> Tensor:
-        """(T, 3 E) -> (T, query/key/value, head, head_dim)"""
-        return qkv.view(len(qkv), 3, -1, self.head_dim).to(self.kv_dtype)
-
-    def _keep(self, layer: int, r: Rows, new: Tensor) -> Tensor:
-        """Write `new` (2, count, H, D) where the rows stand; all of the sequence's (2, H, P, D)."""
-        kv: Tensor = r.kv[layer]
-        kv[:, :, r.start : r.start + r.count] = new.transpose(1, 2)
-        return kv
-
-    def _keys(self, end: int) -> int:
-        """How many keys the queries of a tile up to `end` see or are kept from seeing."""
-        return round_up(end, TILE)
-
     def _norm(self, x: Tensor, ln: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(x, x.shape[1:], *ln, self.config.layer_norm_epsilon).to(self.dtype)
 
     def _padded(self, values: list[int]) -> Tensor:
         """With zeros, up to the number of rows that the products are made with."""
-        return torch.tensor(values + [0] * (self._height(len(values)) - len(values)), device=self.device)
-
-    def _height(self, rows: int) -> int:
-        return round_up(max(rows, 1), self.block) if self.block else max(rows, MIN_ROWS)
+        count = round_up(max(len(values), 1), self.block) if self.block else max(len(values), MIN_ROWS)
+        return torch.tensor(values + [0] * (count - len(values)), device=self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +252,9 @@ def tiles(start: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def causal_mask(positions: int, min_queries: int, beyond: int = 0) -> Tensor:
-    """(TILE + min_queries, P + beyond): row i from column P - TILE * (t + 1) on masks position TILE * t + i."""
+def causal_mask(positions: int, min_queries: int) -> Tensor:
+    """(TILE + min_queries, P): row i from column P - TILE * (t + 1) on masks position TILE * t + i."""
     width = round_up(positions, TILE)
-    mask = torch.zeros(TILE + min_queries, width + beyond)
-    mask[:TILE, width - TILE :] = torch.full((TILE, TILE + beyond), float("-inf")).triu(1)
+    mask = torch.zeros(TILE + min_queries, width)
+    mask[:TILE, width - TILE :] = torch.full((TILE, TILE), float("-inf")).triu(1)
     return mask

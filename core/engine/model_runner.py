@@ -200,17 +200,22 @@ def copy_in_int8(model: Model, folder: Path) -> Model | None:
     return draft
 
 
-def graphed(eager: GPT2, tokens: int) -> GPT2:
+def graphed(eager: GPT2, tokens: int) -> Model:
     """`eager` with CUDA graphs where they are seen to compute the same; else `eager`, and a warning why."""
-    try:
-        return checked(GraphedGPT2(eager, tokens), eager)  # no name here holds it, should that fail
-    except Exception as error:
-        if lost(error):
-            log.error("the device was lost in trying CUDA graphs: GRAPHS=0 in the environment leaves them out")
-            raise
-        log.warning("CUDA graphs are left out, steps are slower: %r", error)
-    gc.collect()
-    torch.cuda.empty_cache()  # the memory that they took
+    for plain in (False, True):
+        try:
+            return checked(GraphedGPT2(eager, tokens, plain=plain), eager)  # no name here holds it, should that fail
+        except Exception as error:
+            if lost(error):
+                log.error("the device was lost in trying CUDA graphs: GRAPHS=0 in the environment leaves them out")
+                raise
+            what = (
+                "CUDA graphs are left out, steps are slower" if plain else "CUDA graphs are tried with plainer kernels"
+            )
+            log.warning("%s: %r", what, error)
+        gc.collect()
+        if eager.device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory that they took
     return eager
 
 

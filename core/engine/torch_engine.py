@@ -40,6 +40,9 @@ from core.engine.sequence import Request, Span
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = {"cpu": (32, 256), "cuda": (256, 1024)}
+"""Sequences that run and rows of a step, where nobody says otherwise."""
+
 
 class Core:
     """Scheduler and model, synchronous. One thread makes it and calls it."""
@@ -203,8 +206,8 @@ async def open_torch_engine(
     dtype: str = "auto",
     threads: int = 0,
     cache_bytes: int = 0,
-    max_running: int = 32,
-    token_budget: int = 256,
+    max_running: int = 0,
+    token_budget: int = 0,
     max_waiting: int = 256,
     seed: int | None = None,
     guess: int = GUESS,
@@ -212,15 +215,15 @@ async def open_torch_engine(
 ) -> TorchEngine:
     """Load `model` (embedded, a folder or a hub name) and start the engine.
 
-    `threads` and `cache_bytes` 0 choose. At most `max_running` sequences run, `token_budget` rows (a token of a prompt
-    or of a reply each) are in a step, and `max_waiting` requests wait.
+    `threads`, `cache_bytes`, `max_running` and `token_budget` 0 choose. At most `max_running` sequences run,
+    `token_budget` rows (a token of a prompt or of a reply each) are in a step, and `max_waiting` requests wait.
     `seed` makes the seeds that requests without one are given repeatable; `guess` 0 leaves speculative decoding out,
     `price` is what it costs here, measured when None. Raises BadCheckpoint.
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
         runner = open_runner(model, revision, device, dtype, threads, cache_bytes, with_draft=guess > 0)
-        config = runner.model.config
+        config, (running, budget) = runner.model.config, AT_ONCE[runner.model.device.type]
         cost = runner.price(guess) if guess and price is None else price or 0.0
         guesses = Draft(runner.draft, cost) if runner.draft else Phrases(cost)
         seeds = random.Random(seed) if seed is not None else random.SystemRandom()
@@ -228,8 +231,8 @@ async def open_torch_engine(
             KVCache(cache_tokens(runner.model, cache_bytes)),
             max_positions=config.n_positions,
             eos_id=config.eos_id,
-            max_running=max_running,
-            token_budget=token_budget,
+            max_running=max_running or running,
+            token_budget=token_budget or budget,
             max_waiting=max_waiting,
             draw_seed=lambda: seeds.getrandbits(62),
             guess=guess,

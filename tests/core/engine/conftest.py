@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from core.engine.torch_engine import TorchEngine, open_torch_engine
 from tests.checkpoints import make_checkpoint
 from tests.core.engine.oracle import at_rest
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before somebody imports the kernels: they run on the CPU, for the numbers
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +43,7 @@ async def engine(
 
     @asynccontextmanager
     async def opened(folder: Path, options: dict[str, Any]) -> AsyncIterator[TorchEngine]:
-        usual = {"device": device, "dtype": "float32", "threads": 1, "cache_bytes": 1 << 26, "seed": 0}
+        usual: dict[str, Any] = {"device": device, "dtype": "float32", "threads": 1, "cache_bytes": 1 << 26, "seed": 0}
         engine = await open_torch_engine(folder, **(usual | options))
         try:
             yield engine
