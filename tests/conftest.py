@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
@@ -14,6 +15,12 @@ from core.engine.machine import spin_briefly
 os.environ["OMP_NUM_THREADS"] = "1"
 spin_briefly()  # as every engine does: those of a worker beside other workers would take the time of whom they wait for
 
+# Without CUDA's driver Triton interprets the GPU's kernels. It asks when it is imported, and torch may import it.
+try:
+    ctypes.CDLL("libcuda.so.1")
+except OSError:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # A script that runs the tests in the background has SIGINT ignored, nohup has SIGHUP, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -22,8 +29,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 gc.disable()
 
 LONGEST = (
-    "tests/faults/test_faults.py", "tests/core/engine/test_native.py", "tests/bots/test_main.py",
-    "tests/bots/test_model_cli.py", "tests/e2e/",
+    "tests/faults/test_faults.py", "tests/core/engine/test_graphs.py", "tests/core/engine/test_native.py",
+    "tests/bots/test_main.py", "tests/bots/test_model_cli.py", "tests/e2e/",
 )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from benchmarks.serve import checkpoints, machine, report
@@ -36,7 +37,7 @@ from core.evaluation.selfchat import OPENERS
 from core.settings import Settings
 from core.tokenizer import Tokenizer
 
-BASELINE = "palaver-int8"
+BASELINE = "palaver-int8", "palaver-bfloat16"
 ALONE = "palaver", "ctranslate2"
 """Whom a second thread holds up in small models. The embedded one, replies a second of B with one and two: palaver-int8
 280 and 207, ctranslate2-int8 83 and 28; but llama.cpp-q8_0 97 and 149, transformers-static 19 and 29."""
@@ -76,13 +77,13 @@ def main() -> None:
     if not runs:
         print("nobody was measured", *report.left_out(found.absent), sep="\n", file=sys.stderr)
         sys.exit(code or 1)
-    baseline = next(name for name in (BASELINE, *runs) if name in runs)
+    baseline = next(name for name in (*BASELINE, *runs) if name in runs)
     table = report.summary(runs, baseline)
     roofline = report.roofline(runs, config, found.limits)
     result = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.serve", *sys.argv[1:]]),
-        "machine": machine.describe(),
+        "machine": machine.describe(wanted.device),
         "load_before_each": [round(load, 2) for load in found.loads],
         "threads": wanted.threads,
         "stride": wanted.stride,
@@ -110,9 +111,9 @@ def measure(folder: Path, text: Path | None, wanted: argparse.Namespace, found: 
         if not left_out(name, answer, found.absent):
             print(f"ready in {answer['seconds']:.1f} s", flush=True)
     for number in range(1, wanted.rounds + 1):
-        seen = machine.products(wanted.threads or cores())
+        seen = machine.products(wanted.threads or cores(), wanted.device)
         for name in [name for name in order if name not in found.absent]:
-            seen |= machine.bandwidth(wanted.threads or cores())
+            seen |= machine.bandwidth(wanted.threads or cores(), wanted.device)
             found.limits |= {what: max(value, found.limits.get(what, 0.0)) for what, value in seen.items()}
             found.loads.append(os.getloadavg()[0])
             began = time.monotonic()
@@ -137,6 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a checkpoint's folder in a shape's place")
     parser.add_argument("--tokenizer", type=Path, help="people say real text, in this folder's ids")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="NAME", help="who")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workloads", default="ABCD", help="letters out of " + "".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12, help="of B, of D's second half, of each level of E")
@@ -148,6 +150,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/serve/results"))
     parser.add_argument("--name", default="", help="of the files written; the shape's or the model's when left out")
     wanted = parser.parse_args()
+    if wanted.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: this machine, or this build of torch, has none")
     if not wanted.workloads or set(wanted.workloads) - set(WORKLOADS):
         raise SystemExit(f"--workloads {wanted.workloads!r}: name letters out of {''.join(WORKLOADS)}")
     for name, least in (("rounds", 1), ("threads", 0), ("stride", 1), ("pause", 0)):
@@ -181,7 +185,7 @@ def left_out(name: str, answer: dict[str, Any], absent: dict[str, str], when: st
 def ask(name: str, folder: Path, wanted: argparse.Namespace, *turn: object) -> dict[str, Any]:
     """What the peer's child found in its turn, or in making its files; what goes wrong leaves it out and is said."""
     command = [sys.executable, "-m", "benchmarks.serve.child", name, str(folder), *map(str, turn)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads(name, folder, wanted)), "HF_HUB_OFFLINE": "1"}
+    chosen = {"OMP_NUM_THREADS": str(threads(name, folder, wanted)), "HF_HUB_OFFLINE": "1", "DEVICE": wanted.device}
     ours, theirs = os.pipe()  # never written to: the child ends where this process does
     with tempfile.TemporaryFile("w+") as errors, os.fdopen(ours) as stdin, os.fdopen(theirs, "w"):
         try:
@@ -192,7 +196,7 @@ def ask(name: str, folder: Path, wanted: argparse.Namespace, *turn: object) -> d
                 stderr=errors,
                 text=True,
                 timeout=wanted.limit,
-                env=environment,
+                env=os.environ | chosen,
             )
         except subprocess.TimeoutExpired:
             return {"absent": f"not through after {wanted.limit:g} s (--limit)"}

@@ -20,8 +20,8 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8"
 LIBRARIES = ("torch", "transformers", "ctranslate2", "llama_cpp_python", "numpy")
 
 
-def describe() -> dict[str, Any]:
-    """The processor, its instruction sets, memory, versions."""
+def describe(device: str) -> dict[str, Any]:
+    """The GPU where it is asked, the processor, its instruction sets, memory, versions."""
     info = Path("/proc/cpuinfo").read_text("utf-8") if Path("/proc/cpuinfo").is_file() else ""
     lines = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     values = {name.strip(): value.strip() for name, value in lines.items()}
@@ -33,6 +33,7 @@ def describe() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "absent"
     return {
+        **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "processor": values.get("model name") or platform.processor() or platform.machine(),
         "cores": cores(),
         "instructions": [flag for flag in FLAGS if flag in flags],
@@ -43,28 +44,28 @@ def describe() -> dict[str, Any]:
     }
 
 
-def bandwidth(threads: int) -> dict[str, float]:
+def bandwidth(threads: int, device: str) -> dict[str, float]:
     """GB/s read from memory; half a second. It drifts where memory is shared with other machines: ask often."""
     torch.set_num_threads(threads)
-    memory = torch.ones(1 << 27)  # 512 MB, written: fresh pages would all be the kernel's one page of zeros
+    memory = torch.ones(1 << 27, device=device)  # 512 MB, written: fresh pages would be the kernel's one page of zeros
     return {"read_gb_s": memory.nbytes / 1e9 / min(_seconds(memory.sum) for _ in range(7))}
 
 
-def products(threads: int) -> dict[str, float]:
+def products(threads: int, device: str) -> dict[str, float]:
     """GFLOP/s (int8: GOP/s) of a square matrix product, as fast as torch has it."""
     torch.set_num_threads(threads)
     return {
-        "float32": _product(torch.float32, torch.mm),
-        "bfloat16": _product(torch.bfloat16, torch.mm),
-        "int8": _product(torch.int8, torch._int_mm),
+        "float32": _product(torch.float32, torch.mm, device),
+        "bfloat16": _product(torch.bfloat16, torch.mm, device),
+        "int8": _product(torch.int8, torch._int_mm, device),
     }
 
 
-def _product(dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
+def _product(dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor], device: str) -> float:
     """With sides that double until it takes a while: some processors need seconds where others need microseconds."""
     best, side = 0.0, 128
-    while side <= 2048:
-        a = (torch.randn(side, side) * 40).to(dtype)
+    while side <= (2048 if device == "cpu" else 8192):
+        a = (torch.randn(side, side) * 40).to(device, dtype)
         seconds = min(_seconds(partial(multiply, a, a)) for _ in range(4))
         best = max(best, 2 * side**3 / 1e9 / seconds)
         if seconds > 0.05:
@@ -76,6 +77,8 @@ def _product(dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor]) -
 def _seconds(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.serve.peers import SAMPLING, Peer
+from benchmarks.serve.peers import SAMPLING, Peer, device
 from core.app import open_engine
 from core.engine.base import Engine
 from core.settings import Settings
@@ -19,9 +19,9 @@ class Palaver(Peer):
 
     def __init__(self, kind: str, folder: Path, threads: int) -> None:
         if kind.endswith("-torch"):
-            os.environ["NATIVE"] = "0"  # as on a machine without a compiler
+            os.environ["NATIVE"] = os.environ["GRAPHS"] = "0"  # as on a machine without a compiler
         dtype = kind.removesuffix("-torch")
-        self._settings = Settings(model=str(folder), dtype=dtype, device="cpu", threads=threads, engine="process")
+        self._settings = Settings(model=str(folder), dtype=dtype, device=device(), threads=threads, engine="process")
         self._engine: Engine
         self._stack = contextlib.AsyncExitStack()
 

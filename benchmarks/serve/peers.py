@@ -38,6 +38,7 @@ PEERS = {
     "llama.cpp-q8_0": "llama_peer:Llama",
 }
 """name -> module:class. What follows the first hyphen is the peer's `kind`: its precision or way of batching."""
+ON_CUDA = "palaver-float32", "palaver-bfloat16", "transformers"
 USUAL: dict[str, tuple[object, ...]] = {
     "activation_function": ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -45,6 +46,11 @@ USUAL: dict[str, tuple[object, ...]] = {
     "scale_attn_by_inverse_layer_idx": (False,),
 }
 """What GPT-2's configuration says, in every spelling; some formats have no place for anything else."""
+
+
+def device() -> str:
+    """cpu or cuda: the same for all, from the environment, as Palaver has it."""
+    return os.environ.get("DEVICE") or "cpu"
 
 
 class Absent(Exception):
@@ -91,7 +97,9 @@ class Peer(Protocol):
 
 
 def make(name: str, folder: Path, threads: int) -> Peer:
-    """Raises Absent when its library is not installed."""
+    """Raises Absent when its library is not installed, or it is for CPUs."""
+    if device() == "cuda" and not name.startswith(ON_CUDA):
+        raise Absent("measured on CPUs alone")
     module, _, cls = PEERS[name].partition(":")
     try:
         found = getattr(importlib.import_module(f"benchmarks.serve.{module}"), cls)

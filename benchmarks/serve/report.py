@@ -28,6 +28,8 @@ MEASURES: dict[str, tuple[str, tuple[str, ...], bool]] = {
     "C processor ms": ("C", ("processor_ms",), False),
     "D processor ms": ("D", ("processor_ms",), False),
     "E replies/s": ("E", ("replies_per_s",), True),
+    "F replies/s": ("F", ("replies_per_s",), True),
+    "F p95 ms": ("F", ("p95_ms",), False),
 }
 """title -> (workload, where it stands in the child's result, whether more is better)"""
 
@@ -69,7 +71,7 @@ def roofline(runs: Runs, config: dict[str, Any], machine: dict[str, float]) -> d
     """precision -> measure -> what the limits of memory and arithmetic allow for the prompts that were asked."""
     table: dict[str, dict[str, float]] = {}
     for precision in ("float32", "bfloat16", "int8"):
-        for title, together in (("A mean ms", 1), ("B replies/s", 16), ("C mean ms", 1)):
+        for title, together in (("A mean ms", 1), ("B replies/s", 16), ("C mean ms", 1), ("F replies/s", 256)):
             letter, _, more = MEASURES[title]
             asked = next((run[letter]["asked"] for rounds in runs.values() for run in rounds if letter in run), None)
             if asked:
@@ -160,7 +162,16 @@ def _bars(path: Path, result: dict[str, Any]) -> Path:
     from matplotlib import pyplot
 
     table, runs = result["summary"], result["runs"]
-    wanted = ("A mean ms", "A processor ms", "B replies/s", "B processor ms", "C mean ms", "D mean ms", "D replies/s")
+    wanted = (
+        "A mean ms",
+        "A processor ms",
+        "B replies/s",
+        "B processor ms",
+        "C mean ms",
+        "D mean ms",
+        "D replies/s",
+        "F replies/s",
+    )
     titles = [title for title in wanted if any(title in row for row in table.values())]
     titles = titles or [title for title in MEASURES if any(title in row for row in table.values())]
     figure, axes = pyplot.subplots(

@@ -11,16 +11,20 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.serve.peers import SAMPLING, Absent, Asked, Batcher, Peer
+from benchmarks.serve.peers import SAMPLING, Absent, Asked, Batcher, Peer, device
 from core.engine.machine import cores
 
+ON_CUDA = device() == "cuda"
+BATCHED = "bfloat16" if ON_CUDA else "float32"
+"""What batches are computed in: the faster of the two, on a CPU as well."""
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 torch.set_grad_enabled(False)
 
 
 def load(folder: Path, dtype: str, threads: int) -> Any:
     torch.set_num_threads(threads)
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()  # type: ignore[no-untyped-call]
+    model: Any = transformers.GPT2LMHeadModel
+    return model.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device()).eval()
 
 
 def sampling(tokens: int, candidates: int = 1) -> Any:
@@ -50,8 +54,8 @@ class Serial(Batcher):
     def run(self, batch: list[Asked]) -> list[list[list[int]]]:
         """Padded on the left."""
         longest = max(len(asked.prompt) for asked in batch)
-        ids = torch.tensor([[0] * (longest - len(asked.prompt)) + asked.prompt for asked in batch])
-        mask = torch.tensor([[0] * (longest - len(a.prompt)) + [1] * len(a.prompt) for a in batch])
+        ids = torch.tensor([[0] * (longest - len(a.prompt)) + a.prompt for a in batch], device=device())
+        mask = torch.tensor([[0] * (longest - len(a.prompt)) + [1] * len(a.prompt) for a in batch], device=device())
         config = sampling(batch[0].tokens, batch[0].candidates)
         rows = self._model.generate(ids, attention_mask=mask, generation_config=config)[:, longest:].tolist()
         return [list(group) for group in zip(*[iter(rows)] * batch[0].candidates, strict=True)]
@@ -60,15 +64,15 @@ class Serial(Batcher):
 class Static(Serial):
     """Whoever waits is answered in one padded batch: batches of equal lengths answer half as many a second here."""
 
-    limit = 16
+    limit = 256 if ON_CUDA else 16
 
     def load(self) -> str:
-        self.kind = "float32"
-        return super().load().replace("one request at a time", "batches of up to 16")
+        self.kind = BATCHED
+        return super().load().replace("one request at a time", f"batches of up to {self.limit}")
 
 
 class Continuous(Peer):
-    """Its paged cache and its scheduler (`init_continuous_batching`), float32."""
+    """Its paged cache and its scheduler (`init_continuous_batching`). On CUDA it chooses for itself."""
 
     caches = True
 
@@ -79,13 +83,17 @@ class Continuous(Peer):
     async def open(self) -> str:
         if not hasattr(transformers.GPT2LMHeadModel, "init_continuous_batching"):
             raise Absent(f"transformers {transformers.__version__} has no init_continuous_batching")
-        model = load(self.folder, "float32", self.threads)
-        config = transformers.ContinuousBatchingConfig(
-            page_size=32, num_blocks=1024, max_batch_tokens=256, use_cuda_graph=False
-        )
+        model = load(self.folder, BATCHED, self.threads)
+        by_hand: dict[str, Any] = {
+            "page_size": 32,
+            "num_blocks": 1024,
+            "max_batch_tokens": 256,
+            "use_cuda_graph": False,
+        }
+        config = transformers.ContinuousBatchingConfig(**({} if ON_CUDA else by_hand))
         self._manager = model.init_continuous_batching(sampling(16), config)
         self._manager.start()
-        return f"continuous batching, float32, {model.config._attn_implementation}, pages of 32"
+        return f"continuous batching, {BATCHED}, {model.config._attn_implementation}, pages of {config.page_size}"
 
     async def expect(self, channels: int, tokens: int) -> None: ...
 

@@ -219,6 +219,11 @@ async def crowd(
     }
 
 
+async def hundreds(peer: Peer, script: Script, seconds: float) -> dict[str, Any]:
+    """F: 256 channels, a request of each in flight: what a GPU is for."""
+    return await crowd(peer, script, seconds, channels=256, in_flight=256)
+
+
 async def thousand(peer: Peer, script: Script, seconds: float) -> dict[str, Any]:
     """E: 1,000 channels, Poisson arrivals; the highest load at which 95 % of the replies take at most 2 s.
 
@@ -286,8 +291,8 @@ async def _one(peer: Peer, awake: list[Talk], asleep: list[Talk], rng: random.Ra
         awake.append(asleep.pop(rng.randrange(len(asleep) - 1)))
 
 
-CHANNELS = {"A": 1, "B": 32, "C": 1, "D": 32, "E": 128}
+CHANNELS = {"A": 1, "B": 32, "C": 1, "D": 32, "E": 128, "F": 256}
 """Whose cache is to be kept at the same time."""
-WINDOWS = {"A": 256, "B": 256, "C": 900, "D": 256, "E": 256}
+WINDOWS = {"A": 256, "B": 256, "C": 900, "D": 256, "E": 256, "F": 256}
 """Ids of history a prompt may have; less where the model has fewer positions."""
-WORKLOADS = {"A": a_user, "B": crowd, "C": long_window, "D": candidates, "E": thousand}
+WORKLOADS = {"A": a_user, "B": crowd, "C": long_window, "D": candidates, "E": thousand, "F": hundreds}

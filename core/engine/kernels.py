@@ -154,5 +154,4 @@ def summed(sums, totals, count, across, N: tl.constexpr, PDL: tl.constexpr):
     row, i = tl.program_id(0), tl.arange(0, N)
     share = tl.load(sums + row * count + i, i < count, float("-inf"))
     most = tl.max(share, 0)
-    bad = tl.sum(tl.where(i < count, share, 0.0), 0) * 0.0
-    tl.store(totals + row * across, most + tl.log(tl.sum(tl.exp(share - most), 0)) + bad)
+    tl.store(totals + row * across, most + tl.log(tl.sum(tl.exp(share - most), 0)))

@@ -34,7 +34,7 @@ def measured(ms: float) -> dict[str, Any]:
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run main() in the folders work and out; the code it ends with. `play` answers for the child of turn 1, 2, …"""
-    monkeypatch.setattr(machine, "bandwidth", lambda threads: {"read_gb_s": 9})
+    monkeypatch.setattr(machine, "bandwidth", lambda *_: {"read_gb_s": 9})
 
     def run(*options: object, play: Play | None = None) -> str | int | None:
         turns: dict[str, int] = {}
@@ -48,7 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
         folders = ("--work", tmp_path / "work", "--out", tmp_path / "out")
         monkeypatch.setattr(serve, "ask", ask)
-        monkeypatch.setattr(machine, "products", lambda threads: dict.fromkeys(("float32", "bfloat16", "int8"), 9))
+        monkeypatch.setattr(machine, "products", lambda *_: dict.fromkeys(("float32", "bfloat16", "int8"), 9))
         monkeypatch.setattr(sys, "argv", ["serve", "--shape", "tiny", *map(str, (*folders, *options))])
         with pytest.raises(SystemExit) as stop:
             serve.main()
@@ -61,7 +61,7 @@ def test_a_peer_that_fails_in_a_later_round_is_marked(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rates = iter((20.0, 30.0, 10.0, 5.0))
-    monkeypatch.setattr(machine, "bandwidth", lambda threads: {"read_gb_s": next(rates)})
+    monkeypatch.setattr(machine, "bandwidth", lambda *_: {"read_gb_s": next(rates)})
 
     def play(name: str, turn: int) -> dict[str, Any]:
         return {"absent": "it failed: no luck"} if name == "llama.cpp-f32" and turn == 2 else measured(10)

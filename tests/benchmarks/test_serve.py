@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,7 +18,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from benchmarks.serve import checkpoints, machine, report, workloads
+from benchmarks.serve import __main__ as serve
+from benchmarks.serve import checkpoints, machine, peers, report, workloads
 from benchmarks.serve.palaver import Palaver
 from benchmarks.serve.peers import Absent, Asked, Batcher, refuse_unusual
 from benchmarks.serve.workloads import REPLY, USER, Script, Talk, crowd, single, thousand
@@ -295,8 +297,27 @@ def test_no_limit_found_is_said_and_drawn_as_it_is(tmp_path: Path) -> None:
         assert [path.name for path in report.write(tmp_path, "x", result)] == names
 
 
+def test_on_cuda_those_for_cpus_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEVICE", "cuda")
+    made = []
+    for name in peers.PEERS:
+        with contextlib.suppress(peers.Absent):
+            peers.make(name, tmp_path, 1)
+            made.append(name)
+    assert all(name.startswith(("palaver-", "transformers-")) for name in made)
+    assert {"palaver-bfloat16", "palaver-bfloat16-torch", "transformers-continuous"} <= set(made)
+    assert not any("int8" in name for name in made)
+
+
+def test_a_gpu_that_is_not_here_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve", "--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device cuda: this machine, or this build of torch, has none"):
+        serve.main()
+
+
 def test_the_machine_is_described_and_measured() -> None:
-    assert {"processor", "cores", "instructions", "torch"} <= set(machine.describe())
+    assert {"processor", "cores", "instructions", "torch"} <= set(machine.describe("cpu"))
 
 
 async def test_the_embedded_model_takes_a_turn(tmp_path: Path) -> None:

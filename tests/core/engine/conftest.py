@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -13,9 +12,6 @@ import torch
 from core.engine.torch_engine import TorchEngine, open_torch_engine
 from tests.checkpoints import make_checkpoint
 from tests.core.engine.oracle import at_rest
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before somebody imports the kernels: they run on the CPU, for the numbers
 
 
 @pytest.fixture(scope="session")

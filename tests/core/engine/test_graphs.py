@@ -156,6 +156,18 @@ def test_what_is_not_finite_stays_where_it_is(checkpoint: Make) -> None:
     assert [math.isnan(total) for total in graphed.summary(got).totals] == [False, True, False]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_logit_without_an_end_has_no_total(checkpoint: Make, sign: int) -> None:
+    graphed = opened(checkpoint("one-head"))
+    weight: Any = graphed.eager.lm_head.weight
+    weight[7] = 0.0
+    weight[7, 0] = sign * float("inf")
+    logits = decode(graphed, [graphed.new_kv(1)], [0])
+    assert logits.isinf().sum() == 1
+    assert math.isnan(graphed.summary(logits).totals[0])
+
+
 @pytest.mark.parametrize("at", [1, 63, 64, 65])
 def test_a_fork_has_the_prefix_and_nothing_else(checkpoint: Make, at: int) -> None:
     graphed = opened(checkpoint("one-head"))
