@@ -218,7 +218,7 @@ class App:
             await asyncio.sleep(BEAT)
             metrics.loop_lag_seconds.observe(max(0.0, time.monotonic() - began - BEAT))
             systemd.notify("WATCHDOG=1")
-            if (other := getattr(self.chat.voice.engine, "other", "")) and not self.stopping.is_set():
+            if (other := self.chat.voice.engine.other) and not self.stopping.is_set():
                 log.critical("%s; this process ends here, the next start learns it", other)
                 self._code = os.EX_TEMPFAIL
                 self.stop()

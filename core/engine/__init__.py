@@ -12,7 +12,8 @@ sampler        from logits to tokens
 draft          a copy in int8 that guesses for a large model
 weights        a checkpoint's config and tensors, checked
 native/        the model in C++
-graphs         the model as CUDA graphs
+graphs         the model on a GPU: a step is one graph
+kernels        what the graph is of, in Triton
 reference      the model written down plainly, which a precision is held against
 hub            from a model's name to its folder
 machine        what cores and memory this process may use

@@ -122,6 +122,11 @@ class Engine(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
+    @property
+    def other(self) -> str:
+        """The line that says so, once the engine has another model than at the start: only a new process helps."""
+        return ""
+
     async def generate(
         self,
         prompt: Sequence[int],

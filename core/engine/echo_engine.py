@@ -22,6 +22,8 @@ from core.engine.hub import EMBEDDED
 
 
 class EchoEngine:
+    other = ""
+
     def __init__(self, folder: Path = EMBEDDED) -> None:
         """`folder`: a checkpoint's config.json and tokenizer; no weights are read. Raises BadCheckpoint."""
         config = folder / "config.json"

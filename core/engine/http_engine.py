@@ -75,7 +75,6 @@ class HttpEngine:
             raise_for_status=False,
         )
         self.other = ""
-        """The line that says so, once an engine elsewhere has another model than at the start: only a new one helps."""
         self._info: ModelInfo | None = None
         self._files: PrivateFolder | None = None
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -69,6 +69,7 @@ def linear(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    # A loop, be it of one turn: to a product alone Triton adds the bias first, which rounds otherwise than in a loop.
     for begin in range(first, last, K):
         k = begin + tl.arange(0, K)
         left = tl.load(a + k[None, :], here[:, None] & (k < last)[None, :], 0.0)

@@ -87,6 +87,8 @@ class Core:
 class TorchEngine:
     """Satisfies `core.engine.base.Engine`. Made by `open_torch_engine`."""
 
+    other = ""
+
     def __init__(self, open_core: Callable[[], tuple[Core, ModelInfo]]) -> None:
         self.info: ModelInfo
         self.core: Core

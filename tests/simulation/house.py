@@ -71,6 +71,8 @@ class ScriptedPlatform:
 class ScriptedEngine:
     """Says "re" and the question after `seconds`; raises what `script` holds first."""
 
+    other = ""
+
     def __init__(self, words: Words) -> None:
         self.info = ModelInfo("scripted", 1024, 50000, 0, "", "")
         self.words, self.seconds = words, 0.1

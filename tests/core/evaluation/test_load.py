@@ -19,6 +19,8 @@ from core.voice import Voice
 class Slow:
     """Answers `lanes` requests at once, each in `seconds`; refuses when more than `most` are there."""
 
+    other = ""
+
     def __init__(self, tokenizer: Tokenizer, seconds: float, lanes: int, most: int = 1000) -> None:
         self.info = ModelInfo("slow", 256, len(tokenizer), tokenizer.eos_id, "", "slow")
         self.said = tokenizer.encode("yes , of course")
