@@ -7,7 +7,11 @@ import ctypes
 import gc
 import logging
 import math
+import os
 import random
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,11 +29,13 @@ from core.engine.model import GPT2, TILE, Batch, Rows
 from core.engine.sampler import draw, summarise
 from core.engine.torch_engine import TorchEngine
 from tests.checkpoints import SHAPES
+from tests.core.engine.compiled import NAMES
 from tests.core.engine.oracle import greedy, prompts, reference
 from tests.core.engine.test_model import run
 
 pytestmark = pytest.mark.usefixtures("inference", "unpacked")
 Make = Callable[..., Path]
+ROOT = Path(__file__).parents[3]
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAR = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 0.03}
 """From Transformers' logits, relative to their spread. (Triton interprets no products of bfloat16.)"""
@@ -166,6 +172,17 @@ def test_a_logit_without_an_end_has_no_total(checkpoint: Make, sign: int) -> Non
     logits = decode(graphed, [graphed.new_kv(1)], [0])
     assert logits.isinf().sum() == 1
     assert math.isnan(graphed.summary(logits).totals[0])
+
+
+def test_the_kernels_compile_for_gpus_that_are_not_here(checkpoint: Make, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = sys.executable, "-m", "tests.core.engine.compiled", str(checkpoint("plain"))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    made = Counter(tuple(line.split()[:2]) for line in done.stdout.splitlines())
+    assert set(made) == {(kernel, gpu) for kernel in NAMES for gpu in ("75", "80", "90")}
+    assert made["linear", "90"] >= 8 and made["norm", "90"] == 3
+    assert all(int(line.split()[2]) <= 64 << 10 for line in done.stdout.splitlines()), "Turing has no more"
 
 
 @pytest.mark.parametrize("at", [1, 63, 64, 65])
