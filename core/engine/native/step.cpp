@@ -549,22 +549,34 @@ static float kth_largest(std::vector<float> &values, int k) {
     return values[k - 1];
 }
 /// Ids, ascending, of the k largest but `banned` (-1: none), and of all that tie with the last of them. `tops` has the largest of
-/// each 32, or is null; the k-th of those is no larger than that of all numbers.
+/// each 32, or is null. What is looked at is no less than the k-th of these, or of the largest of each 16 of them, where there
+/// are so many: that is no larger than the k-th of all numbers, and near it.
 static void largest_ids(const float *x, const float *tops, int n, int k, int banned, std::vector<int32_t> &ids) {
-    const int groups = (n + 31) / 32;
-    std::vector<float> some, own;
+    const int groups = (n + 31) / 32, near = banned < 0 ? k : k + 1;
+    static thread_local std::vector<float> some, own;
+    static thread_local std::vector<int> looked_at;
+    own.clear();
     if (!tops) {
         for (int i = 0; i < n; i += 32) own.push_back(i + 32 <= n ? largest(x + i) : *std::max_element(x + i, x + n));
         tops = own.data();
     }
-    float least = -INFINITY;
-    if (const int near = banned < 0 ? k : k + 1; near <= groups) {
-        some.assign(tops, tops + groups);
-        least = kth_largest(some, near);
+    some.clear();
+    for (int i = 0; i < groups; i += 16) {
+        float most = tops[i];
+        for (int j = i + 1; j < groups && j < i + 16; j++) most = tops[j] > most ? tops[j] : most;
+        some.push_back(most);
     }
-    ids.clear();
+    if (near > (int)some.size()) some.assign(tops, tops + groups);
+    float least = near <= (int)some.size() ? kth_largest(some, near) : -INFINITY;
+    looked_at.clear();
     for (int group = 0; group < groups; group++)
-        for (int i = 32 * group; tops[group] >= least && i < n && i < 32 * group + 32; i++)
+        if (tops[group] >= least) {
+            looked_at.push_back(group);
+            for (int i = 0; i < 32; i += 16) __builtin_prefetch(x + 32 * group + i);
+        }
+    ids.clear();
+    for (const int group : looked_at)
+        for (int i = 32 * group; i < n && i < 32 * group + 32; i++)
             if (x[i] >= least && i != banned) ids.push_back(i);
     some.clear();
     for (int32_t id : ids) some.push_back(x[id]);
