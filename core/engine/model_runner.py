@@ -148,6 +148,8 @@ def open_runner(
     place = choose_device(device)
     if place.type == "cpu":
         torch.set_num_threads(threads or (cores() if parameters(folder) >= SHARED else 1))
+    else:
+        torch.cuda.set_device(place.index or 0)  # of this thread: kernels are launched where it is
     with torch.inference_mode():
         runner = ModelRunner(choose(folder, place, dtype, cache_bytes), folder)
         runner.draft = copy_in_int8(runner.model, folder) if with_draft else None

@@ -6,8 +6,29 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+import torch
 
+from core.engine import model_runner
 from core.engine.torch_engine import TorchEngine
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:1", 1)])
+def test_kernels_are_launched_on_the_gpu_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Triton launches on the thread's own, whatever it is given."""
+    asked: list[object] = []
+
+    def choose(*_: object) -> None:
+        asked.append("model")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(model_runner, "choose", choose)
+    with pytest.raises(ZeroDivisionError):
+        model_runner.open_runner("embedded", None, name, "auto", 1)
+    assert asked == [number, "model"]
 
 
 @pytest.mark.parametrize(
