@@ -66,6 +66,7 @@ class Chat:
         self._courier = courier
         self.voice = voice
         self._limits = limits
+        self._running = limits.running or voice.engine.info.at_once
         self._clock = clock
         self._now = now
         self._answering: dict[int, asyncio.Task[None]] = {}
@@ -198,7 +199,7 @@ class Chat:
         """Answer until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._sweep())
-            for _ in range(self._limits.running):
+            for _ in range(self._running):
                 group.create_task(self._work())
 
     async def drain(self, timeout: float) -> None:
@@ -383,7 +384,7 @@ class Chat:
             waited = self._limits.deadline - self._left(request)
             if waited >= TELL_AFTER and request.row not in self._told:
                 self._told[request.row] = now
-                seconds = max(1, round((ahead + 1) * self._pace / self._limits.running))
+                seconds = max(1, round((ahead + 1) * self._pace / self._running))
                 place = ORDINALS[ahead] if ahead < len(ORDINALS) else f"number {ahead + 1}"
                 self._courier.tell(request.message, f"You are {place} in line, about {seconds} s.")
 

@@ -120,7 +120,9 @@ class QueueLimits(BaseModel):
     deadline: float = Field(
         60.0, gt=0, le=86_400, description="seconds an answer may take, from receipt", examples=[60]
     )
-    running: int = Field(32, ge=1, le=4096, description="answers under way at once", examples=[32])
+    running: int = Field(
+        0, ge=0, le=4096, description="answers under way at once, 0: as many as the engine runs", examples=[32]
+    )
 
 
 class DeliveryRules(BaseModel):

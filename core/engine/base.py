@@ -109,6 +109,8 @@ class ModelInfo:
     """The local folder with config.json and the tokenizer's files."""
     how: str
     """One line for people: device, precision, which path runs."""
+    at_once: int = 32
+    """Replies under way at a time; more would wait."""
 
     def check(self, ids: Sequence[int]) -> None:
         """ValueError where they are no prompt: none, or one outside the vocabulary."""

@@ -241,7 +241,13 @@ async def open_torch_engine(
             guesses=guesses,
         )
         info = ModelInfo(
-            Path(model).name, config.n_positions, config.vocab_size, config.eos_id, str(runner.folder), runner.model.how
+            name=Path(model).name,
+            max_positions=config.n_positions,
+            vocab_size=config.vocab_size,
+            eos_id=config.eos_id,
+            path=str(runner.folder),
+            how=runner.model.how,
+            at_once=max_running or running,
         )
         return Core(runner, scheduler), info
 

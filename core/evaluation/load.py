@@ -105,7 +105,7 @@ class Talk:
 
 
 async def measure(voice: Voice, seconds: float, running: int, tell: Tell, seed: int = 1) -> Load:
-    """Takes about `seconds`. `running`: requests under way at once, as QUEUE__RUNNING has it. `tell` hears of progress.
+    """Takes about `seconds`. `running`: requests under way at once, as in a running bot. `tell` hears of progress.
 
     Raises an EngineError when not one reply comes.
     """

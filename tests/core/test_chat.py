@@ -263,6 +263,24 @@ def test_what_waits_in_other_channels_stays_when_one_moves() -> None:
     play(scene, limits=QueueLimits(running=1))
 
 
+@pytest.mark.parametrize(("running", "most"), [(0, 3), (2, 2), (5, 5)])
+def test_as_many_answers_are_under_way_as_the_engine_runs_or_as_is_said(running: int, most: int) -> None:
+    async def scene(house: House) -> None:
+        await house.kill()
+        house.engine.info = replace(house.engine.info, at_once=3)
+        house.build()
+        await house.open()
+        house.engine.seconds = 5
+        for channel in "abcdefgh":
+            await house.say("hello", channel=channel)
+        await asyncio.sleep(1)
+        assert len(house.engine.prompts) == most
+        await asyncio.sleep(30)
+        assert house.states() == ["answered"] * 8
+
+    play(scene, limits=QueueLimits(running=running))
+
+
 def test_what_waits_goes_with_a_channel_that_moves() -> None:
     async def scene(house: House) -> None:
         house.engine.seconds = 1

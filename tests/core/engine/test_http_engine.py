@@ -130,6 +130,7 @@ async def test_a_child_draws_what_the_engine_in_this_process_draws(engine: Open,
     async with spawned(checkpoint()) as there:
         assert there.info.vocab_size == here.info.vocab_size
         assert there.info.path == str(checkpoint())
+        assert there.info.at_once == here.info.at_once == 32
         for prompt, params in asked:
             mine = await here.generate(prompt, params, session="s")
             theirs = await there.generate(prompt, params, session="s")

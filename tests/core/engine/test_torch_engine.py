@@ -488,6 +488,7 @@ async def test_what_does_not_fit_is_refused_in_one_line(engine: Open) -> None:
 
 async def test_too_many_waiting_are_turned_away(engine: Open) -> None:
     e = await engine("plain", max_running=1, max_waiting=3)
+    assert e.info.at_once == 1
     ends = await asyncio.gather(*(ask(e, [i + 1, 2]) for i in range(40)), return_exceptions=True)
     full = [end for end in ends if isinstance(end, QueueFull)]
     assert full and len(full) < 40
