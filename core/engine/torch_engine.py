@@ -33,7 +33,7 @@ from core.engine.draft import Draft
 from core.engine.futures import settle
 from core.engine.graphs import lost
 from core.engine.guesses import Phrases
-from core.engine.kv_cache import KVCache
+from core.engine.kv_cache import ROUND, KVCache
 from core.engine.model_runner import ModelRunner, cache_tokens, open_runner
 from core.engine.scheduler import GUESS, Scheduler
 from core.engine.sequence import Request, Span
@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = {"cpu": (32, 256), "cuda": (256, 1024)}
 """Sequences that run and rows of a step, where nobody says otherwise."""
+TALK = 3 * ROUND
+"""Tokens that a sequence takes in the cache, usually: more of them than there is room for are not promised."""
 
 
 class Core:
@@ -247,7 +249,7 @@ async def open_torch_engine(
             eos_id=config.eos_id,
             path=str(runner.folder),
             how=runner.model.how,
-            at_once=max_running or running,
+            at_once=max(1, min(max_running or running, scheduler.cache.total // TALK)),
         )
         return Core(runner, scheduler), info
 

@@ -115,7 +115,9 @@ def fingerprint(files: dict[str, str]) -> str:
 
 
 def load_info(answer: dict[str, Any]) -> ModelInfo:
-    return ModelInfo(**answer)
+    """What a newer engine says besides is left aside."""
+    known = {field.name for field in fields(ModelInfo)}
+    return ModelInfo(**{name: value for name, value in answer.items() if name in known})
 
 
 def dump_error(error: EngineError) -> dict[str, str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from core.engine import graphs, model, model_runner, weights
 from core.engine.base import SamplingParams
 from core.engine.graphs import SCRATCH, Capture, GraphedGPT2
-from core.engine.model import GPT2, TILE, Batch, Rows
+from core.engine.model import GPT2, TILE, Batch, Linear, Rows
 from core.engine.sampler import draw, summarise
 from core.engine.torch_engine import TorchEngine
 from tests.checkpoints import SHAPES
@@ -197,6 +197,16 @@ def test_a_fork_has_the_prefix_and_nothing_else(checkpoint: Make, at: int) -> No
     assert torch.equal(decode(graphed, [fork], [at]), want)
 
 
+def test_room_that_reaches_over_the_last_position_does_no_harm(checkpoint: Make) -> None:
+    """As a prompt has it that is prepared for."""
+    graphed = opened(checkpoint("one-head"))
+    few, much = graphed.new_kv(3), graphed.new_kv(130 + 256)
+    assert torch.equal(decode(graphed, [much], [0]), decode(graphed, [few], [0]))
+    for kv in (few, much):
+        found = graphed.forward(Batch([5, 6], [Rows(kv, 0, 2)], [1])).clone()
+        assert torch.equal(found, graphed.forward(Batch([5, 6], [Rows(few, 0, 2)], [1])))
+
+
 def test_pages_are_given_back(checkpoint: Make) -> None:
     graphed = opened(checkpoint("plain"), tokens=4096)
     everything = sorted(graphed._free)
@@ -289,8 +299,18 @@ def test_graphs_are_left_out_where_they_do_not_compute_the_same(
         assert len(said) == 1
 
 
-def test_graphs_are_taken_where_they_compute_the_same(checkpoint: Make, caplog: pytest.LogCaptureFixture) -> None:
-    eager = GPT2(weights.load(checkpoint("one-head", n_positions=18)), HERE, torch.float32, block=TILE)
+@pytest.mark.parametrize("common", [0.0, -3000.0])
+def test_graphs_are_taken_where_they_compute_the_same(
+    checkpoint: Make, caplog: pytest.LogCaptureFixture, common: float
+) -> None:
+    """Also where all logits have so much in common that the eager model's are rounded coarsely."""
+    loaded = weights.load(checkpoint("one-head", n_positions=18))
+    head = loaded.tensors["wte.weight"].clone()
+    loaded.tensors["ln_f.weight"][0], loaded.tensors["ln_f.bias"][0] = 0.0, 1.0
+    head[:, 0] = common
+    loaded.tensors["lm_head.weight"] = head
+    eager = GPT2(loaded, HERE, torch.float16, block=TILE)
+    eager.common, eager.lm_head = None, Linear(head.to(HERE, torch.float16), None, block=TILE)  # as on CUDA
     found: Any = model_runner.graphed(eager, 1024)
     assert isinstance(found, GraphedGPT2) and not found.plain and not caplog.records
     assert model_runner.cache_tokens(found, 1) == 1024

@@ -62,6 +62,22 @@ def test_logits_are_close_to_transformers(checkpoint: Make, dtype: torch.dtype, 
     assert float((got - want).std() / want.std()) < error
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_what_all_logits_have_in_common_rounds_none_of_them(checkpoint: Make, dtype: torch.dtype, error: float) -> None:
+    """As in GPT-2's own models, where it is -100 and more."""
+    [ids] = prompts([60], 333)
+    logits = []
+    for common in (0.0, -300.0):
+        loaded = weights.load(checkpoint("inner"))
+        head = loaded.tensors["wte.weight"].clone()
+        loaded.tensors["ln_f.weight"][0], loaded.tensors["ln_f.bias"][0] = 0.0, 1.0
+        head[:, 0] = common
+        loaded.tensors["lm_head.weight"] = head
+        logits.append(run(GPT2(loaded, CPU, dtype), ids, [60]))
+    assert float((logits[1] - logits[0]).mean()) == pytest.approx(-300, abs=1)
+    assert float(((logits[1] - logits[0]).std(1) / logits[0].std(1)).max()) < error
+
+
 def test_a_machine_whose_products_depend_on_height_gets_blocks(
     checkpoint: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
