@@ -298,7 +298,7 @@ def test_no_limit_found_is_said_and_drawn_as_it_is(tmp_path: Path) -> None:
 
 
 def test_on_cuda_those_for_cpus_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DEVICE", "cuda")
+    monkeypatch.setattr(os, "environ", os.environ | {"DEVICE": "cuda"})  # peers change it, each for its own process
     made = []
     for name in peers.PEERS:
         with contextlib.suppress(peers.Absent):
