@@ -138,7 +138,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a checkpoint's folder in a shape's place")
     parser.add_argument("--tokenizer", type=Path, help="people say real text, in this folder's ids")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="NAME", help="who")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: with those that run there")
     parser.add_argument("--workloads", default="ABCD", help="letters out of " + "".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12, help="of B, of D's second half, of each level of E")

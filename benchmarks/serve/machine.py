@@ -48,7 +48,7 @@ def bandwidth(threads: int, device: str) -> dict[str, float]:
     """GB/s read from memory; half a second. It drifts where memory is shared with other machines: ask often."""
     torch.set_num_threads(threads)
     memory = torch.ones(1 << 27, device=device)  # 512 MB, written: fresh pages would be the kernel's one page of zeros
-    found = memory.nbytes / 1e9 / min(_seconds(memory.sum) for _ in range(7))
+    found = memory.nbytes / 1e9 / min(_seconds(memory.sum, device) for _ in range(7))
     del memory
     torch.cuda.empty_cache()  # the peers are to have all of a GPU
     return {"read_gb_s": found}
@@ -71,7 +71,7 @@ def _product(dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor], d
     best, side = 0.0, 128
     while side <= (2048 if device == "cpu" else 8192):
         a = (torch.randn(side, side) * 40).to(device, dtype)
-        seconds = min(_seconds(partial(multiply, a, a)) for _ in range(4))
+        seconds = min(_seconds(partial(multiply, a, a), device) for _ in range(4))
         best = max(best, 2 * side**3 / 1e9 / seconds)
         if seconds > 0.05:
             break
@@ -79,10 +79,10 @@ def _product(dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor], d
     return best
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(run: Callable[[], object], device: str) -> float:
     began = time.perf_counter()
     run()
-    if torch.cuda.is_available():
+    if device == "cuda":  # so far it has only been asked for
         torch.cuda.synchronize()
     return time.perf_counter() - began
 

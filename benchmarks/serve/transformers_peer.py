@@ -16,7 +16,7 @@ from core.engine.machine import cores
 
 ON_CUDA = device() == "cuda"
 BATCHED = "bfloat16" if ON_CUDA else "float32"
-"""What batches are computed in: the faster of the two, on a CPU as well."""
+"""What batches are computed in."""
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 torch.set_grad_enabled(False)
 

@@ -189,11 +189,11 @@ class GPT2:
         target[:, :, :, :count] = source[:, :, :, :count]
 
     def forward(self, batch: Batch) -> Tensor:
-        wanted = self._padded(batch.wanted)
+        placed, wanted = batch.placed, self._padded(batch.wanted)
         ids, positions = self._padded(batch.ids), self._padded(batch.positions)
         x = F.embedding(ids, self.wte).float() + F.embedding(positions, self.wpe)  # (T, E)
         for i, layer in enumerate(self.h):
-            mixed = self._attend(i, layer.c_attn(self._norm(x, layer.ln_1)), batch.placed)
+            mixed = self._attend(i, layer.c_attn(self._norm(x, layer.ln_1)), placed)
             if layer is self.h[-1]:  # nobody reads its other rows
                 x, mixed = x[wanted], mixed[wanted]
             x = x + layer.attn_c_proj(mixed)
