@@ -87,8 +87,17 @@ class Team {
     }
     /// To be called by all together: body(i) once for each i below n, so many at a time.
     template <class F> void each(int n, int chunk, F body) {
-        for (int from; (from = next.fetch_add(chunk, std::memory_order_relaxed)) < n;)
+        for (int from; (from = take(chunk)) < n;)
             for (int i = from; i < n && i < from + chunk; i++) body(i);
+        meet(LOOP);
+    }
+    /// body(i, then): this thread's next will be `then`, n or more where none is left.
+    template <class F> void each_then(int n, int chunk, F body) {
+        for (int from = take(chunk), then; from < n; from = then) {
+            then = take(chunk);
+            const int end = std::min(n, from + chunk);
+            for (int i = from; i < end; i++) body(i, i + 1 < end ? i + 1 : then);
+        }
         meet(LOOP);
     }
     /// Shares of a loop that are even and yet leave nobody waiting long.
@@ -97,6 +106,7 @@ class Team {
     static inline thread_local int number = 0;
 
   private:
+    int take(int chunk) { return next.fetch_add(chunk, std::memory_order_relaxed); }
     void resize(int threads) {
         if (threads == size) return;
         job = nullptr;
@@ -633,9 +643,10 @@ INLINE void dot2(I &sum, const int8_t *w, int32_t two) {
 /// What a product reads: rows of floats, or what `narrow` has of them.
 struct Rows { const float *x; int stride; };
 
-/// Where a group's weights are passed over more than once, the next group's come near meanwhile: an even share, `bytes`,
-/// with each block of 32 numbers of each pass. What is read once, in one run, comes by itself.
+/// What comes near while weights are multiplied, `bytes` with each block of 32 numbers of each pass: where a group is passed over
+/// more than once an even share of the thread's next group, else what stands RUN_AHEAD bytes on.
 struct Ahead { const char *next; int bytes; };
+constexpr int RUN_AHEAD = 4096;
 INLINE void fetch(const Ahead &ahead, int block, int step, int steps) {
     for (int i = 64 * step; i < ahead.bytes; i += 64 * steps) __builtin_prefetch(ahead.next + (size_t)block * ahead.bytes + i, 0, 2);
 }
@@ -715,11 +726,13 @@ static __attribute__((noinline)) void summarise_rows(const Step &s, int group, i
 /// out (rows, stride) = after(in x weight + bias). All of the team call it together, as all that takes a team.
 template <class W> static void linear(Team &team, const Linear &l, const Step &s, Rows in, int rows, float *out, int stride, int after) {
     constexpr int HIGH = 16 * ROWS;  // rows at a time: so many stay near while the groups pass by
-    team.each((rows + HIGH - 1) / HIGH * l.groups, team.share(l.groups), [&](int i) {
+    const int n = (rows + HIGH - 1) / HIGH * l.groups;
+    team.each_then(n, team.share(l.groups), [&](int i, int then) {
+        const auto weights = [&](int i) { return (const char *)((const W *)l.weight + (size_t)(i % l.groups) * l.blocks * 1024); };
         const int row = i / l.groups * HIGH, group = i % l.groups;
-        const int end = row + HIGH < rows ? row + HIGH : rows, passes = (end - row + ROWS - 1) / ROWS * PARTS;
-        const char *next = (const char *)((const W *)l.weight + (size_t)(group + 1) * l.blocks * 1024);
-        Ahead ahead{next, passes > 1 ? padded(1024 * (int)sizeof(W) / passes, 64) : 0};
+        const int end = row + HIGH < rows ? row + HIGH : rows, passes = end - row > 1 ? (end - row + ROWS - 1) / ROWS * PARTS : 1;
+        const int bytes = passes == 1 || then < n ? padded(1024 * (int)sizeof(W) / passes, 64) : 0;
+        Ahead ahead{passes > 1 ? weights(then) : weights(i) + RUN_AHEAD, bytes};
         rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out, stride, after);
         if (after == LOGITS) summarise_rows(s, group, row, end, out, stride);
     });
