@@ -14,10 +14,10 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 ARM = platform.machine() in ("aarch64", "arm64")
-PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX512-VNNI", "AVX512-BF16"]
-"""By number; a CPU that runs one runs those before it."""
+PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX-VNNI", "AVX512-VNNI", "AVX512-BF16"]
+"""By number, the faster behind; `palaver_runs` says which ones this CPU can take."""
 
-LAYOUT = 7
+LAYOUT = 8
 """Goes up, here and in step.cpp, whenever a structure, a layout or a function changes."""
 
 

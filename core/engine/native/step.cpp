@@ -169,15 +169,25 @@ Team &team() {
 #include "step.cpp"
 #undef PATH
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PATHS 4
+#define PATHS 5
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define PATH avx2
 #define PATH_AVX2
 #include "step.cpp"
 #undef PATH
+#if __GNUC__ > 10  // the first that knows it; elsewhere the path is AVX2's
+#pragma GCC target("avxvnni")
+#define PATH_VNNI
+#endif
+#define PATH avxvnni
+#include "step.cpp"
+#undef PATH
 #undef PATH_AVX2
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512vnni")
+#undef PATH_VNNI
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")
 #define PATH avx512vnni
 #define PATH_AVX512
 #include "step.cpp"
@@ -255,21 +265,29 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 7; }
+int palaver_layout() { return 8; }
 
-/// The fastest path this CPU can take: 0 portable, 1 AVX2, 2 AVX512-VNNI, 3 AVX512-BF16; on Arm 1 is dotprod. All lower
-/// ones run too.
-int palaver_best_path() {
-#if PATHS == 4
+/// Can this CPU take a path: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX512-VNNI, 4 AVX512-BF16; on Arm 1 is dotprod?
+bool palaver_runs(int path) {
+#if PATHS == 5
+#define HAS __builtin_cpu_supports
     __builtin_cpu_init();
-    bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-    if (wide && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-        return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#elif PATHS == 2
-    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) return 1;
+    if (path == 1) return HAS("avx2") && HAS("fma");
+#if __GNUC__ > 10
+    if (path == 2) return palaver_runs(1) && HAS("avxvnni");
 #endif
-    return 0;
+    if (path == 3) return palaver_runs(1) && HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512vnni");
+    if (path == 4) return palaver_runs(3) && HAS("avx512bf16");
+#elif PATHS == 2
+    if (path == 1) return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#endif
+    return path == 0;
+}
+/// The fastest.
+int palaver_best_path() {
+    int path = PATHS - 1;
+    while (!palaver_runs(path)) path--;
+    return path;
 }
 
 /// Pack a weight (n, k) of float32 (kind 0), bfloat16 (1) or float16 (2), all finite, whose number (i, j) stands at
@@ -280,14 +298,14 @@ void palaver_pack(const void *source, int kind, int64_t stride_n, int64_t stride
     if (kind == 2) pack((const Half *)source, stride_n, stride_k, n, k, packed, scales, weights, threads);
 }
 
-#if PATHS == 4
-#define ON(path, call) (path == 3 ? avx512bf16::call : path == 2 ? avx512vnni::call : path == 1 ? avx2::call : portable::call)
+#if PATHS == 5
+#define ON(path, call) (path == 4 ? avx512bf16::call : path == 3 ? avx512vnni::call : path == 2 ? avxvnni::call : path == 1 ? avx2::call : portable::call)
 #elif PATHS == 2
 #define ON(path, call) (path == 1 ? dotprod::call : portable::call)
 #else
 #define ON(path, call) ((void)path, portable::call)
 #endif
-/// Write the rows' keys and values, and the logits of `wanted` rows. `path` is at most palaver_best_path().
+/// Write the rows' keys and values, and the logits of `wanted` rows.
 void palaver_step(const Model *model, const Step *step, int path) {
     Team &all = team();
     all.run(step->threads, [&] { ON(path, run(all, *model, *step)); });
@@ -595,15 +613,22 @@ static void largest_ids(const float *x, const float *tops, int n, int k, int ban
 }
 
 /// dot4: sum[j] += the 4 bytes of column j . x[0..3], exactly.
+#if defined(PATH_AVX512) || defined(PATH_VNNI)
+INLINE I dots_from(int32_t offset) { return I{} + offset; }
+#else
+INLINE I dots_from(int32_t) { return I{}; }  // the bytes are made signed first
+#endif
 #if defined(PATH_AVX512)
 constexpr int ROWS = 8;  // of a tile
-INLINE I dots_from(int32_t offset) { return I{} + offset; }
 INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
     sum = (I)_mm512_dpbusd_epi32((__m512i)sum, _mm512_loadu_si512(w), _mm512_set1_epi32(four));
 }
-#else
-INLINE I dots_from(int32_t) { return I{}; }  // the bytes are made signed first
-#if defined(PATH_AVX2)
+#elif defined(PATH_VNNI)
+constexpr int ROWS = 6;
+INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
+    sum = (I)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_loadu_si256((const __m256i *)w), _mm256_set1_epi32(four));
+}
+#elif defined(PATH_AVX2)
 constexpr int ROWS = 6;
 INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
     __m256i v = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)w), _mm256_set1_epi8(-128));
@@ -626,12 +651,13 @@ INLINE void dot4(I &sum, const uint8_t *w, int32_t four) {
     sum += ((I)pairs << 16 >> 16) + ((I)pairs >> 16);
 }
 #endif
-#endif
 
 /// sum[j] += the 2 numbers of column j . two's, int16, exactly.
 INLINE void dot2(I &sum, const int8_t *w, int32_t two) {
 #if defined(PATH_AVX512)
     sum = (I)_mm512_dpwssd_epi32((__m512i)sum, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)w)), _mm512_set1_epi32(two));
+#elif defined(PATH_VNNI)
+    sum = (I)_mm256_dpwssd_avx_epi32((__m256i)sum, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w)), _mm256_set1_epi32(two));
 #elif defined(PATH_AVX2)
     sum += (I)_mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w)), _mm256_set1_epi32(two));
 #else

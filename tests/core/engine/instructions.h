@@ -1,5 +1,5 @@
-// Forced in before step.cpp: the AVX512 instructions it names, written out as Intel's manual describes each, so that
-// a CPU without them runs that path too.
+// Forced in before step.cpp: the AVX512 and AVX-VNNI instructions it names, written out as Intel's manual describes each,
+// so that a CPU without them runs these paths too.
 #include <immintrin.h>
 
 #define WRITTEN_OUT static inline __attribute__((always_inline))
@@ -83,6 +83,19 @@ WRITTEN_OUT __m256i written_narrow(__m512 v) {
     __builtin_memcpy(&all, to, 32);
     return all;
 }
+/// The products of registers half as wide, with those above.
+WRITTEN_OUT __m512i written_wide(__m256i v) {
+    __m512i wide = {};
+    __builtin_memcpy(&wide, &v, 32);
+    return wide;
+}
+WRITTEN_OUT __m256i written_half(__m512i v) {
+    __m256i half;
+    __builtin_memcpy(&half, &v, 32);
+    return half;
+}
+#define _mm256_dpbusd_avx_epi32(sum, a, b) written_half(written_dpbusd(written_wide(sum), written_wide(a), written_wide(b)))
+#define _mm256_dpwssd_avx_epi32(sum, a, b) written_half(written_dpwssd(written_wide(sum), written_wide(a), written_wide(b)))
 #define __m512bh __m512i
 #define _mm512_dpbf16_ps written_dpbf16
 #define _mm512_cvtneps_pbh written_narrow
