@@ -48,7 +48,13 @@ Numbers = NDArray[np.int32]
 
 def lost(error: Exception) -> bool:
     """Is the device of no more use to this process? Not where it had no memory left (CUDA's error 2) or a capture was
-    refused or went wrong (900 to 909; https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html)."""
+    refused or went wrong (900 to 909; https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html).
+    Triton's errors have no code: a device that is lost says so again when it is waited for."""
+    if str(error).startswith("Triton Error ["):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as again:
+            error = again
     code = getattr(error, "error_code", 0)
     return isinstance(error, torch.AcceleratorError) and code != 2 and not 900 <= code < 910
 

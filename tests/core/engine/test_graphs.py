@@ -338,6 +338,15 @@ def test_a_lost_device_is_not_kept(
     assert "GRAPHS=0" in caplog.text
 
 
+@pytest.mark.parametrize("again", [None, 700])
+def test_what_triton_raises_is_a_lost_device_where_torch_says_so_too(
+    monkeypatch: pytest.MonkeyPatch, again: int | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", raising(cuda_error(again, "again")) if again else lambda: None)
+    assert graphs.lost(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")) is bool(again)
+    assert not graphs.lost(RuntimeError("another"))
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("no memory for a graph"), cuda_error(901, "no graph"), cuda_error(2, "full")]
 )
