@@ -188,8 +188,7 @@ class GraphedGPT2:
         except RuntimeError as error:
             if lost(error):
                 raise
-            log.warning("a CUDA graph cannot be captured (%r): new ones are launched kernel by kernel", error)
-            self._capture = uncaptured
+            log.warning("a CUDA graph cannot be captured (%r): its steps are launched kernel by kernel", error)
             return step
 
     def _step(self, rows: int, wanted: int) -> None:
@@ -253,18 +252,19 @@ def uncaptured(step: Step) -> Step:
 
 
 class Capture:
-    """Makes graphs of steps, on a stream of their own."""
+    """Makes graphs of steps, on a stream of their own. They allocate nothing, so they share no pool of torch's: one in
+    which a capture has failed takes no other."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = torch.cuda.device(device)
         with self._device:
-            self._memory, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
         # The inner stream is today's again at the end: torch.cuda.graph stays on its own where a capture fails.
         with self._device, torch.cuda.stream(torch.cuda.current_stream()):
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 step()
         return graph.replay
 
