@@ -21,7 +21,7 @@ from torch import Tensor
 
 from core.engine import hub, weights
 from core.engine.base import BadCheckpoint
-from core.engine.graphs import GraphedGPT2, check, lost
+from core.engine.graphs import MOST, GraphedGPT2, check, lost
 from core.engine.kv_cache import ROUND, Slot, round_up
 from core.engine.machine import cores, free_memory
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
@@ -85,11 +85,13 @@ class ModelRunner:
         return drawn or None
 
     def warm_up(self) -> None:
-        """Run the shapes that come first in life, so that nobody waits for them. (Long prompts gain nothing by it.)"""
-        some = min(self.model.config.n_positions, 8)
-        kv = self.model.new_kv(some)
-        for count in (1, some):
-            self.model.forward(Batch([0] * count, [Rows(kv, 0, count)], [count - 1]))
+        """Run the shapes that come first in life, so that nobody waits for them: a prompt's last logits are wanted, or
+        those of as many sequences. (On a CPU long prompts gain nothing by it.)"""
+        on_gpu = self.model.device.type == "cuda"
+        some = min(self.model.config.n_positions, MOST if on_gpu else 8)
+        kv, powers = self.model.new_kv(some), [1 << i for i in range(some.bit_length())]
+        for count, wanted in [(n, m) for n in powers for m in {1, n}] if on_gpu else [(1, 1), (some, 1)]:
+            self.model.forward(Batch([0] * count, [Rows(kv, 0, count)], list(range(count - wanted, count))))
 
     @torch.inference_mode()
     def price(self, guess: int) -> float:
