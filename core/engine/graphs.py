@@ -108,7 +108,8 @@ class GraphedGPT2:
         self._found = self._new(MOST, round_up(33 * self._words + 1, 32))
         self._answers = self._pinned(*self._found.shape)
         nvidia = self.cuda and torch.version.hip is None
-        early = nvidia and not plain and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        self.capability = torch.cuda.get_device_capability(self.device) if nvidia else (8, 0)
+        early = not plain and self.capability >= (9, 0)
         self._launched: dict[str, bool] = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
         """PDL, programmatic dependent launch: a kernel is ready to go on when the one before it ends."""
 
@@ -230,7 +231,7 @@ class GraphedGPT2:
         length = round_up(-(-deep // split), LEAST)
         few = rows <= 16 or self.plain
         m, n, k, stages = (16, 16, 256, 4) if few else (32, 64, 64, 4)
-        if self.dtype is torch.float32:  # its products are made by other units, with a thread's own registers
+        if self.dtype is torch.float32 or self.capability < (8, 0):  # made by other units, with a thread's registers
             m, n, k, stages = 16, 32, 32, 2
         if kind == "logits":
             n, k = VOCAB, min(k, 128)

@@ -1,10 +1,13 @@
 """Compiles every kernel that a step launches, for GPUs that are not here, where Triton interprets nothing.
 
-python -m tests.core.engine.compiled FOLDER     a line for each: its name, the GPU, shared memory in bytes
+python -m tests.core.engine.compiled FOLDER     a line for each: its name, the GPU, shared memory in bytes,
+                                                and memory of a thread's, where registers are too few
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +51,12 @@ class Compiler:
             source = ASTSource(self.kernel, signature, {(names.index(name),): v for name, v in constants.items()})
             options = {"num_warps": 4, "num_stages": num_stages, "launch_pdl": launch_pdl}
             done = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
-            print(self.kernel.fn.__name__, self.capability, done.metadata.shared, flush=True)
+            [cubin] = [path for name, path in done.metadata_group.items() if name.endswith(".cubin")]
+            command = triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin
+            [stack] = re.findall(
+                r"STACK:(\d+)", subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            )
+            print(self.kernel.fn.__name__, self.capability, done.metadata.shared, stack, flush=True)
 
 
 def kind(value: Any) -> str:
@@ -61,6 +69,7 @@ def main(folder: Path) -> None:
     model.pack = lambda weight: None
     for capability, dtype in GPUS.items():
         graphed = GraphedGPT2(model.GPT2(weights.load(folder), torch.device("cpu"), dtype), 1024)
+        graphed.capability = divmod(capability, 10)
         graphed._launched = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
         compilers = {name: Compiler(getattr(kernels, name), capability) for name in NAMES}
         graphed.kernels = SimpleNamespace(**compilers)  # type: ignore[assignment]

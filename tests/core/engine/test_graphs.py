@@ -183,6 +183,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(checkpoint: Make, tmp_pa
     assert set(made) == {(kernel, gpu) for kernel in NAMES for gpu in ("75", "80", "90")}
     assert made["linear", "90"] >= 8 and made["norm", "90"] == 3
     assert all(int(line.split()[2]) <= 64 << 10 for line in done.stdout.splitlines()), "Turing has no more"
+    assert all(int(line.split()[3]) <= 128 for line in done.stdout.splitlines()), "registers are too few"
 
 
 @pytest.mark.parametrize("at", [1, 63, 64, 65])
