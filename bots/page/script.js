@@ -70,6 +70,7 @@ function wake() {
 
 function ask() {
   socket.send(JSON.stringify({ hello: true }));
+  watch();
 }
 
 function transmit(id) {
@@ -79,11 +80,12 @@ function transmit(id) {
   watch();
 }
 
-// A connection that broke without a word (a sleeping laptop) is silent, and something is not acknowledged.
+// A connection that broke without a word (a sleeping laptop) is silent, and something is not acknowledged. So is a history
+// that cannot be read now.
 function watch() {
   overdue ||= setTimeout(() => {
     overdue = 0;
-    if (socket && [...waiting.values()].some((said) => !said.stored && !said.note)) lost();
+    if (socket && (!connected || [...waiting.values()].some((said) => !said.stored && !said.note))) lost();
   }, SILENT_FOR);
 }
 

@@ -17,6 +17,8 @@ from playwright.async_api import Browser, BrowserContext, Page, async_playwright
 
 from bots import web as module
 from bots.web import CLOSED, WebBot, WebSettings
+from core.delivery import NotAccepted
+from core.messages import Turn
 from core.settings import QueueLimits
 from tests.bots.house import House, until
 from tests.bots.process import running
@@ -414,6 +416,39 @@ async def test_a_connection_that_breaks_without_a_word(browser: Browser, bot: We
         assert house.disk.rows == []
         await page.clock.fast_forward(12_000)
         await expect(said(page)).to_have_text(["is anybody there?", "You said is anybody there?"])
+
+
+@pytest.mark.parametrize("how", ["refused", "lost"])
+async def test_a_history_that_does_not_come_is_asked_for_again(browser: Browser, bot: WebBot, how: str) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, "hello")
+        await expect(said(page)).to_have_count(2)
+        context, asked, read = page.context, asyncio.Event(), house.journal.history
+        await context.clock.install()
+        late = await context.new_page()
+        if how == "lost":
+            await late.add_init_script(
+                "const send = WebSocket.prototype.send;"
+                "WebSocket.prototype.send = function () { WebSocket.prototype.send = send; }"
+            )
+        else:
+
+            async def refuse(*_: Any, **__: Any) -> list[Turn]:
+                asked.set()
+                house.journal.history = read  # type: ignore[method-assign]
+                raise NotAccepted("the database does not work now")
+
+            house.journal.history = refuse  # type: ignore[method-assign]
+        async with late.expect_websocket():
+            await late.goto(bot.address)
+        if how == "refused":
+            await asyncio.wait_for(asked.wait(), 20)
+        await asyncio.sleep(0.2)  # until the page has heard so, or has asked into the void
+        await late.clock.fast_forward(12_000)
+        await expect(late.locator("#connection")).to_have_attribute("data-state", "connected")
+        await expect(said(late)).to_have_text(["hello", "You said hello"])
 
 
 async def test_many_lines_that_wait_do_not_break_the_connection(
