@@ -60,7 +60,7 @@ class _Files(PydanticBaseSettingsSource):
 
 def _read(name: str, path: Path) -> str:
     try:
-        if text := path.read_text("utf-8").strip():
+        if text := path.read_text("utf-8-sig").strip():  # Windows' editors begin a file with a mark
             return text
         raise WrongSettings([f"{name}: the file is empty"])
     except (OSError, UnicodeDecodeError) as error:

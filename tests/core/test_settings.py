@@ -145,6 +145,8 @@ def test_secrets_come_from_credentials_then_files_then_the_environment(
     (empty_house / ".env").unlink()
     monkeypatch.setenv("SOME_TOKEN_FILE", str(empty_house / "file"))
     assert token() == "from file"
+    (empty_house / "file").write_text("from an editor on Windows\r\n", "utf-8-sig")
+    assert token() == "from an editor on Windows"
     (empty_house / "SOME_TOKEN").write_text("from credentials\n")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(empty_house))
     assert token() == "from credentials"
