@@ -35,6 +35,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import WSCloseCode, WSMsgType, web
 from pydantic import Field, field_validator
+from yarl import URL
 
 from core import metrics
 from core.delivery import NotAccepted, Unservable
@@ -99,7 +100,8 @@ class WebSettings(Group):
     def _an_origin(cls, value: str) -> str:
         if value and not re.fullmatch(r"https?://[^/\s?#@]+/?", value):
             raise ValueError("must be http:// or https:// and a host, without a path")
-        return value.rstrip("/").lower()
+        # as browsers name it: xn--…, and no port that goes without saying
+        return str(URL(value).origin()) if value else ""
 
 
 def open_web(settings: WebSettings) -> WebBot:

@@ -737,3 +737,16 @@ async def test_a_host_that_is_not_ours_says_the_mend(host: str) -> None:
 def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
     with pytest.raises(ValidationError, match="must be http:// or https://"):
         WebSettings(web_origin=origin)
+
+
+@pytest.mark.parametrize(
+    ("origin", "browsers"),
+    [
+        ("https://Chat.example.com:443/", "https://chat.example.com"),
+        ("http://chat.example.com:80", "http://chat.example.com"),
+        ("http://chat.example.com:8080", "http://chat.example.com:8080"),
+        ("https://пример.рф", "https://xn--e1afmkfd.xn--p1ai"),
+    ],
+)
+def test_an_origin_is_spelt_as_browsers_do(origin: str, browsers: str) -> None:
+    assert WebSettings(web_origin=origin).web_origin == browsers
