@@ -137,11 +137,11 @@ class Courier:
 
     def tell(self, message: Message, note: str) -> None:
         """Show typing once with a note to who said this; returns at once."""
-        self._start(self._show(message, note))
+        self._start(self._show(message.channel, message.id, note))
 
     def closed(self, message: Message, state: MessageState) -> None:
         """Show that this ended without a reply, or with one from another process; returns at once."""
-        self._start(self._show(message, "", state))
+        self._start(self._show(message.channel, message.id, state=state))
 
     async def drain(self, timeout: float) -> bool:
         """Wait until everything is delivered; False when something was left for the next start: then nothing more is
@@ -174,17 +174,16 @@ class Courier:
 
     async def _type(self, message: Message) -> None:
         while True:
-            await self._show(message)
+            await self._show(message.channel, message.id)
             await asyncio.sleep(TYPING_EVERY)
 
-    async def _show(self, message: Message, note: str = "", state: MessageState = "waiting") -> None:
-        channel = message.channel
+    async def _show(self, channel: Channel, id: str, note: str = "", state: MessageState = "waiting") -> None:
         platform = self._platforms.get(channel.platform)
         try:
             if platform is not None and state == "waiting":
-                await platform.typing(channel, note, message.id)
+                await platform.typing(channel, note, id)
             elif platform is not None:
-                await platform.closed(channel, message.id, state)
+                await platform.closed(channel, id, state)
         except Exception as error:
             log.debug("%s of a message in %s is not shown: %s", state, channel, error)
 
@@ -254,6 +253,8 @@ class Courier:
     async def _attempt(self, platform: Platform, reply: Reply) -> bool:
         """From T3 to T4, or to what else came of it: True when it arrived, False when it was refused."""
         if await insist(self._journal.begin_send, reply) is None:
+            if state := await insist(self._journal.state, reply.channel, reply.to):
+                self._start(self._show(reply.channel, reply.to, state=state))  # who waits here has not seen it
             return True
         crash_point("after T3")
         try:

@@ -305,6 +305,21 @@ async def test_what_another_process_answered_has_not_expired() -> None:
     assert [row.state for row in house.disk.rows] == ["answered", "answered"]
 
 
+async def test_a_reply_that_another_process_took_at_its_start_is_told_of() -> None:
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session, tab(session) as page:
+        begin = house.journal.begin_send
+
+        async def too_late(reply: Reply) -> Reply | None:
+            await house.journal.sent(reply, "another's")
+            return await begin(reply)
+
+        house.journal.begin_send = too_late  # type: ignore[method-assign]
+        await page.say("question-1", "hello")
+        assert await page.whole("closed") == {"closed": "question-1", "note": ""}
+        assert await page.history() == [("user", "hello"), ("assistant", "You said hello")]
+
+
 async def test_what_had_ended_when_it_was_said_again_is_told_so() -> None:
     house, bot = House(QueueLimits(deadline=1.0)), web()
     async with house.serve(bot), browser(bot) as session, tab(session) as page, tab(session) as other:
