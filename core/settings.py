@@ -76,7 +76,8 @@ def _dotenv() -> dict[str, str | None]:
         raise WrongSettings([f"{ENV_FILE}: is no UTF-8 text; save it as that"]) from None
     except OSError as error:
         raise WrongSettings([f"{ENV_FILE}: cannot be read ({error.strerror}); check its rights"]) from None
-    wrong = [line.original for line in parse_stream(StringIO(text)) if line.error]  # each with blank lines before it
+    parsed = parse_stream(StringIO(text))  # each line with blank ones before it; a name alone has None for a value
+    wrong = [line.original for line in parsed if line.error or (line.key and line.value is None)]
     if lines := [bad.line + len(bad.string) - len(bad.string.lstrip("\n")) for bad in wrong]:
         raise WrongSettings([f"{ENV_FILE}: line {number} is not NAME=value" for number in lines])
     return dotenv_values(stream=StringIO(text))

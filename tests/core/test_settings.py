@@ -162,6 +162,8 @@ def test_files_that_cannot_be_read_are_said(empty_house: Path, monkeypatch: pyte
     assert mistakes(Settings) == [".env: is no UTF-8 text; save it as that"]
     (empty_house / ".env").write_text('# mine\nGRACE=3\nSOME_TOKEN "secret"\n\nLOG_LEVEL="info\n')
     assert mistakes(Tokens) == [".env: line 3 is not NAME=value", ".env: line 5 is not NAME=value"]
+    (empty_house / ".env").write_text("SOME_TOKEN=\n\nMTIz.secret\nSOME_TOKEN # comment\n")
+    assert mistakes(Tokens) == [".env: line 3 is not NAME=value", ".env: line 4 is not NAME=value"]
     (empty_house / ".env").unlink()
     monkeypatch.delenv("SOME_TOKEN_FILE")
     monkeypatch.setenv("QUEUE", "{broken")
