@@ -26,10 +26,15 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     if str(model) == "embedded":
         return _checked(EMBEDDED)
     folder = Path(os.path.expanduser(model))  # Path.expanduser() raises where there is no such user
-    if folder.is_dir():
-        return _checked(folder)
     name = str(model)
-    if folder.is_file():
+    try:
+        if folder.is_dir():
+            return _checked(folder)
+        is_file = folder.is_file()
+    except OSError as error:  # what is not there raises nothing
+        reason = f"{name} cannot be opened ({error.strerror})"
+        raise BadCheckpoint(f"{reason}: let the user that runs Palaver read it, or name another folder") from error
+    if is_file:
         raise BadCheckpoint(f"{name} is a file: name the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BadCheckpoint(

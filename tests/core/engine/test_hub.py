@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -82,3 +83,17 @@ def test_local_names(tmp_path: Path) -> None:
     ):
         with pytest.raises(BadCheckpoint, match=words):
             resolve(name)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_folder_that_cannot_be_looked_into_is_one_line(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """As a home is for a service of systemd's."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(
+        BadCheckpoint, match=rf"^/home/me/model cannot be opened \({os.strerror(number)}\): let the user"
+    ):
+        resolve("/home/me/model")
