@@ -165,7 +165,7 @@ def read_config(path: Path) -> Config:
     kind = raw.get("model_type", "gpt2")
     if kind != "gpt2":
         raise BadCheckpoint(f"{path}: model_type is {kind!r}; Palaver runs the GPT-2 family (DialoGPT) only")
-    if raw.get("add_cross_attention"):
+    if _flag(raw, "add_cross_attention", False, path):
         raise BadCheckpoint(f"{path}: add_cross_attention is on; Palaver runs decoder-only GPT-2 models")
     activation = ACTIVATIONS.get(str(raw.get("activation_function", "gelu_new")))
     if activation is None:
@@ -192,10 +192,17 @@ def read_config(path: Path) -> Config:
         eos_id=eos_id,
         layer_norm_epsilon=float(epsilon),
         activation=activation,
-        tied=bool(raw.get("tie_word_embeddings", True)),
-        scale_attn_weights=bool(raw.get("scale_attn_weights", True)),
-        scale_attn_by_inverse_layer_idx=bool(raw.get("scale_attn_by_inverse_layer_idx", False)),
+        tied=_flag(raw, "tie_word_embeddings", True, path),
+        scale_attn_weights=_flag(raw, "scale_attn_weights", True, path),
+        scale_attn_by_inverse_layer_idx=_flag(raw, "scale_attn_by_inverse_layer_idx", False, path),
     )
+
+
+def _flag(raw: dict[str, Any], name: str, default: bool, path: Path) -> bool:
+    value = raw.get(name, default)
+    if not isinstance(value, bool):
+        raise BadCheckpoint(f"{path}: {name} is {value!r}, neither true nor false: write one of them there")
+    return value
 
 
 def _size(raw: dict[str, Any], name: str, path: Path) -> int:

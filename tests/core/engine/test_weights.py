@@ -200,6 +200,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cross attention": (edit_config(add_cross_attention=True), "config.json: add_cross_attention"),
     "another activation": (edit_config(activation_function="silu"), "activation_function 'silu'"),
     "an activation of two lines": (edit_config(activation_function="si\nlu"), r"activation_function 'si\\nlu'"),
+    "a flag in words": (
+        edit_config(scale_attn_by_inverse_layer_idx="false"),
+        "scale_attn_by_inverse_layer_idx is 'false', neither true nor false",
+    ),
     "no size": (edit_config(n_layer=None), "n_layer is None"),
     "heads that do not divide": (edit_config(n_head=5), "n_embd 64 is not a multiple of n_head 5"),
     "eos outside": (edit_config(eos_token_id=50256), "eos_token_id 50256 is not in the vocabulary of 384"),
