@@ -176,6 +176,8 @@ class Server:
             refusal, status = {"error": wire.BAD_REQUEST, "message": error.reason}, error.status
         except ValueError as error:
             refusal, status = {"error": wire.BAD_REQUEST, "message": str(error)}, 400
+        except web.RequestPayloadError as error:
+            refusal, status = {"error": wire.BAD_REQUEST, "message": wire.one_line(error)}, 400
         except Exception as error:
             log.exception("a request failed")
             refusal, status = wire.dump_error(Failed(wire.one_line(error))), 500

@@ -104,6 +104,15 @@ async def test_who_asks_with_another_models_ids_is_refused(checkpoint: Callable[
                     assert type(wire.load_error(await generated.json())) is OtherModel
 
 
+async def test_a_body_that_is_not_packed_as_it_says_is_one_line(checkpoint: Callable[..., Path], folder: Path) -> None:
+    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        async with http.post("/generate", data=json.dumps(GOOD), headers=headers) as answer:
+            said = await answer.json()
+            assert (answer.status, said["error"]) == (400, wire.BAD_REQUEST)
+            assert said["message"].endswith("Can not decode content-encoding: gzip")
+
+
 async def test_while_the_model_loads_it_lives_but_is_not_ready(folder: Path) -> None:
     async with listening(Server(), folder) as http:
         async with http.get("/livez") as answer:
