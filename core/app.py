@@ -80,7 +80,7 @@ async def open_voice(settings: Settings | None = None) -> AsyncIterator[Voice]:
     async with open_engine(settings) as engine:
         yield Voice(
             engine,
-            Tokenizer.load(engine.info.path, engine.info.vocab_size),
+            Tokenizer.load(engine.info.path, engine.info.vocab_size, engine.info.eos_id),
             settings.sampling,
             settings.history_tokens,
             settings.history_stride,

@@ -28,11 +28,11 @@ class Tokenizer:
         self.eos_id: int = eos_id
 
     @classmethod
-    def load(cls, folder: str | Path, vocab_size: int = 0) -> Tokenizer:
+    def load(cls, folder: str | Path, vocab_size: int = 0, eos_id: int | None = None) -> Tokenizer:
         """From a checkpoint's folder: `tokenizer.json`, else DialoGPT's `vocab.json` and `merges.txt`.
 
         Raises BadCheckpoint, one line that names the file, also where text has ids that a model of `vocab_size` (0: not
-        asked) does not know.
+        asked) does not know, or where a model that ends with `eos_id` (None: not asked) would not be heard to end.
         """
         folder = Path(folder)
         whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
@@ -50,6 +50,11 @@ class Tokenizer:
         if vocab_size and ids > vocab_size:
             raise BadCheckpoint(
                 f"{file} has {ids} ids, the model {vocab_size}: put the tokenizer it was trained with there"
+            )
+        if eos_id not in (None, tokenizer.eos_id):
+            raise BadCheckpoint(
+                f"{file} has {END_OF_TEXT} as {tokenizer.eos_id}, config.json says eos_token_id {eos_id}: "
+                "a reply would not end; write the right one there"
             )
         return tokenizer
 

@@ -81,6 +81,14 @@ def test_more_ids_than_the_model_has_are_one_line(folder: Path) -> None:
         Tokenizer.load(folder, plain - 1)
 
 
+def test_another_end_of_text_than_the_models_is_one_line(folder: Path) -> None:
+    eos_id = Tokenizer.load(folder).eos_id
+    Tokenizer.load(folder, eos_id=eos_id)
+    words = rf"has <\|endoftext\|> as {eos_id}, config.json says eos_token_id 0: a reply would not end"
+    with pytest.raises(BadCheckpoint, match=words):
+        Tokenizer.load(folder, eos_id=0)
+
+
 @pytest.mark.parametrize(
     ("files", "named"),
     [

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from core.app import open_voice
-from core.engine.base import Completion, EngineClosed, SamplingParams
+from core.engine.base import BadCheckpoint, Completion, EngineClosed, SamplingParams
 from core.engine.echo_engine import EchoEngine
 from core.messages import Turn
 from core.settings import Settings
@@ -234,6 +234,13 @@ async def test_the_same_turns_and_seed_give_the_same_reply(tmp_path: Path) -> No
         assert first[0] == again[0] == voice.tokenizer.decode(first[1].token_ids).strip()
         assert first[1].token_ids != other[1].token_ids
         assert await voice.ask("hi") != ""
+
+
+async def test_a_model_that_ends_otherwise_than_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "plain", eos_token_id=5)
+    with pytest.raises(BadCheckpoint, match=r"as 256, config.json says eos_token_id 5: a reply would not end"):
+        async with open_voice(Settings(model=str(model), engine="inprocess", threads=1)):
+            raise AssertionError("it speaks")
 
 
 async def test_without_normalising_the_text_is_the_persons(folder: Path) -> None:
