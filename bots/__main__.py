@@ -122,7 +122,8 @@ def finetune(
     max_length: Annotated[int, typer.Option(min=8, help="tokens; longer dialogues are split between turns")] = 128,
     reverse: Annotated[bool, typer.Option("--reverse", help="learn what was said from its answer instead")] = False,
 ) -> None:
-    """Train MODEL further on dialogues of your own. It uses all cores (as many as THREADS, where set), or the GPU.
+    """Train MODEL further on dialogues of your own. It uses the GPU, or all cores (as DEVICE and THREADS say, where
+    they are set).
 
     Stopped with Ctrl-C or SIGTERM? The same command goes on where it was; kill -9 costs the last 5 minutes. With more
     epochs it goes on after its end; with other dialogues or options, OUT must be another folder. In the end the folder
@@ -149,7 +150,8 @@ def finetune(
         gc.enable()
         recipe = Recipe(
             learning_rate=learning_rate, epochs=epochs, minutes=minutes, batch_tokens=batch_tokens,
-            max_length=max_length, reverse=reverse, normalise=settings.normalise, threads=settings.threads or cores(),
+            max_length=max_length, reverse=reverse, normalise=settings.normalise, device=settings.device,
+            threads=settings.threads or cores(),
         )  # fmt: skip
         progress = finetune(data, out, base, valid=valid, recipe=recipe)
     except BadCheckpoint as error:

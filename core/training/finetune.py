@@ -30,7 +30,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from core.engine import hub
 from core.engine.base import BadCheckpoint
-from core.engine.model_runner import computes_bfloat16
+from core.engine.model_runner import choose_device, computes_bfloat16
 from core.tokenizer import Tokenizer
 from core.training.datasets import BadData, Example, Tally, batches, encode, read_dialogues
 from core.training.muon import Muon
@@ -54,6 +54,8 @@ class Recipe:
     """If above 0, the run takes that long, whatever `epochs` says; stops and resumes do not count."""
     batch_tokens: int = 4096
     """In one step, padding included."""
+    device: str = "auto"
+    """CUDA where there is one; or cpu, cuda or cuda:N."""
     threads: int = 2
     """On a CPU. As many parts of a batch are worked on at once, each with gradients of its own in memory; fewer where
     a part would be too small for a dialogue of `max_length`."""
@@ -112,6 +114,7 @@ def finetune(
     Raises BadData, BadCheckpoint, OSError.
     """
     recipe = recipe or Recipe()
+    choose_device(recipe.device)  # a wrong one is told before anything is read
     torch.manual_seed(recipe.seed)
     model, folder = _open(base, tokenizer_folder, recipe.dropout)
     if out != tokenizer_folder:  # who has put the tokenizer there made the folder for this
@@ -226,7 +229,7 @@ class Trainer:
         *,
         quiet: bool = False,
     ) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device(recipe.device)
         self.model, self.examples, self.held_back = model, examples, held_back
         self.fingerprint = fingerprint(model, examples, held_back, recipe)
         torch.nn.Module.to(model, self.device)
@@ -449,7 +452,7 @@ def fingerprint(
 ) -> str:
     """Of all that a run hangs on, but for how long it goes, how it shares the work and how often it saves."""
     settings = asdict(recipe)
-    for name in ("epochs", "minutes", "threads", "save_every"):
+    for name in ("epochs", "minutes", "device", "threads", "save_every"):
         del settings[name]
     digest = blake2b(json.dumps([settings, len(examples), len(held_back)]).encode(), digest_size=16)
     for example in (*examples, *held_back):

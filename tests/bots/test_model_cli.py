@@ -99,6 +99,12 @@ async def test_a_wrong_model_is_one_line(tmp_path: Path, talks: Path) -> None:
     assert code == 78 and "MODEL: ./nowhere does not exist" in errors
 
 
+async def test_training_takes_the_device_that_is_set(tmp_path: Path, talks: Path) -> None:
+    code, _, errors = await palaver(tmp_path, "finetune", str(talks), "mine", DEVICE="tpu")
+    assert code == 78 and "DEVICE=tpu is not known: auto, cpu, cuda or cuda:N" in errors
+    assert not (tmp_path / "mine").exists()
+
+
 async def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     code, _, errors = await palaver(tmp_path, "finetune", "nowhere.jsonl", "mine")
     assert code == 78 and errors.splitlines()[-1] == "nowhere.jsonl: No such file or directory"
