@@ -100,9 +100,9 @@ function hear(frame) {
   else if (frame.reply) replied(frame.reply);
   else if (frame.closed) closed(frame.closed, frame.note);
   else if (frame.typing) typing(frame.typing, frame.note);
-  else if (frame.forgotten) { waiting.clear(); keep(); begin([]); }
+  else if (frame.forgotten) { waiting.clear(); keep(); begin([]); find("sure").close(); }
   else if (frame.later) setTimeout(transmit, 3000, frame.later);
-  else if (frame.error) console.warn("Palaver: " + frame.error);
+  else if (frame.error) { find("not-now").hidden = false; console.warn("Palaver: " + frame.error); }
 }
 
 function begin(turns) {
@@ -304,13 +304,13 @@ field.addEventListener("keydown", (event) => {
 find("empty").addEventListener("click", (event) => {
   if (event.target.tagName === "BUTTON") { say(event.target.textContent); field.focus(); }
 });
-find("reset").addEventListener("click", () => find("sure").showModal());
+find("reset").addEventListener("click", () => { find("not-now").hidden = true; find("sure").showModal(); });
 find("keep").addEventListener("click", () => find("sure").close());
 find("forget").addEventListener("click", () => {
-  find("sure").close();
+  find("not-now").hidden = connected;
   if (connected) socket.send(JSON.stringify({ reset: true }));
-  field.focus();
 });
+find("sure").addEventListener("close", () => field.focus());
 addEventListener("online", wake);
 document.addEventListener("visibilitychange", wake);
 

@@ -288,6 +288,30 @@ async def test_starting_anew_asks_first(browser: Browser, bot: WebBot) -> None:
         assert house.engine.prompts[-1] == ["hello"]
 
 
+async def test_starting_anew_that_does_not_work_says_so_and_may_be_tried_again(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, "remember this")
+        await expect(said(page)).to_have_count(2)
+        reset = house.journal.reset
+
+        async def refuse(*_: Any, **__: Any) -> bool:
+            house.journal.reset = reset  # type: ignore[method-assign]
+            raise NotAccepted("the database does not work now")
+
+        house.journal.reset = refuse  # type: ignore[method-assign]
+        await page.get_by_role("button", name="Start anew").click()
+        sure = page.get_by_role("dialog")
+        await expect(sure.get_by_role("alert")).to_be_hidden()
+        await sure.get_by_role("button", name="Start anew").click()
+        await expect(sure.get_by_role("alert")).to_have_text("That did not work. Please try again in a moment.")
+        await expect(said(page)).to_have_count(2)
+        await sure.get_by_role("button", name="Start anew").click()
+        await expect(sure).to_be_hidden()
+        await expect(said(page)).to_have_count(0)
+
+
 async def test_what_is_forgotten_while_it_is_answered_stays_away(browser: Browser, bot: WebBot) -> None:
     house = House()
     async with house.serve(bot):
