@@ -450,7 +450,7 @@ class Trainer:
 def fingerprint(
     model: GPT2LMHeadModel, examples: Sequence[Example], held_back: Sequence[Example], recipe: Recipe
 ) -> str:
-    """Of all that a run hangs on, but for how long it goes, how it shares the work and how often it saves."""
+    """Of all that a run hangs on, but for how long it goes, where, how it shares the work and how often it saves."""
     settings = asdict(recipe)
     for name in ("epochs", "minutes", "device", "threads", "save_every"):
         del settings[name]
