@@ -4,10 +4,10 @@
 //
 // A row's numbers are the same bits alone, in any batch, with its prompt cut anyhow, on any number of threads: integers
 // add up exactly, and floats are added lane by lane in an order that only the row's own position decides. The paths
-// below agree too, but for two: the portable one with float weights, for it has no fused multiply-add (and nothing is
-// fused that is not written so: build with -ffp-contract=off), and AVX512-BF16 with all but float32, for it rounds to
-// bfloat16 what meets bfloat16, and the terms of e^x once. What is not finite stays so: in int8 a block with such a
-// number gets the scale NaN, and so do all logits of its row, and of its row alone.
+// below agree too, but for two: the portable one where there is no fused multiply-add (and nothing is fused that is not
+// written so: build with -ffp-contract=off), and AVX512-BF16 where there is bfloat16, for it rounds to bfloat16 what
+// meets that. What is not finite stays so: in int8 a block with such a number gets the scale NaN, and so do all logits of
+// its row, and of its row alone.
 //
 // Layouts, all padded with zeros; a group of 32 columns is read in one run. PER numbers share 32 bits: 1 of float32, 2 of
 // bfloat16, 4 of int8:
@@ -56,7 +56,7 @@ struct Step {
     float *x, *wide, *mixed, *logits;                       // rows x e, rows x wide, rows x e, wanted x vocabulary
     float *tops, *sums; double *totals;                     // of logits: wanted x groups padded to 16, twice, and wanted
     float *scratch;                                         // threads x 4 x (2 x positions padded to 16 + head width to 32)
-    void *narrow; float *scales; int32_t *offsets;          // rows x wide, as products read them; int8: for each block of 32
+    void *narrow; float *scales; int32_t *offsets;          // rows x (e + wide), as products read them; int8: for each block of 32
 };
 }
 
@@ -265,7 +265,7 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 8; }
+int palaver_layout() { return 9; }
 
 /// Can this CPU take a path: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX512-VNNI, 4 AVX512-BF16; on Arm 1 is dotprod?
 bool palaver_runs(int path) {
@@ -432,9 +432,7 @@ template <> struct Meets<uint8_t> { typedef int8_t Number; };
 template <> struct Meets<int8_t> { typedef float Number; };
 INLINE F words(const float *p) { return *(const F *)p; }
 INLINE I words(const uint16_t *p) { return *(const I *)p; }
-/// `plus` is for products; `add`, for attention, rounds before it adds: so int8 agrees where nothing can be fused.
 INLINE F plus(F sum, F word, const float *x) { return fused(word, broadcast(*x), sum); }
-INLINE F add(F sum, F word, const float *x) { return sum + word * broadcast(*x); }
 #if defined(PATH_BF16)
 template <> struct Meets<uint16_t> { typedef uint16_t Number; };
 INLINE F plus(F sum, I word, const uint16_t *x) {
@@ -442,13 +440,11 @@ INLINE F plus(F sum, I word, const uint16_t *x) {
     memcpy(&two, x, 4);
     return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)word, (__m512bh)_mm512_set1_epi32(two));
 }
-INLINE F add(F sum, I word, const uint16_t *x) { return plus(sum, word, x); }
 INLINE void put(uint16_t *to, F v) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
 #else
 INLINE F plus(F sum, I word, const float *x) {
     return fused((F)(word & -0x10000), broadcast(x[1]), fused((F)(word << 16), broadcast(x[0]), sum));
 }
-INLINE F add(F sum, I word, const float *x) { return (sum + (F)(word << 16) * x[0]) + (F)(word & -0x10000) * x[1]; }
 INLINE void put(uint16_t *to, F v) {
     for (int i = 0; i < LANES; i++) keep(to + i, v[i]);
 }
@@ -497,26 +493,19 @@ INLINE int32_t total(I v) {
     for (int n = LANES / 2; n; n /= 2) v += __builtin_shuffle(v, iota(n));
     return v[0];
 }
-/// Where the numbers of W or K meet bfloat16 products, bits are this path's own.
-#if defined(PATH_BF16)
-template <class W> constexpr bool OWN = sizeof(W) < 4;
-#else
-template <class W> constexpr bool OWN = false;
-#endif
 /// e^x, relative error below 2e-7 (Cephes' polynomial); NaN stays NaN.
-template <class W> INLINE F exp(F x) {
-    const auto term = [](F a, F b, F c) { return OWN<W> ? fused(a, b, c) : a * b + c; };
+INLINE F exp(F x) {
     x = x < -87.0f ? broadcast(-87.0f) : x;
     x = x > 88.0f ? broadcast(88.0f) : x;
-    const F shifted = term(x, broadcast(1.44269504f), broadcast(ROUND)), n = shifted - ROUND;  // n in its lowest bits
-    const F r = term(n, broadcast(2.12194440e-4f), term(n, broadcast(-0.693359375f), x));
+    const F shifted = fused(x, broadcast(1.44269504f), broadcast(ROUND)), n = shifted - ROUND;  // n in its lowest bits
+    const F r = fused(n, broadcast(2.12194440e-4f), fused(n, broadcast(-0.693359375f), x));
     F p = broadcast(1.9875691500e-4f);
-    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = term(p, r, broadcast(next));
-    return (term(p * r, r, r) + 1.0f) * (F)(((I)shifted << 23) + (127 << 23));
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = fused(p, r, broadcast(next));
+    return (fused(p * r, r, r) + 1.0f) * (F)(((I)shifted << 23) + (127 << 23));
 }
-template <class W> INLINE F activate(F y, int after) {
+INLINE F activate(F y, int after) {
     if (after == RELU) return y < 0.0f ? broadcast(0) : y;
-    if (after == TANH) return y / (exp<W>(-1.5957691216f * (y + 0.044715f * y * y * y)) + 1.0f);  // 1 + tanh, written out
+    if (after == TANH) return y / (exp(-1.5957691216f * (y + 0.044715f * y * y * y)) + 1.0f);  // 1 + tanh, written out
     if (after == ERF)
         for (int i = 0; i < LANES; i++) y[i] = 0.5f * y[i] * (1.0f + erff(y[i] * 0.70710678f));
     return y;
@@ -537,7 +526,7 @@ INLINE void summarise(const float *x, float *top, float *total) {
     *top = largest(x);
     for (int j = 0; j < PARTS; j++) {
         const F a = load(x + LANES * j), b = load(x + 16 + LANES * j);
-        totals[j] = (exp<float>(a - *top) + exp<float>(b - *top)) + ((a - a) + (b - b));  // 0, or NaN
+        totals[j] = (exp(a - *top) + exp(b - *top)) + ((a - a) + (b - b));  // 0, or NaN
     }
     *total = sum(totals);
 }
@@ -554,7 +543,7 @@ static double logsumexp(const float *tops, const float *totals, int groups) {
     for (int block = 0; block < groups; block += 256) {
         F parts[PARTS] = {};
         for (int i = block; i < groups && i < block + 256; i += LANES)
-            parts[i / LANES % PARTS] += load(totals + i) * exp<float>(load(tops + i) - top);
+            parts[i / LANES % PARTS] += load(totals + i) * exp(load(tops + i) - top);
         for (const F &part : parts)
             for (int i = 0; i < LANES; i++) total += part[i];
     }
@@ -666,6 +655,44 @@ INLINE void dot2(I &sum, const int8_t *w, int32_t two) {
 #endif
 }
 
+/// The nearest int8s to n floats (a multiple of 16), their scale, and what dots_from wants of them.
+INLINE void quantise(const float *x, int n, int8_t *to, float *scale, int32_t *offset) {
+    I sizes{}, totals{};  // floats above 0 compare as their bits do, infinity and NaN above all
+    for (int i = 0; i < n; i += LANES) {
+        const I size = (I)load(x + i) & 0x7FFFFFFF;
+        sizes = size > sizes ? size : sizes;
+    }
+    const int32_t bits = largest(sizes);
+    float most;
+    memcpy(&most, &bits, 4);
+    const bool finite = bits < 0x7F800000, some = finite && most > 1e-30f;
+    const float inverse = some ? 127.0f / most : 0.0f;
+    for (int i = 0; i < n; i += LANES) {
+        I q = (I)(load(x + i) * inverse + ROUND) - ROUND_BITS;
+        *(B *)(to + i) = __builtin_convertvector(q, B);
+        totals += q;
+    }
+    *scale = some ? most / 127.0f : finite ? 0.0f : NAN;
+    *offset = -128 * total(totals);
+}
+/// Of row `row` of `narrow`, if products read that, the 32 numbers x of block b: int8 [blocks][rows][32] with `scales` and
+/// `offsets` [blocks][rows], bfloat16 [rows][blocks][32].
+INLINE void narrow_block(const float *, int, int, const Step &, int, const float *) {}
+INLINE void narrow_block(const float *x, int b, int blocks, const Step &s, int row, const uint16_t *) {
+    for (int i = 0; i < 32; i += LANES) put((uint16_t *)s.narrow + ((size_t)row * blocks + b) * 32 + i, load(x + i));
+}
+INLINE void narrow_block(const float *x, int b, int, const Step &s, int row, const int8_t *) {
+    const size_t at = (size_t)b * s.rows + row;
+    quantise(x, 32, (int8_t *)s.narrow + at * 32, s.scales + at, s.offsets + at);
+}
+/// The step whose `narrow` stands behind that of this one, which has so many blocks.
+template <class W> INLINE Step behind(Step s, int blocks) {
+    s.narrow = (Met<W> *)s.narrow + (size_t)s.rows * blocks * 32;
+    s.scales += (size_t)s.rows * blocks;
+    s.offsets += (size_t)s.rows * blocks;
+    return s;
+}
+
 /// What a product reads: rows of floats, or what `narrow` has of them.
 struct Rows { const float *x; int stride; };
 
@@ -687,17 +714,24 @@ template <int M, int N> INLINE void multiply(F (&y)[M][N], const Linear &l, int 
         I dots[M][N];
         for (int m = 0; m < M; m++)
             for (int j = 0; j < N; j++) dots[m][j] = dots_from(s.offsets[at + m]);
-        for (int i = 0; i < 8; i++, x += 4) {
-            fetch(ahead, b, i, 8);
+        const auto add_four = [&](int i) __attribute__((always_inline)) {
             for (int m = 0; m < M; m++) {
                 int32_t four;
-                memcpy(&four, x + 32 * m, 4);
+                memcpy(&four, x + 32 * m + 4 * i, 4);
                 for (int j = 0; j < N; j++) dot4(dots[m][j], w + 128 * i + 4 * LANES * j, four);
             }
-        }
+        };
+        if (ahead.bytes <= 64) {  // by itself, the loop is shorter by a tenth
+            fetch(ahead, b, 0, 1);
+            for (int i = 0; i < 8; i++) add_four(i);
+        } else
+            for (int i = 0; i < 8; i++) {
+                fetch(ahead, b, i, 8);
+                add_four(i);
+            }
         for (int j = 0; j < N; j++) {
             F ws = load(scale + LANES * j);
-            for (int m = 0; m < M; m++) y[m][j] += __builtin_convertvector(dots[m][j], F) * (ws * s.scales[at + m]);
+            for (int m = 0; m < M; m++) y[m][j] = fused(__builtin_convertvector(dots[m][j], F), ws * s.scales[at + m], y[m][j]);
         }
     }
 }
@@ -720,27 +754,29 @@ template <int M, int N, class W> INLINE void multiply(F (&y)[M][N], const Linear
             for (int j = 0; j < N; j++) y[m][j] += part[m][j];
     }
 }
-/// `M` rows from `row` on times one group of 32 columns.
+/// `M` rows from `row` on times one group of 32 columns, to where `out` is.
 template <class W, int M> INLINE void tile(const Linear &l, int group, const Step &s, Rows in, int row, Ahead &ahead, float *out, int stride, int after) {
     constexpr int AT_ONCE = M == 1 ? 32 / LANES : 2;  // registers of columns; a single row takes its weights in one run
     for (int first = 0; first < 32; first += AT_ONCE * LANES) {
         F y[M][AT_ONCE];
         for (auto &of_row : y)  // one by one: as a whole, GCC has memory cleared
             for (F &of : of_row) of = F{};
+        for (int m = 0; m < M; m++)  // the other threads' until now
+            for (int i = first; i < first + AT_ONCE * LANES; i += 16) __builtin_prefetch(out + (size_t)m * stride + i, 1);
         multiply(y, l, group, first, s, in, row, ahead, (const W *)l.weight);
         ahead.next += (size_t)l.blocks * ahead.bytes;
         for (int j = 0; j < AT_ONCE; j++) {
             const int column = 32 * group + first + LANES * j;
             F bias = l.bias ? load(l.bias + column) : F{};
             for (int m = 0; m < M; m++) {
-                float *to = out + (size_t)(row + m) * stride + column;
-                store(to, after == ADD ? load(to) + (y[m][j] + bias) : activate<W>(y[m][j] + bias, after));
+                float *to = out + (size_t)m * stride + column - 32 * group;
+                store(to, after == ADD ? load(to) + (y[m][j] + bias) : activate(y[m][j] + bias, after));
             }
         }
     }
 }
 template <class W, int M> INLINE void rows_of(const Linear &l, int group, const Step &s, Rows in, int row, int rows, Ahead &ahead, float *out, int stride, int after) {
-    for (; row + M <= rows; row += M) tile<W, M>(l, group, s, in, row, ahead, out, stride, after);
+    for (; row + M <= rows; row += M, out += (size_t)M * stride) tile<W, M>(l, group, s, in, row, ahead, out, stride, after);
     if constexpr (M > 1) rows_of<W, M - 1>(l, group, s, in, row, rows, ahead, out, stride, after);
 }
 static __attribute__((noinline)) void summarise_rows(const Step &s, int group, int row, int end, const float *x, int stride) {
@@ -749,7 +785,8 @@ static __attribute__((noinline)) void summarise_rows(const Step &s, int group, i
         summarise(x + (size_t)row * stride + 32 * group, s.tops + at, s.sums + at);
     }
 }
-/// out (rows, stride) = after(in x weight + bias). All of the team call it together, as all that takes a team.
+/// out (rows, stride) = after(in x weight + bias); an activation leaves it `behind`, if the next product reads that. All of the
+/// team call it together, as all that takes a team.
 template <class W> static void linear(Team &team, const Linear &l, const Step &s, Rows in, int rows, float *out, int stride, int after) {
     constexpr int HIGH = 16 * ROWS;  // rows at a time: so many stay near while the groups pass by
     const int n = (rows + HIGH - 1) / HIGH * l.groups;
@@ -759,42 +796,21 @@ template <class W> static void linear(Team &team, const Linear &l, const Step &s
         const int end = row + HIGH < rows ? row + HIGH : rows, passes = end - row > 1 ? (end - row + ROWS - 1) / ROWS * PARTS : 1;
         const int bytes = passes == 1 || then < n ? padded(1024 * (int)sizeof(W) / passes, 64) : 0;
         Ahead ahead{passes > 1 ? weights(then) : weights(i) + RUN_AHEAD, bytes};
-        rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out, stride, after);
+        if (sizeof(Met<W>) < 4 && (after == RELU || after == TANH || after == ERF)) {
+            float x[HIGH * 32];
+            rows_of<W, ROWS>(l, group, s, in, row, end, ahead, x, 32, after);
+            const Step next = behind<W>(s, l.blocks);
+            for (int i = row; i < end; i++) narrow_block(x + 32 * (i - row), group, l.groups, next, i, (const Met<W> *)nullptr);
+            return;
+        }
+        rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out + (size_t)row * stride + 32 * group, stride, after);
         if (after == LOGITS) summarise_rows(s, group, row, end, out, stride);
     });
 }
 
-/// The nearest int8s to n floats (a multiple of 16), their scale, and what dots_from wants of them.
-INLINE void quantise(const float *x, int n, int8_t *to, float *scale, int32_t *offset) {
-    I sizes{}, totals{};  // floats above 0 compare as their bits do, infinity and NaN above all
-    for (int i = 0; i < n; i += LANES) {
-        const I size = (I)load(x + i) & 0x7FFFFFFF;
-        sizes = size > sizes ? size : sizes;
-    }
-    const int32_t bits = largest(sizes);
-    float most;
-    memcpy(&most, &bits, 4);
-    const bool finite = bits < 0x7F800000, some = finite && most > 1e-30f;
-    const float inverse = some ? 127.0f / most : 0.0f;
-    for (int i = 0; i < n; i += LANES) {
-        I q = (I)(load(x + i) * inverse + ROUND) - ROUND_BITS;
-        *(B *)(to + i) = __builtin_convertvector(q, B);
-        totals += q;
-    }
-    *scale = some ? most / 127.0f : finite ? 0.0f : NAN;
-    *offset = -128 * total(totals);
-}
-/// Row `row` of `narrow`, if products read that, from k floats (a multiple of 32), as they stand: int8 [k / 32][rows][32]
-/// with `scales` and `offsets` [k / 32][rows], bfloat16 [rows][k].
-INLINE void narrow_row(const float *, int, const Step &, int, const float *) {}
-INLINE void narrow_row(const float *x, int k, const Step &s, int row, const uint16_t *) {
-    for (int i = 0; i < k; i += LANES) put((uint16_t *)s.narrow + (size_t)row * k + i, load(x + i));
-}
-INLINE void narrow_row(const float *x, int k, const Step &s, int row, const int8_t *) {
-    for (int b = 0; b < k / 32; b++, x += 32) {
-        const size_t at = (size_t)b * s.rows + row;
-        quantise(x, 32, (int8_t *)s.narrow + at * 32, s.scales + at, s.offsets + at);
-    }
+/// All of a row.
+template <class W> INLINE void narrow_row(const float *x, int k, const Step &s, int row) {
+    for (int b = 0; b < k / 32; b++) narrow_block(x + 32 * b, b, k / 32, s, row, (const Met<W> *)nullptr);
 }
 INLINE void norm(const float *x, const Norm &n, const Model &m, float *out) {
     const int e = m.n_embd, width = padded(e, 32);
@@ -816,13 +832,13 @@ template <class W> static void norm_rows(Team &team, const Norm &n, const Model 
     team.each(s.rows, team.share(s.rows), [&](int row) {
         float *out = s.mixed + (size_t)row * width;
         norm(s.x + (size_t)row * width, n, m, out);
-        narrow_row(out, width, s, row, (const Met<W> *)nullptr);
+        narrow_row<W>(out, width, s, row);
     });
 }
 /// Before a product reads `x` (rows, k).
 template <class W> static void ready(Team &team, const float *x, int k, const Step &s) {
     if (sizeof(Met<W>) == 4) return;
-    team.each(s.rows, team.share(s.rows), [&](int row) { narrow_row(x + (size_t)row * k, k, s, row, (const Met<W> *)nullptr); });
+    team.each(s.rows, team.share(s.rows), [&](int row) { narrow_row<W>(x + (size_t)row * k, k, s, row); });
 }
 
 /// Number `i` of row `n` of a weight.
@@ -916,7 +932,7 @@ template <int Q, int T, class K> INLINE void dots(const Head<K> &h, int t, F (&s
         for (int i = 0; i < T; i++)
             for (int j = 0; j < PARTS; j++) {
                 const auto keys = words(h.keys + (size_t)(t + 16 * i) * h.width + 16 * d + LANES * PER<K> * j);
-                for (int q = 0; q < Q; q++) sums[i][q][j] = add(sums[i][q][j], keys, queries + q * h.width + d);
+                for (int q = 0; q < Q; q++) sums[i][q][j] = plus(sums[i][q][j], keys, queries + q * h.width + d);
             }
 }
 template <int Q, int T> INLINE void dots(const Head<int8_t> &h, int t, F (&sums)[T][Q][PARTS]) {
@@ -936,7 +952,7 @@ template <int Q, int T> INLINE void dots(const Head<int8_t> &h, int t, F (&sums)
         for (int i = 0; i < T; i++)
             for (int j = 0; j < PARTS; j++) {
                 const F scale = load(scales(h, h.keys, t + 16 * i) + 16 * b + LANES * j);
-                for (int q = 0; q < Q; q++) sums[i][q][j] += __builtin_convertvector(of_block[i][q][j], F) * (scale * blocks(h, q)[b].scale);
+                for (int q = 0; q < Q; q++) sums[i][q][j] = fused(__builtin_convertvector(of_block[i][q][j], F), scale * blocks(h, q)[b].scale, sums[i][q][j]);
             }
     }
 }
@@ -994,7 +1010,7 @@ template <int Q, int D, class K> INLINE void blend(const Head<K> &h, int positio
         for (int i = 0; i < D; i++)
             for (int j = 0; j < PARTS; j++) {
                 const auto value = words(values + (size_t)p * h.width + (16 * i + LANES * j) * PER<K>);
-                for (int q = 0; q < Q; q++) mixed[q][i][j] = add(mixed[q][i][j], value, x[q] + p);
+                for (int q = 0; q < Q; q++) mixed[q][i][j] = plus(mixed[q][i][j], value, x[q] + p);
             }
     for (int q = 0; q < Q; q++)  // what is left, up to its own: 0 times a value that is not finite would be NaN
         for (int own = p; own <= position + q; own += PER<K>)
@@ -1002,7 +1018,7 @@ template <int Q, int D, class K> INLINE void blend(const Head<K> &h, int positio
                 for (int j = 0; j < PARTS; j++) {
                     auto value = words(values + (size_t)own * h.width + (16 * i + LANES * j) * PER<K>);
                     if (own == position + q) value = first(value);
-                    mixed[q][i][j] = add(mixed[q][i][j], value, x[q] + own);
+                    mixed[q][i][j] = plus(mixed[q][i][j], value, x[q] + own);
                 }
     finish<Q, D>(h, mixed, row, d, scale);
 }
@@ -1041,7 +1057,7 @@ template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int
         float *weights = h.scratch + q * h.room;
         F total[PARTS] = {};
         for (t = 0; t < end; t += LANES) {  // a weight may be half as wide as its score, whose place it takes
-            F weight = exp<K>(load(weights + t) - top);
+            F weight = exp(load(weights + t) - top);
             weight = iota(t) <= position + q ? weight : F{};
             put((Met<K> *)weights + t, weight);
             total[t / LANES % PARTS] += weight;
@@ -1056,6 +1072,17 @@ template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &s
     for (; i + Q <= span.count; i += Q) attend<Q>(h, span.start + i, i);
     if constexpr (Q > 1) queries_of<Q - 1>(h, span, i);
 }
+/// What a head of a sequence reads first, and what it writes to, at position p.
+template <class K> INLINE void fetch(const Head<K> &h, int p) {
+    const size_t tile = sizeof(K) * 16 * h.deep, last = p / 16 * tile;
+    for (int j = 0; j < 3; j++)
+        for (int d = 0; d < h.dim; d += 16) __builtin_prefetch(h.qkv + j * h.keys_at + d);
+    for (const K *of : {h.keys, h.values})
+        for (size_t i = 0; i < tile && i < 1024; i += 64) {
+            __builtin_prefetch((const char *)of + i);
+            __builtin_prefetch((const char *)of + last + i, 1);
+        }
+}
 /// Write keys and values of every sequence, then attend, in the last layer for `wanted` rows alone; a head of a sequence is
 /// one thread's.
 template <class K> static void attention(Team &team, const Model &m, const Step &s, int layer) {
@@ -1063,15 +1090,21 @@ template <class K> static void attention(Team &team, const Model &m, const Step 
     const int deep = sizeof(K) == 1 ? width + wide / 8 : width;
     const int stride = padded(3 * e, 32), out_stride = padded(e, 32);
     float *scratch = s.scratch + (size_t)team.number * QUERIES * (room + wide);
-    team.each(s.n_spans * m.n_head, 1, [&](int i) {
+    const auto head_of = [&](int i) {
         const int head = i % m.n_head;
         const Span &span = s.spans[i / m.n_head];
         const size_t plane = (size_t)span.capacity * deep;
         K *keys = (K *)span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
         const float *qkv = s.wide + (size_t)span.row * stride + head * dim;
         float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
-        Head<K> h{qkv, keys, values, out, scratch, stride, e, dim, width, wide, deep, out_stride, room, m.layers[layer].attention_scale};
-        for (int r = 0; r < span.count; r++) keep_row(h, qkv + (size_t)r * stride, span.start + r);
+        return Head<K>{qkv, keys, values, out, scratch, stride, e, dim, width, wide, deep, out_stride, room, m.layers[layer].attention_scale};
+    };
+    const int n = s.n_spans * m.n_head;
+    team.each_then(n, 1, [&](int i, int then) {
+        if (then < n) fetch(head_of(then), s.spans[then / m.n_head].start);
+        const Span &span = s.spans[i / m.n_head];
+        const Head<K> h = head_of(i);
+        for (int r = 0; r < span.count; r++) keep_row(h, h.qkv + (size_t)r * stride, span.start + r);
         if (layer + 1 < m.n_layer) {
             queries_of<QUERIES>(h, span, 0);
             return;
@@ -1109,8 +1142,7 @@ template <class W, class K> static void forward(Team &team, const Model &m, cons
         linear<W>(team, h.attn_c_proj, s, mixed, s.rows, s.x, width, ADD);
         norm_rows<W>(team, h.ln_2, m, s);
         linear<W>(team, h.c_fc, s, mixed, s.rows, s.wide, wide, m.activation);
-        ready<W>(team, s.wide, wide, s);
-        linear<W>(team, h.mlp_c_proj, s, Rows{s.wide, wide}, s.rows, s.x, width, ADD);
+        linear<W>(team, h.mlp_c_proj, behind<W>(s, h.c_fc.blocks), Rows{s.wide, wide}, s.rows, s.x, width, ADD);
     }
     norm_rows<W>(team, m.ln_f, m, wanted);
     linear<W>(team, m.lm_head, wanted, mixed, wanted.rows, wanted.logits, 32 * m.lm_head.groups, LOGITS);

@@ -118,10 +118,11 @@ def test_every_path_batch_cut_and_thread_count_gives_the_same_bits(
     rng = random.Random(shape)
     for model in models:
         whole = run(model, ids, [len(ids)])
-        if model.path == 0 and dtype is not torch.int8 and not library.ARM:  # without fused multiply-adds
-            assert float((whole - reached).std() / reached.std()) < (0.01 if dtype is torch.bfloat16 else 1e-5)
-        elif model.path == 4 and dtype is not torch.float32:  # rounds to bfloat16 what meets bfloat16
-            assert float((whole - exact).std() / exact.std()) < (0.03 if dtype is torch.bfloat16 else 0.06)
+        if model.path == 0 and not library.ARM:  # without fused multiply-adds; in int8 a number may round the other way
+            near = {torch.int8: 0.03, torch.bfloat16: 0.01, torch.float32: 1e-5}
+            assert float((whole - reached).std() / reached.std()) < near[dtype]
+        elif model.path == 4 and dtype is torch.bfloat16:  # rounds to bfloat16 what meets bfloat16
+            assert float((whole - exact).std() / exact.std()) < 0.03
         else:
             assert torch.equal(whole, reached)
         for rows in range(1, 21):
