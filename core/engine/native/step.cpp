@@ -906,8 +906,12 @@ INLINE void keep_row(const Head<int8_t> &h, const float *row, int p) {
     }
     float *value = whole(h, row + 2 * h.keys_at, 0);
     quantise(value, h.width, near, scales(h, h.values, t) + at, &unused);
-    to = h.values + (size_t)t * h.deep + at / 2 * 2 * h.width + at % 2;
-    for (int d = 0; d < h.dim; d++) to[2 * d] = near[d];
+    to = h.values + (size_t)t * h.deep + at / 2 * 2 * h.width;
+    for (int d = 0; d < h.width; d += LANES) {
+        const S own = __builtin_convertvector(*(B *)(near + d), S);
+        S &pairs = *(S *)(to + 2 * d);
+        pairs = at % 2 ? (pairs & 0xFF) | own << 8 : (pairs & -0x100) | (own & 0xFF);
+    }
 }
 
 template <int Q, class K> INLINE void prepare(const Head<K> &h, int row) {
@@ -1075,11 +1079,15 @@ template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &s
     for (; i + Q <= span.count; i += Q) attend<Q>(h, span.start + i, i);
     if constexpr (Q > 1) queries_of<Q - 1>(h, span, i);
 }
+/// A head's query, key and value of a row.
+template <class K> INLINE void fetch(const Head<K> &h, const float *row) {
+    for (int j = 0; j < 3; j++)
+        for (int d = 0; d < h.dim; d += 16) __builtin_prefetch(row + j * h.keys_at + d);
+}
 /// What a head of a sequence reads first, and what it writes to, at position p.
 template <class K> INLINE void fetch(const Head<K> &h, int p) {
     const size_t tile = sizeof(K) * 16 * h.deep, last = p / 16 * tile;
-    for (int j = 0; j < 3; j++)
-        for (int d = 0; d < h.dim; d += 16) __builtin_prefetch(h.qkv + j * h.keys_at + d);
+    fetch(h, h.qkv);
     for (const K *of : {h.keys, h.values})
         for (size_t i = 0; i < tile && i < 1024; i += 64) {
             __builtin_prefetch((const char *)of + i);
@@ -1107,7 +1115,10 @@ template <class K> static void attention(Team &team, const Model &m, const Step 
         if (then < n) fetch(head_of(then), s.spans[then / m.n_head].start);
         const Span &span = s.spans[i / m.n_head];
         const Head<K> h = head_of(i);
-        for (int r = 0; r < span.count; r++) keep_row(h, h.qkv + (size_t)r * stride, span.start + r);
+        for (int r = 0; r < span.count; r++) {
+            fetch(h, h.qkv + (size_t)(r + 8) * stride);
+            keep_row(h, h.qkv + (size_t)r * stride, span.start + r);
+        }
         if (layer + 1 < m.n_layer) {
             queries_of<QUERIES>(h, span, 0);
             return;
