@@ -196,9 +196,7 @@ class NativeGPT2:
             "tops": torch.full((wanted, round_up(groups, 16)), BEYOND),
             "sums": torch.zeros(wanted, round_up(groups, 16)),
             "scratch": torch.zeros(threads, 4, 2 * round_up(config.n_positions, 16) + round_up(self.head_dim, 32)),
-            "narrow": torch.zeros(rows, width + wide, dtype=torch.bfloat16),
-            "scales": torch.zeros(rows, (width + wide) // BLOCK),
-            "offsets": torch.zeros(rows, (width + wide) // BLOCK, dtype=torch.int32),
+            "narrow": torch.zeros(rows, width + wide, dtype=torch.bfloat16),  # a block of int8 has room in it, too
         }
         self._step.totals = self._totals = (ctypes.c_double * wanted)()
         self._tops, self._apart = self._memory["tops"].data_ptr(), 4 * round_up(groups, 16)

@@ -59,7 +59,7 @@ class Step(Structure):
         ("n_spans", c_int32), ("rows", c_int32), ("n_wanted", c_int32), ("threads", c_int32),
         ("x", c_void_p), ("wide", c_void_p), ("mixed", c_void_p), ("logits", c_void_p),
         ("tops", c_void_p), ("sums", c_void_p), ("totals", POINTER(c_double)), ("scratch", c_void_p),
-        ("narrow", c_void_p), ("scales", c_void_p), ("offsets", c_void_p),
+        ("narrow", c_void_p),
     ]  # fmt: skip
 
 

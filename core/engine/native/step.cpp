@@ -56,7 +56,7 @@ struct Step {
     float *x, *wide, *mixed, *logits;                       // rows x e, rows x wide, rows x e, wanted x vocabulary
     float *tops, *sums; double *totals;                     // of logits: wanted x groups padded to 16, twice, and wanted
     float *scratch;                                         // threads x 4 x (2 x positions padded to 16 + head width to 32)
-    void *narrow; float *scales; int32_t *offsets;          // rows x (e + wide), as products read them; int8: for each block of 32
+    void *narrow;                                           // rows x (e + wide), as products read them: bfloat16 or blocks
 };
 }
 
@@ -658,7 +658,10 @@ INLINE void dot2(I &sum, const int8_t *w, int32_t two) {
 #endif
 }
 
-/// The nearest int8s to n floats (a multiple of 16), their scale, and what dots_from wants of them.
+/// 32 numbers of a row in int8, their scale, and what dots_from wants of them. All in one place: two threads that write
+/// neighbouring rows share few cache lines.
+struct Block { int8_t x[32]; float scale; int32_t offset; };
+/// The nearest int8s to n floats (a multiple of 16), their scale and offset.
 INLINE void quantise(const float *x, int n, int8_t *to, float *scale, int32_t *offset) {
     I sizes{}, totals{};  // floats above 0 compare as their bits do, infinity and NaN above all
     for (int i = 0; i < n; i += LANES) {
@@ -678,21 +681,20 @@ INLINE void quantise(const float *x, int n, int8_t *to, float *scale, int32_t *o
     *scale = some ? most / 127.0f : finite ? 0.0f : NAN;
     *offset = -128 * total(totals);
 }
-/// Of row `row` of `narrow`, if products read that, the 32 numbers x of block b: int8 [blocks][rows][32] with `scales` and
-/// `offsets` [blocks][rows], bfloat16 [rows][blocks][32].
+/// Of row `row` of `narrow`, if products read that, the 32 numbers x of block b: int8 Block [blocks][rows], bfloat16
+/// [rows][blocks][32].
 INLINE void narrow_block(const float *, int, int, const Step &, int, const float *) {}
 INLINE void narrow_block(const float *x, int b, int blocks, const Step &s, int row, const uint16_t *) {
     for (int i = 0; i < 32; i += LANES) put((uint16_t *)s.narrow + ((size_t)row * blocks + b) * 32 + i, load(x + i));
 }
 INLINE void narrow_block(const float *x, int b, int, const Step &s, int row, const int8_t *) {
     const size_t at = (size_t)b * s.rows + row;
-    quantise(x, 32, (int8_t *)s.narrow + at * 32, s.scales + at, s.offsets + at);
+    Block &block = ((Block *)s.narrow)[at];
+    quantise(x, 32, block.x, &block.scale, &block.offset);
 }
 /// The step whose `narrow` stands behind that of this one, which has so many blocks.
 template <class W> INLINE Step behind(Step s, int blocks) {
-    s.narrow = (Met<W> *)s.narrow + (size_t)s.rows * blocks * 32;
-    s.scales += (size_t)s.rows * blocks;
-    s.offsets += (size_t)s.rows * blocks;
+    s.narrow = (char *)s.narrow + (size_t)s.rows * blocks * (sizeof(W) == 1 ? sizeof(Block) : 32 * sizeof(Met<W>));
     return s;
 }
 
@@ -713,14 +715,14 @@ template <int M, int N> INLINE void multiply(F (&y)[M][N], const Linear &l, int 
     w += (size_t)group * l.blocks * 1024 + 4 * first;
     for (int b = 0; b < l.blocks; b++, w += 1024, scale += 32) {
         const size_t at = (size_t)b * s.rows + row;
-        const int8_t *x = (const int8_t *)s.narrow + 32 * at;
+        const Block *x = (const Block *)s.narrow + at;
         I dots[M][N];
         for (int m = 0; m < M; m++)
-            for (int j = 0; j < N; j++) dots[m][j] = dots_from(s.offsets[at + m]);
+            for (int j = 0; j < N; j++) dots[m][j] = dots_from(x[m].offset);
         const auto add_four = [&](int i) __attribute__((always_inline)) {
             for (int m = 0; m < M; m++) {
                 int32_t four;
-                memcpy(&four, x + 32 * m + 4 * i, 4);
+                memcpy(&four, x[m].x + 4 * i, 4);
                 for (int j = 0; j < N; j++) dot4(dots[m][j], w + 128 * i + 4 * LANES * j, four);
             }
         };
@@ -734,7 +736,7 @@ template <int M, int N> INLINE void multiply(F (&y)[M][N], const Linear &l, int 
             }
         for (int j = 0; j < N; j++) {
             F ws = load(scale + LANES * j);
-            for (int m = 0; m < M; m++) y[m][j] = fused(__builtin_convertvector(dots[m][j], F), ws * s.scales[at + m], y[m][j]);
+            for (int m = 0; m < M; m++) y[m][j] = fused(__builtin_convertvector(dots[m][j], F), ws * x[m].scale, y[m][j]);
         }
     }
 }
@@ -815,27 +817,28 @@ template <class W> static void linear(Team &team, const Linear &l, const Step &s
 template <class W> INLINE void narrow_row(const float *x, int k, const Step &s, int row) {
     for (int b = 0; b < k / 32; b++) narrow_block(x + 32 * b, b, k / 32, s, row, (const Met<W> *)nullptr);
 }
-INLINE void norm(const float *x, const Norm &n, const Model &m, float *out) {
-    const int e = m.n_embd, width = padded(e, 32);
-    F total[PARTS] = {}, squares[PARTS] = {};
-    for (int i = 0; i < width; i += 16)
-        for (int j = 0; j < PARTS; j++) total[j] += load(x + i + LANES * j);
-    float mean = sum(total) / (float)e;
-    for (int i = 0; i < width; i += 16)
-        for (int j = 0; j < PARTS; j++) {
-            F d = iota(i + LANES * j) < e ? load(x + i + LANES * j) - mean : F{};
-            squares[j] += d * d;
-        }
-    float scale = 1.0f / sqrtf(sum(squares) / (float)e + m.epsilon);
-    for (int i = 0; i < width; i += LANES)
-        store(out + i, (load(x + i) - mean) * scale * load(n.weight + i) + load(n.bias + i));
-}
 template <class W> static void norm_rows(Team &team, const Norm &n, const Model &m, const Step &s) {
-    const int width = padded(m.n_embd, 32);
+    const int e = m.n_embd, width = padded(e, 32);
     team.each(s.rows, team.share(s.rows), [&](int row) {
-        float *out = s.mixed + (size_t)row * width;
-        norm(s.x + (size_t)row * width, n, m, out);
-        narrow_row<W>(out, width, s, row);
+        const float *x = s.x + (size_t)row * width;
+        F total[PARTS] = {}, squares[PARTS] = {};
+        for (int i = 0; i < width; i += 16)
+            for (int j = 0; j < PARTS; j++) total[j] += load(x + i + LANES * j);
+        const float mean = sum(total) / (float)e;
+        for (int i = 0; i < width; i += 16)
+            for (int j = 0; j < PARTS; j++) {
+                F d = iota(i + LANES * j) < e ? load(x + i + LANES * j) - mean : F{};
+                squares[j] += d * d;
+            }
+        const float scale = 1.0f / sqrtf(sum(squares) / (float)e + m.epsilon);
+        for (int b = 0; b < width / 32; b++) {
+            float near[32], *out = sizeof(Met<W>) < 4 ? near : s.mixed + (size_t)row * width + 32 * b;
+            for (int i = 0; i < 32; i += LANES) {
+                const int at = 32 * b + i;
+                store(out + i, (load(x + at) - mean) * scale * load(n.weight + at) + load(n.bias + at));
+            }
+            narrow_block(out, b, width / 32, s, row, (const Met<W> *)nullptr);
+        }
     });
 }
 /// Before a product reads `x` (rows, k).
@@ -870,8 +873,7 @@ template <class K> struct Head { const float *qkv; K *keys, *values; float *out,
 
 /// In int8, of keys or values: the scales of the tile that begins at position t.
 INLINE float *scales(const Head<int8_t> &h, int8_t *of, int t) { return (float *)(of + (size_t)t * h.deep + 16 * h.width); }
-/// 32 numbers of an int8 query, and where the first such block of query q is.
-struct Block { int8_t x[32]; float scale; int32_t offset; };
+/// Where the first block of query q is.
 INLINE Block *blocks(const Head<int8_t> &h, int q) { return (Block *)(h.scratch + QUERIES * h.room) + q * h.wide / 32; }
 /// A head's numbers with zeros behind them, in the place of query q.
 INLINE float *whole(const Head<int8_t> &h, const float *x, int q) {

@@ -157,7 +157,8 @@ def test_the_same_is_drawn_natively_and_without(
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("vocab", [1, 15, 16, 301, VOCAB])
 def test_the_total_of_a_row_is_exact_and_its_own(vocab: int, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within float32's rounding of its size; the same bits in any batch, on any path and number of threads."""
+    """Within float32's rounding of its size; the same bits in any batch, on any number of threads, and on any path that
+    fuses multiply-adds."""
     if not native:
         monkeypatch.setattr(library, "open_library", lambda: None)
     rng = torch.Generator().manual_seed(vocab)
@@ -170,10 +171,15 @@ def test_the_total_of_a_row_is_exact_and_its_own(vocab: int, native: bool, monke
     for path in [path for path in range(len(library.PATHS)) if found and found.palaver_runs(path)] or [0]:
         if found:
             monkeypatch.setattr(found, "palaver_best_path", lambda path=path: path)
+        if found and path == 0 and not library.ARM:
+            own = summarise(logits).totals
+            assert own == pytest.approx(totals, rel=3e-7, abs=3e-7)
+        else:
+            own = totals
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            assert summarise(logits).totals == totals
-            assert [summarise(row[None]).totals[0] for row in logits.clone()] == totals
+            assert summarise(logits).totals == own
+            assert [summarise(row[None]).totals[0] for row in logits.clone()] == own
 
 
 @pytest.mark.parametrize("native", [True, False])
