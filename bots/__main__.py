@@ -155,7 +155,7 @@ def finetune(
         )  # fmt: skip
         progress = finetune(data, out, base, valid=valid, recipe=recipe)
     except BadCheckpoint as error:
-        _stop([f"MODEL: {error}"])
+        _stop([_of_setting(error)])
     except BadData as error:
         _stop([str(error)])
     except OSError as error:
@@ -431,6 +431,11 @@ def _stop(lines: list[str]) -> NoReturn:
     raise SystemExit(EX_CONFIG)
 
 
+def _of_setting(error: Exception) -> str:
+    """What is wrong with a checkpoint, by the setting that names it, where the error names no other."""
+    return str(error) if re.match(r"[A-Z_]+=", str(error)) else f"MODEL: {error}"
+
+
 async def _serve(settings: Settings, bots: list[Bot], waits: bool = False) -> int:
     """Loading may take minutes, and a container's first process hears no signal that it has not asked for."""
     from core.app import open_app
@@ -459,7 +464,7 @@ def _go(work: Coroutine[None, None, int]) -> int:
         print(error, file=sys.stderr)
         return EX_CONFIG
     except BadCheckpoint as error:
-        print(f"MODEL: {error}", file=sys.stderr)
+        print(_of_setting(error), file=sys.stderr)
         return EX_CONFIG
     except (EngineError, JournalError, NotAccepted) as error:
         print(error, file=sys.stderr)

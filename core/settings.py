@@ -6,6 +6,7 @@ A wrong setting is one line that names the variable, what is wrong and an exampl
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import re
@@ -284,10 +285,13 @@ def _misspelt(groups: tuple[type[GroupT], ...]) -> list[str]:
     secret = [n.upper() for g in groups for n, f in g.model_fields.items() if f.annotation in SECRET]
     ours = {*known, *(f"{name}_FILE" for name in secret), *nested}
     lines = []
-    for name in {
-        *map(str.upper, _dotenv()),
-        *(n.upper() for n in os.environ if n.split("__")[0].upper() in nested),
-    }:
+    given = {
+        **_dotenv(),
+        **{name: value for name, value in os.environ.items() if name.split("__")[0].upper() in nested},
+    }
+    inner = [(name.upper(), key) for name, value in given.items() if name.upper() in nested for key in _keys(value)]
+    lines += [f"{name}: its fields are in small letters, not {key}" for name, key in inner if key != key.lower()]
+    for name in {*map(str.upper, given), *(f"{name}__{key.upper()}" for name, key in inner)}:
         near = _near(name, known, 0.85)
         if name not in ours and (near or name.split("__")[0] in nested):
             lines.append(f"{name}: is no setting" + (f"; did you mean {near[0]}?" if near else ""))
@@ -295,6 +299,15 @@ def _misspelt(groups: tuple[type[GroupT], ...]) -> list[str]:
         if near := _near(name, known, 0.9):
             log.warning("%s is no setting and does nothing here; %s is one", name, near[0])
     return lines
+
+
+def _keys(value: str | None) -> list[str]:
+    """Of an object in JSON."""
+    try:
+        found = json.loads(value or "")
+    except ValueError:
+        return []  # and so it says itself
+    return list(found) if isinstance(found, dict) else []
 
 
 def _near(name: str, known: list[str], cutoff: float) -> list[str]:

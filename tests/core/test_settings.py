@@ -114,6 +114,14 @@ def test_a_name_like_no_other_in_a_group_of_ours_is_a_mistake(monkeypatch: pytes
     assert mistakes(Settings) == ["SAMPLING__XYZZY: is no setting"]
 
 
+def test_a_strange_field_of_an_object_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMPLING", '{"top_k": 5, "temprature": 1, "TOP_P": 0.5}')
+    assert mistakes(Settings) == [
+        "SAMPLING: its fields are in small letters, not TOP_P",
+        "SAMPLING__TEMPRATURE: is no setting; did you mean SAMPLING__TEMPERATURE?",
+    ]
+
+
 def test_addresses_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", " sqlite:////data/palaver.db\n")
     monkeypatch.setenv("ENGINE", "http://engine:8000/")
