@@ -13,7 +13,7 @@ from collections.abc import Sequence as Ids
 
 from core.engine.guesses import Guesses
 from core.engine.model import Batch, Model, Rows
-from core.engine.sampler import draw
+from core.engine.sampler import Draw, draw
 from core.engine.sequence import Sequence
 
 log = logging.getLogger(__name__)
@@ -40,14 +40,14 @@ class Draft(Guesses):
         tokens, start, eos_id = list(sequence.tokens), len(sequence.tokens), self.model.config.eos_id
         assert sequence.slot
         while len(tokens) < start + most:
-            row = Rows(sequence.slot.kv, len(tokens) - 1, 1)
-            logits = self.model.forward(Batch(tokens[-1:], [row], [0]))
+            rows = Rows(sequence.slot.kv, len(tokens) - 1, 1)
+            logits = self.model.forward(Batch(tokens[-1:], [rows], [0]))
             summary = self.model.summary(logits)
             if math.isnan(summary.totals[0]):
                 break
-            how = sequence.request.params, sequence.seed
-            is_first = len(tokens) == sequence.prompt_len
-            token = draw(logits[0].numpy(), tokens, *how, eos_id=eos_id, is_first=is_first, tops=summary.tops[0])
+            params, is_first = sequence.request.params, len(tokens) == sequence.prompt_len
+            row = Draw(logits[0].numpy(), tokens, params, sequence.seed, is_first, summary.tops[0])
+            [token] = draw([row], eos_id)
             if token == eos_id:
                 break
             tokens.append(token)

@@ -36,6 +36,12 @@ SPLIT, LEAST = 4, 64
 """Parts in which a product that is added to the residual is made, so that all of the GPU takes part; a part's length is
 a multiple of the second."""
 
+TURNS = 10
+"""In as many a product's weights may all come before the kernel waits: more have no room beside other kernels'."""
+
+SHARED = 32
+"""Rows of a step below which several programs share a row's head."""
+
 VOCAB = 64
 """Logits that a tile is wide: so many give one log(sum(e^x))."""
 
@@ -102,6 +108,9 @@ class GraphedGPT2:
         self._x, self._parts = self._new(MOST, c.n_embd), self._new(SPLIT, MOST, c.n_embd)
         self._normed, self._q, self._mixed = (self._new(MOST, c.n_embd, dtype=self.dtype) for _ in range(3))
         self._inner = self._new(MOST, c.n_inner, dtype=self.dtype)
+        d = power(eager.head_dim)  # what several programs found of a row's head, and how many have
+        self._seen = self._new(SHARED * c.n_head * -(-window // keys(d)) * (d + 2))
+        self._arrived = self._new(SHARED * c.n_head, dtype=torch.int32)
         self._sums = self._new(MOST, -(-c.vocab_size // VOCAB))
         self._words = -(-c.vocab_size // 32)
         # A row: logits, maxima of each 32 of them, log(sum(e^x)).
@@ -109,9 +118,12 @@ class GraphedGPT2:
         self._answers = self._pinned(*self._found.shape)
         nvidia = self.cuda and torch.version.hip is None
         self.capability = torch.cuda.get_device_capability(self.device) if nvidia else (8, 0)
-        early = not plain and self.capability >= (9, 0)
-        self._launched: dict[str, bool] = {"PDL": True, "launch_pdl": True} if early else {"PDL": False}
-        """PDL, programmatic dependent launch: a kernel is ready to go on when the one before it ends."""
+        self.early = not plain and self.capability >= (9, 0)
+        """Is each kernel ready to go on when the one before it ends? (PDL, programmatic dependent launch.)"""
+
+    @property
+    def _launched(self) -> dict[str, bool]:
+        return {"PDL": True, "launch_pdl": True} if self.early else {"PDL": False}
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -195,13 +207,14 @@ class GraphedGPT2:
     def _step(self, rows: int, wanted: int) -> None:
         """What a graph does: from the first rows of the table to the first rows that are found."""
         normed, c, layers, head_dim = self._normed, self.config, self.eager.h, self.eager.head_dim
-        d = power(head_dim)
+        d, ways = power(head_dim), 1 if self.plain else shares(rows)
         self._norm("embed", rows, None, layers[0].ln_1)
         for i, layer in enumerate(layers):
             self._linear("qkv", rows, normed, layer.c_attn, self._q, pool=self.pool[i])
-            self.kernels.attend[rows, c.n_head](
-                self._q, self.pool[i], self._mixed, self._table, self._columns, self.pool.shape[2], c.n_embd,
-                head_dim, self.eager.scales[i], PAGE=TILE, N=min(128, max(16, 16384 // d)), D=d, **self._launched,
+            self.kernels.attend[rows, c.n_head, ways](
+                self._q, self.pool[i], self._mixed, self._table, self._seen, self._arrived, self._columns,
+                self.pool.shape[2], c.n_embd, head_dim, self.eager.scales[i], WAYS=ways, PAGE=TILE, N=keys(d), D=d,
+                **self._launched,
             )  # fmt: skip
             self._linear("part", rows, self._mixed, layer.attn_c_proj, self._parts)
             self._norm("add", rows, layer.attn_c_proj, layer.ln_2)
@@ -221,7 +234,8 @@ class GraphedGPT2:
         bias, e = added.bias if added else None, self.config.n_embd
         self.kernels.norm[(programs or rows,)](
             self._x, self._parts, bias, *ln, self._normed, self._table, self.eager.wte, self.eager.wpe, rows, e,
-            self._columns, self.config.layer_norm_epsilon, KIND=kind, SPLIT=SPLIT, E=power(e), **self._launched,
+            self._columns, self.config.layer_norm_epsilon, KIND=kind, SPLIT=SPLIT, E=power(e),
+            num_warps=8 if e > 1024 else 4, **self._launched,
         )  # fmt: skip
 
     def _linear(self, kind: str, rows: int, x: Tensor, by: Linear, out: Tensor, pool: Tensor | None = None) -> None:
@@ -229,17 +243,31 @@ class GraphedGPT2:
         wide, deep = by.weight.shape
         split = SPLIT if kind == "part" else 1
         length = round_up(-(-deep // split), LEAST)
-        few = rows <= 16 or self.plain
-        m, n, k, stages = (16, 16, 256, 4) if few else (32, 64, 64, 4)
+        m, n, k, stages = 32, 32 if rows <= 64 else 64, 32, 3
+        turns = 0
         if self.dtype is torch.float32 or self.capability < (8, 0):  # made by other units, with a thread's registers
-            m, n, k, stages = 16, 32, 32, 2
+            m, n, k, stages = 16, 32, 16, 2
+        elif rows <= 16 or self.plain:
+            m, n, stages = 8 if rows <= 8 and not self.plain else 16, 16, 4
+            turns = -(-length // (4 * k)) if self.early and kind != "logits" else 0
         if kind == "logits":
-            n, k = VOCAB, min(k, 128)
+            n = VOCAB
         self.kernels.linear[-(-rows // m), -(-wide // n), split](
             x, by.weight, by.bias, out, self._table, pool, self._found[:, 32 * self._words :], self._sums, rows, wide,
             deep, length, self._columns, self.pool.shape[2], self._found.shape[1], KIND=kind,
-            ACTIVATION=by.activation, M=m, N=n, K=k, num_stages=stages, **self._launched,
+            ACTIVATION=by.activation, M=m, N=n, K=k, C=turns if turns <= TURNS else 0, num_stages=stages,
+            **self._launched,
         )  # fmt: skip
+
+
+def keys(d: int) -> int:
+    """That attention takes together, of heads of d numbers."""
+    return min(128, max(16, 16384 // d))
+
+
+def shares(rows: int) -> int:
+    """Programs that share the keys of a row's head, so that few rows give work to all of the GPU."""
+    return max(1, min(8, SHARED // rows))
 
 
 def power(number: int) -> int:

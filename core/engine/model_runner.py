@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from time import perf_counter
 
@@ -27,7 +26,7 @@ from core.engine.machine import cores, free_memory
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
 from core.engine.native import gpt2, library
 from core.engine.reference import divergence
-from core.engine.sampler import Row, draw
+from core.engine.sampler import Draw, Summary, draw
 from core.engine.sequence import Span
 
 log = logging.getLogger(__name__)
@@ -66,23 +65,30 @@ class ModelRunner:
         for span in spans:
             self._furnish(span.sequence.slot)
         logits = self.model.forward(self._batch(spans))
-        summary = self.model.summary(logits)
-        rows = zip(logits.numpy(), summary.totals, summary.tops, strict=False)
-        return [self._draw(span, list(islice(rows, 1 + len(span.guess)))) for span in spans if span.is_last]
+        return self._draw([span for span in spans if span.is_last], logits, self.model.summary(logits))
 
-    def _draw(self, span: Span, rows: list[tuple[Row, float, int]]) -> list[tuple[int, float]] | None:
-        """One token from each row, to the first that was not guessed: as if each had been a step of its own."""
-        s, eos_id, drawn = span.sequence, self.model.config.eos_id, []
-        tokens, params = list(s.tokens), s.request.params
-        for (logits, total, tops), guessed in zip(rows, (*span.guess, None), strict=False):
-            if math.isnan(total):
-                break
-            is_first = len(tokens) == s.prompt_len
-            tokens.append(draw(logits, tokens, params, s.seed, eos_id=eos_id, is_first=is_first, tops=tops))
-            drawn.append((tokens[-1], float(logits[tokens[-1]]) - total))
-            if tokens[-1] != guessed:
-                break
-        return drawn or None
+    def _draw(self, spans: Sequence[Span], logits: Tensor, summary: Summary) -> list[list[tuple[int, float]] | None]:
+        """One token from each row, up to the first that was not guessed: as if each had been a step of its own."""
+        draws, rows = dict[int, Draw](), logits.numpy()
+        places = [(span.sequence, span.guess[:i]) for span in spans for i in range(1 + len(span.guess))]
+        for row, (s, guess) in enumerate(places):
+            if not math.isnan(summary.totals[row]):
+                tokens = [*s.tokens, *guess] if guess else s.tokens
+                is_first, tops = len(tokens) == s.prompt_len, summary.tops[row]
+                draws[row] = Draw(rows[row], tokens, s.request.params, s.seed, is_first, tops)
+        drawn = dict(zip(draws, draw(list(draws.values()), self.model.config.eos_id), strict=True))
+        results, row = list[list[tuple[int, float]] | None](), 0
+        for span in spans:
+            result = list[tuple[int, float]]()
+            for i, guessed in enumerate((*span.guess, None), row):
+                if i not in drawn:
+                    break
+                result.append((drawn[i], float(rows[i, drawn[i]]) - summary.totals[i]))
+                if drawn[i] != guessed:
+                    break
+            results.append(result or None)
+            row += 1 + len(span.guess)
+        return results
 
     def warm_up(self) -> None:
         """Run the shapes that come first in life, so that nobody waits for them: a prompt's last logits are wanted, or
@@ -152,6 +158,7 @@ def open_runner(
         torch.set_num_threads(threads or (cores() if parameters(folder) >= SHARED else 1))
     else:
         torch.cuda.set_device(place.index or 0)  # of this thread: kernels are launched where it is
+        torch.set_num_threads(threads or min(8, cores()))  # for draws
     with torch.inference_mode():
         runner = ModelRunner(choose(folder, place, dtype, cache_bytes), folder)
         runner.draft = copy_in_int8(runner.model, folder) if with_draft else None

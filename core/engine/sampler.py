@@ -14,7 +14,9 @@ The native library, where there is one, sums up rows and draws among the top_k; 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,31 +54,50 @@ def summarise(logits: Tensor) -> Summary:
     return Summary(totals.tolist(), none)
 
 
-def draw(
-    logits: Row,
-    tokens: list[int],
-    params: SamplingParams,
-    seed: int,
-    *,
-    eos_id: int,
-    is_first: bool,
-    tops: int = 0,
-) -> int:
-    """The next token after `tokens`, a function of the seed. `logits` (vocab,) are finite, `tops` as in Summary."""
-    banned, native = eos_id if is_first else None, library.open_library()
-    if native and params.temperature and 0 < params.top_k < len(logits) - 1:
-        alters = params.repetition_penalty != 1 or params.no_repeat_ngram > 0
-        scores = process(logits, tokens, params, banned if alters else None)
-        if scores is not logits:
-            banned, tops = None, 0
-        knobs = params.top_k, -1 if banned is None else banned, params.temperature, params.top_p
-        drawn = address(scores), tops, len(scores), *knobs, seed % 2**64, len(tokens), native.palaver_best_path()
-        return int(native.palaver_draw(*drawn))
-    scores = process(logits, tokens, params, banned)
-    if params.temperature == 0:
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token to be drawn, the one after `tokens`: a function of what stands here."""
+
+    logits: Row
+    """(vocab,), finite."""
+    tokens: Sequence[int]
+    params: SamplingParams
+    seed: int
+    is_first: bool
+    tops: int = 0
+    """As in Summary."""
+
+
+def draw(draws: Sequence[Draw], eos_id: int) -> list[int]:
+    """One token for each."""
+    native, found, left = library.open_library(), dict[int, int](), list[tuple[Any, ...]]()
+    kept = list[Row]()  # what is pointed to
+    for i, d in enumerate(draws):
+        params, logits, tops, banned = d.params, d.logits, d.tops, eos_id if d.is_first else None
+        if native and params.temperature and 0 < params.top_k < len(logits) - 1:
+            if params.repetition_penalty != 1 or params.no_repeat_ngram > 0:
+                logits = process(logits, d.tokens, params, banned)
+                banned, tops = (None, 0) if logits is not d.logits else (banned, tops)
+            kept.append(logits)
+            knobs = params.temperature, params.top_p, len(logits), params.top_k, -1 if banned is None else banned
+            left.append((address(logits), tops, d.seed % 2**64, *knobs, len(d.tokens)))
+        else:
+            found[i] = choice(d, banned)
+    if native and left:
+        table, ids = np.array(left, library.DRAW), np.empty(len(left), np.int32)
+        threads, path = torch.get_num_threads(), native.palaver_best_path()
+        native.palaver_draw(table.ctypes.data, len(table), ids.ctypes.data, threads, path)
+        rest = iter(ids.tolist())
+        return [found[i] if i in found else next(rest) for i in range(len(draws))]
+    return list(found.values())
+
+
+def choice(d: Draw, banned: int | None) -> int:
+    scores = process(d.logits, d.tokens, d.params, banned)
+    if d.params.temperature == 0:
         return int(scores.argmax())
-    ids, weights = distribution(scores, params)
-    return int(ids[(weights / exponential(seed, len(tokens), ids)).argmax()])
+    ids, weights = distribution(scores, d.params)
+    return int(ids[(weights / exponential(d.seed, len(d.tokens), ids)).argmax()])
 
 
 def exponential(seed: int, position: int, ids: Ids) -> NDArray[np.floating]:
@@ -97,7 +118,7 @@ def noise(key: np.uint64, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ x >> np.uint64(31)
 
 
-def process(logits: Row, tokens: list[int], params: SamplingParams, banned: int | None = None) -> Row:
+def process(logits: Row, tokens: Sequence[int], params: SamplingParams, banned: int | None = None) -> Row:
     """(vocab,) -> (vocab,): penalised and forbidden tokens; the input itself when there is nothing to do."""
     grams = repeated(tokens, params.no_repeat_ngram)
     if params.repetition_penalty == 1 and not grams and banned is None:
@@ -153,7 +174,7 @@ def address(array: Row) -> int:
     return start
 
 
-def repeated(tokens: list[int], n: int) -> set[int]:
+def repeated(tokens: Sequence[int], n: int) -> set[int]:
     """Ids that would close an n-gram which stands in `tokens` already."""
     if n == 0 or len(tokens) < n:
         return set()

@@ -6,7 +6,7 @@ import ctypes
 import logging
 import os
 import platform
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ ARM = platform.machine() in ("aarch64", "arm64")
 PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX-VNNI", "AVX512-VNNI", "AVX512-BF16"]
 """By number, the faster behind; `palaver_runs` says which ones this CPU can take."""
 
-LAYOUT = 9
+LAYOUT = 10
 """Goes up, here and in step.cpp, whenever a structure, a layout or a function changes."""
 
 
@@ -63,6 +63,13 @@ class Step(Structure):
     ]  # fmt: skip
 
 
+DRAW = [
+    ("x", "u8"), ("tops", "u8"), ("seed", "u8"), ("temperature", "f8"), ("top_p", "f8"), ("n", "i4"), ("k", "i4"),
+    ("banned", "i4"), ("position", "i4"),
+]  # fmt: skip
+"""As numpy has it: a step has many, and numpy writes them faster."""
+
+
 @cache
 def open_library() -> Any | None:
     """The library that was built beside this file. NATIVE=0 in the environment leaves it out."""
@@ -88,9 +95,8 @@ def load(file: Path) -> Any:
     library.palaver_step.restype = None
     library.palaver_logsumexp.argtypes = [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_int32]
     library.palaver_logsumexp.restype = None
-    library.palaver_draw.argtypes = [
-        c_void_p, c_void_p, c_int32, c_int32, c_int32, c_double, c_double, c_uint64, c_int32, c_int32,
-    ]  # fmt: skip
+    library.palaver_draw.argtypes = [c_void_p, c_int32, c_void_p, c_int32, c_int32]
+    library.palaver_draw.restype = None
     return library
 
 

@@ -58,6 +58,7 @@ struct Step {
     float *scratch;                                         // threads x 4 x (2 x positions padded to 16 + head width to 32)
     void *narrow;                                           // rows x (e + wide), as products read them: bfloat16 or blocks
 };
+struct Draw { const float *x, *tops; uint64_t seed; double temperature, top_p; int32_t n, k, banned, position; };
 }
 
 namespace {
@@ -265,7 +266,7 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 9; }
+int palaver_layout() { return 10; }
 
 /// Can this CPU take a path: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX512-VNNI, 4 AVX512-BF16; on Arm 1 is dotprod?
 bool palaver_runs(int path) {
@@ -335,7 +336,8 @@ static uint64_t noise(uint64_t key, uint64_t i) {
 /// An id of x (n), of which all are finite or -infinity, and one finite; `tops` has the largest of each 32, or is null. Drawn
 /// from the k (1 <= k < n) largest and all that tie with the last of them, without `banned` (-1: none); of these from the
 /// likeliest that make up top_p of the sum of e^(x / temperature). sampler.py says how the seed and the position decide.
-int palaver_draw(const float *x, const float *tops, int n, int k, int banned, double temperature, double top_p, uint64_t seed, int position, int path) {
+static int drawn(const Draw &draw, int path) {
+    const auto [x, tops, seed, temperature, top_p, n, k, banned, position] = draw;
     struct Choice { int32_t id; double weight; };
     static thread_local std::vector<int32_t> ids;
     static thread_local std::vector<Choice> choices;
@@ -361,6 +363,17 @@ int palaver_draw(const float *x, const float *tops, int n, int k, int banned, do
         if (speed > most) most = speed, best = choice;
     }
     return best.id;
+}
+
+/// One id for each of `draws`.
+void palaver_draw(const Draw *draws, int count, int32_t *ids, int threads, int path) {
+    const auto one = [&](int i) { ids[i] = drawn(draws[i], path); };
+    if (count < 4) {  // sooner done than the others are awake
+        for (int i = 0; i < count; i++) one(i);
+        return;
+    }
+    Team &all = team();
+    all.run(threads, [&] { all.each(count, 1, one); });
 }
 }
 #else  // ------------------------------------------------------------------------------------------- once for each path

@@ -39,17 +39,21 @@ class Compiler:
         assert all(count > 0 for count in grid)
         return self.launch
 
-    def launch(self, *args: Any, num_stages: int = 3, launch_pdl: bool = False, **constants: Any) -> None:
+    def launch(
+        self, *args: Any, num_warps: int = 4, num_stages: int = 3, launch_pdl: bool = False, **constants: Any
+    ) -> None:
         names = self.kernel.arg_names
         constants |= {name: value for name, value in zip(names, args, strict=False) if value is None}
         kinds = dict.fromkeys(constants, "constexpr")
         kinds |= {name: kind(value) for name, value in zip(names, args, strict=False) if value is not None}
         assert set(kinds) == set(names)
-        if (key := str((names, kinds, constants, num_stages))) not in self.seen:
+        if (key := str((names, kinds, constants, num_warps, num_stages))) not in self.seen:
             self.seen.add(key)
             signature = {name: kinds[name] for name in names}
-            source = ASTSource(self.kernel, signature, {(names.index(name),): v for name, v in constants.items()})
-            options = {"num_warps": 4, "num_stages": num_stages, "launch_pdl": launch_pdl}
+            values = {(names.index(name),): v for name, v in constants.items()}
+            even = {(i,): [["tt.divisibility", 16]] for i, value in enumerate(args) if self.is_even(names[i], value)}
+            source = ASTSource(self.kernel, signature, values, even)
+            options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": launch_pdl}
             done = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
             [cubin] = [path for name, path in done.metadata_group.items() if name.endswith(".cubin")]
             command = triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin
@@ -57,6 +61,11 @@ class Compiler:
                 r"STACK:(\d+)", subprocess.run(command, capture_output=True, text=True, check=True).stdout
             )
             print(self.kernel.fn.__name__, self.capability, done.metadata.shared, stack, flush=True)
+
+    @staticmethod
+    def is_even(name: str, value: Any) -> bool:
+        """Is it compiled for multiples of 16? As a launch finds out; torch's memory begins at one."""
+        return isinstance(value, Tensor) or (type(value) is int and value % 16 == 0 and name not in kernels.CHANGING)
 
 
 def kind(value: Any) -> str:
@@ -70,7 +79,7 @@ def main(folder: Path) -> None:
     for capability, dtype in GPUS.items():
         graphed = GraphedGPT2(model.GPT2(weights.load(folder), torch.device("cpu"), dtype), 1024)
         graphed.capability = divmod(capability, 10)
-        graphed._launched = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
+        graphed.early = capability >= 90
         compilers = {name: Compiler(getattr(kernels, name), capability) for name in NAMES}
         graphed.kernels = SimpleNamespace(**compilers)  # type: ignore[assignment]
         for rows, wanted in ((1, 1), (32, 32), (8, 0)):

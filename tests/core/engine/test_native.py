@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -210,9 +211,12 @@ def test_a_step_sums_up_its_logits(checkpoint: Make, paths: list[tuple[Any, int]
                 assert summary.totals == later[:]
             for seed, (row, tops) in enumerate(zip(logits, summary.tops, strict=True)):
                 for k, banned in itertools.product((1, 3, 40, vocab - 2), (-1, int(row.argmax()), 256)):
-                    knobs = vocab, k, banned, 0.8, 0.9, seed, 7, path
-                    drawn = native.palaver_draw(row.data_ptr(), tops, *knobs)
-                    assert drawn == native.palaver_draw(row.data_ptr(), None, *knobs) != banned
+                    knobs = seed, 0.8, 0.9, vocab, k, banned, 7
+                    rows = np.array([(row.data_ptr(), top, *knobs) for top in (tops, 0) * 3], library.DRAW)
+                    drawn = np.full(len(rows), -1, np.int32)
+                    for count, threads in ((1, 1), (6, 2)):
+                        native.palaver_draw(rows.ctypes.data, count, drawn.ctypes.data, threads, path)
+                        assert set(drawn[:count].tolist()) == {int(drawn[0])} != {banned}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

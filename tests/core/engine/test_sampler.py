@@ -27,10 +27,15 @@ from transformers import (
 
 from core.engine.base import SamplingParams
 from core.engine.native import library
-from core.engine.sampler import Row, distribution, draw, largest, nucleus, process, repeated, summarise
+from core.engine.sampler import Draw, Row, distribution, draw, largest, nucleus, process, repeated, summarise
 
 EOS = 11
 VOCAB = 50_257
+
+
+def alone(logits: Row, tokens: list[int], params: SamplingParams, seed: int, *, eos_id: int, is_first: bool) -> int:
+    [token] = draw([Draw(logits, tokens, params, seed, is_first)], eos_id)
+    return token
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +151,7 @@ def test_the_same_is_drawn_natively_and_without(
 
     def drawn() -> list[int]:
         ways = itertools.product((False, bool((scores[1:] > -np.inf).any())), range(20))
-        return [draw(scores, [0], params, i, eos_id=0, is_first=is_first) for is_first, i in ways]
+        return [alone(scores, [0], params, i, eos_id=0, is_first=is_first) for is_first, i in ways]
 
     native = drawn()
     with pytest.MonkeyPatch.context() as patch:
@@ -196,32 +201,55 @@ def test_the_total_of_a_row_that_is_not_finite_is_nan(
     assert totals.isfinite().tolist() == [True, False, True] and totals[1].isnan()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_each_draws_as_if_alone(threads: int) -> None:
+    """Whoever is beside it, and however each is drawn: natively, by numpy, from altered logits."""
+    torch.set_num_threads(threads)
+    rng = np.random.default_rng(1)
+    rules: list[dict[str, Any]] = [
+        {}, {"temperature": 0.0}, {"top_k": 0}, {"repetition_penalty": 1.5}, {"no_repeat_ngram": 1}, {"top_p": 0.5},
+    ]  # fmt: skip
+    draws = [
+        Draw(
+            rng.normal(size=300, scale=3).astype(np.float32),
+            [*range(i % 5 + 1)],
+            replace(SamplingParams(temperature=1.0, top_k=30), **rules[rng.integers(len(rules))]),
+            seed=i,
+            is_first=bool(i % 3),
+        )
+        for i in range(40)
+    ]
+    one_by_one = [draw([d], 7)[0] for d in draws]
+    assert draw(draws, 7) == one_by_one and len(set(one_by_one)) > 15
+    assert draw([], 7) == []
+
+
 def test_greedy_is_argmax() -> None:
     logits = np.array([0, 3, 3, 1], np.float32)
     params = SamplingParams(temperature=0, repetition_penalty=2)
-    assert draw(logits, [1], params, 0, eos_id=3, is_first=False) == 2
-    assert draw(logits, [0], SamplingParams(temperature=0), 0, eos_id=3, is_first=False) == 1
+    assert alone(logits, [1], params, 0, eos_id=3, is_first=False) == 2
+    assert alone(logits, [0], SamplingParams(temperature=0), 0, eos_id=3, is_first=False) == 1
 
 
 def test_eos_is_never_first_and_free_afterwards() -> None:
     logits = np.array([0, 1, 50], np.float32)
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature=temperature)
-        assert all(draw(logits, [0], params, i, eos_id=2, is_first=True) != 2 for i in range(50))
-        assert draw(logits, [0], params, 0, eos_id=2, is_first=False) == 2
+        assert all(alone(logits, [0], params, i, eos_id=2, is_first=True) != 2 for i in range(50))
+        assert alone(logits, [0], params, 0, eos_id=2, is_first=False) == 2
 
 
 @pytest.mark.parametrize("rule", [{"no_repeat_ngram": 2}, {"repetition_penalty": 1.5}, {}])
 def test_eos_is_never_first_whatever_else_is_forbidden(rule: dict[str, Any]) -> None:
     logits = np.array([0, 1, 2, 3, 50], np.float32)
     params = replace(SamplingParams(temperature=1.0, top_k=3), **rule)
-    assert all(draw(logits, [0, 1, 0], params, i, eos_id=4, is_first=True) != 4 for i in range(50))
+    assert all(alone(logits, [0, 1, 0], params, i, eos_id=4, is_first=True) != 4 for i in range(50))
 
 
 def test_a_vocabulary_that_is_used_up_may_repeat() -> None:
     logits = np.array([0, 1, 2], np.float32)
     params = SamplingParams(temperature=0, no_repeat_ngram=1)
-    assert draw(logits, [0, 1, 2], params, 0, eos_id=2, is_first=True) == 1
+    assert alone(logits, [0, 1, 2], params, 0, eos_id=2, is_first=True) == 1
     penalised = replace(params, repetition_penalty=2.0)
     assert process(logits, [0, 1, 2], penalised, 2).tolist() == [0, 0.5, -math.inf]
 
@@ -232,7 +260,7 @@ def test_draws_follow_the_distribution() -> None:
     params = SamplingParams(temperature=0.9, top_k=20, top_p=0.9)
     expected = dense(logits, params)
     n = 6_000
-    counts = Counter(draw(logits, [0], params, seed, eos_id=59, is_first=False) for seed in range(n))
+    counts = Counter(alone(logits, [0], params, seed, eos_id=59, is_first=False) for seed in range(n))
     assert set(counts) <= set(expected.nonzero()[:, 0].tolist())
     degrees = int((expected > 0).sum()) - 1
     chi = sum((counts[i] - n * float(p)) ** 2 / (n * float(p)) for i, p in enumerate(expected) if p > 0)

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from core.engine import model_runner
 from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, PromptTooLong, QueueFull, SamplingParams
-from core.engine.graphs import Pages
+from core.engine.graphs import GraphedGPT2, Pages
 from core.engine.model import TILE, Batch, Model
 from core.engine.model_runner import ModelRunner
 from core.engine.native import library
-from core.engine.sampler import summarise
+from core.engine.sampler import Summary, summarise
 from core.engine.sequence import Request, Sequence, Span
 from core.engine.torch_engine import TorchEngine, open_torch_engine
 from tests.checkpoints import SHAPES
@@ -421,7 +421,7 @@ def test_guesses_leave_the_distribution_as_it_is() -> None:
     for seed in range(8_000):
         sequence = Sequence(request, seed, 10)
         sequence.append(3, 0.0, 11)
-        drawn = runner._draw(Span(sequence, 2, 1, (guess,)), [(row, 0.0, 0) for row in rows.numpy()])
+        [drawn] = runner._draw([Span(sequence, 2, 1, (guess,))], rows, Summary([0.0, 0.0], [0, 0]))
         assert drawn and (len(drawn) == 2) == (drawn[0][0] == guess)
         for count, (token, _) in zip(counts, drawn, strict=False):
             count[token] += 1
@@ -502,6 +502,8 @@ class Faulty:
         self._model = engine.core.runner.model
         self._spoil = spoil
         self.largest = self.steps = 0
+        self.spoilt: Pages | None = None
+        """Whose next rows are not finite: on a GPU they read no more than they wrote, so a clean start is never bad."""
         runner: Any = engine.core.runner
         runner.model = self
 
@@ -514,7 +516,13 @@ class Faulty:
             raise error
         self.largest = max(self.largest, len(batch.ids))
         self.steps += 1
-        return self._model.forward(batch)
+        logits = self._model.forward(batch)
+        if isinstance(self._model, GraphedGPT2):
+            for i, wanted in enumerate(batch.wanted):
+                if any(r.kv is self.spoilt and 0 <= wanted - first < r.count for first, r in batch.placed):
+                    self._model._last[i, 33 * self._model._words] = float("nan")
+        self.spoilt = None
+        return logits
 
 
 def poison(engine: TorchEngine, kv: Any, count: int) -> None:
