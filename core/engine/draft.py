@@ -46,8 +46,7 @@ class Draft(Guesses):
             if math.isnan(summary.totals[0]):
                 break
             params, is_first = sequence.request.params, len(tokens) == sequence.prompt_len
-            row = Draw(logits[0].numpy(), tokens, params, sequence.seed, is_first, summary.tops[0])
-            [token] = draw([row], eos_id)
+            [token] = draw(logits.numpy(), [Draw(0, tokens, params, sequence.seed, is_first, summary.tops[0])], eos_id)
             if token == eos_id:
                 break
             tokens.append(token)

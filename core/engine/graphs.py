@@ -161,7 +161,7 @@ class GraphedGPT2:
     def _run(self, table: Numbers, wanted: Numbers) -> Tensor:
         """What is found of those rows of `table` that are `wanted`, on the host; valid until the next call."""
         rows, picks = len(table), len(wanted)
-        key = power(rows), power(picks) if picks else 0
+        key = shape(rows, picks)
         filled = self._filled.numpy()
         filled[:rows], filled[rows : key[0]] = table, 0
         filled[:picks, 3] = wanted
@@ -179,20 +179,17 @@ class GraphedGPT2:
 
     def _filled_in(self, batch: Batch) -> Numbers:
         """(rows, columns)"""
-        table = np.zeros((len(batch.ids), self._columns), np.int32)
-        table[:, 0] = batch.ids
-        row = 0
-        for r in batch.rows:
-            numbers = r.kv.numbers[: self._columns - 4]  # room for a prompt to come may reach over the last position
-            if r.count == 1:
-                table[row, 1], table[row, 2] = r.start, numbers[r.start // TILE] * TILE + r.start % TILE
-                table[row, 4 : 4 + len(numbers)] = numbers
-            else:
-                mine = table[row : row + r.count]
-                mine[:, 1] = np.arange(r.start, r.start + r.count)
-                mine[:, 2] = r.kv.slots(r.start, r.count)
-                mine[:, 4 : 4 + len(numbers)] = numbers
-            row += r.count
+        width = self._columns - 4
+        pages = np.zeros((len(batch.rows), width), np.int32)
+        for i, r in enumerate(batch.rows):
+            pages[i, : len(r.kv.numbers)] = r.kv.numbers[:width]  # room for a prompt to come may reach over the last
+        counts = np.array([r.count for r in batch.rows])
+        of, ends = np.repeat(np.arange(len(counts)), counts), counts.cumsum()
+        starts = np.array([r.start for r in batch.rows]) - (ends - counts)
+        positions = np.arange(len(of)) + starts[of]
+        table = np.empty((len(of), self._columns), np.int32)
+        table[:, 0], table[:, 1], table[:, 3], table[:, 4:] = batch.ids, positions, 0, pages[of]
+        table[:, 2] = pages[of, positions // TILE] * TILE + positions % TILE
         return table
 
     def _captured(self, step: Step) -> Step:
@@ -222,11 +219,10 @@ class GraphedGPT2:
             self._linear("part", rows, self._inner, layer.mlp_c_proj, self._parts)
             if layer is not layers[-1]:
                 self._norm("add", rows, layer.mlp_c_proj, layers[i + 1].ln_1)
-        if wanted:
-            self._norm("picked", rows, layers[-1].mlp_c_proj, self.eager.ln_f, wanted)
-            self._linear("logits", wanted, normed, self.eager.lm_head, self._found)
-            totals, tiles, across = self._found[:, 33 * self._words :], self._sums.shape[1], self._found.shape[1]
-            self.kernels.summed[(wanted,)](self._sums, totals, tiles, across, N=power(tiles), **self._launched)
+        self._norm("picked", rows, layers[-1].mlp_c_proj, self.eager.ln_f, wanted)
+        self._linear("logits", wanted, normed, self.eager.lm_head, self._found)
+        totals, tiles, across = self._found[:, 33 * self._words :], self._sums.shape[1], self._found.shape[1]
+        self.kernels.summed[(wanted,)](self._sums, totals, tiles, across, N=power(tiles), **self._launched)
 
     def _norm(
         self, kind: str, rows: int, added: Linear | None, ln: tuple[Tensor, Tensor], programs: int | None = None
@@ -258,6 +254,17 @@ class GraphedGPT2:
             ACTIVATION=by.activation, M=m, N=n, K=k, C=turns if turns <= TURNS else 0, num_stages=stages,
             **self._launched,
         )  # fmt: skip
+
+
+def shape(rows: int, wanted: int) -> tuple[int, int]:
+    """Of the graph that a step takes: so few that all are made at start."""
+    rows = power(rows)
+    return rows, next(count for count in (1, 16, rows) if count >= min(wanted, rows) and count <= rows)
+
+
+def shapes(most: int) -> list[tuple[int, int]]:
+    """All that steps of up to `most` rows may have."""
+    return sorted({shape(1 << i, wanted) for i in range((most - 1).bit_length() + 1) for wanted in (1, 16, most)})
 
 
 def keys(d: int) -> int:

@@ -45,6 +45,8 @@ class KVCache:
         self.total = total
         self.used = 0
         """Tokens of room taken."""
+        self.busy = 0
+        """Of them by running ones."""
         self.running: set[Slot] = set()
         self.idle: dict[Slot, None] = {}
         """Least recently used first; a dict, so that one may leave from anywhere at no cost."""
@@ -61,7 +63,7 @@ class KVCache:
         source = sibling or best
         in_place = source is not None and source is best and source.capacity >= need
         slot = source if source is not None and in_place else Slot(session, round_up(need, ROUND))
-        if sum(s.capacity for s in self.running) + slot.capacity > self.total:
+        if self.busy + slot.capacity > self.total:
             return None
         for idle in left:
             self._drop(idle)
@@ -96,6 +98,7 @@ class KVCache:
         """The sequence is done with it. Kept for the session's next turn, or gone."""
         self.running.remove(slot)
         self.used -= slot.capacity
+        self.busy -= slot.capacity
         if keep and slot.session and slot.copy_from is None:
             self.idle[slot] = None
             self.kept.setdefault(slot.session, []).append(slot)
@@ -116,6 +119,7 @@ class KVCache:
     def check_integrity(self) -> None:
         """Raises AssertionError when the books are wrong."""
         assert self.used == sum(s.capacity for s in (*self.running, *self.idle)), "room is miscounted"
+        assert self.busy == sum(s.capacity for s in self.running), "running room is miscounted"
         assert self.used <= self.total, f"{self.used} tokens of room taken, {self.total} there"
         assert not self.running & self.idle.keys(), "a slot is idle and running"
         for slot in (*self.running, *self.idle):
@@ -130,6 +134,7 @@ class KVCache:
     def _run(self, slot: Slot) -> None:
         self.running.add(slot)
         self.used += slot.capacity
+        self.busy += slot.capacity
 
     def _drop(self, slot: Slot) -> None:
         """It is no longer idle."""

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from core.engine import hub, weights
 from core.engine.base import BadCheckpoint
-from core.engine.graphs import MOST, GraphedGPT2, check, lost
+from core.engine.graphs import MOST, GraphedGPT2, check, lost, shapes
 from core.engine.kv_cache import ROUND, Slot, round_up
 from core.engine.machine import cores, free_memory
 from core.engine.model import GPT2, TILE, Batch, Model, Rows
@@ -69,35 +70,40 @@ class ModelRunner:
 
     def _draw(self, spans: Sequence[Span], logits: Tensor, summary: Summary) -> list[list[tuple[int, float]] | None]:
         """One token from each row, up to the first that was not guessed: as if each had been a step of its own."""
-        draws, rows = dict[int, Draw](), logits.numpy()
-        places = [(span.sequence, span.guess[:i]) for span in spans for i in range(1 + len(span.guess))]
-        for row, (s, guess) in enumerate(places):
-            if not math.isnan(summary.totals[row]):
-                tokens = [*s.tokens, *guess] if guess else s.tokens
-                is_first, tops = len(tokens) == s.prompt_len, summary.tops[row]
-                draws[row] = Draw(rows[row], tokens, s.request.params, s.seed, is_first, tops)
-        drawn = dict(zip(draws, draw(list(draws.values()), self.model.config.eos_id), strict=True))
+        rows, totals, tops, draws = logits.numpy(), summary.totals, summary.tops, list[Draw]()
+        for span in spans:
+            s = span.sequence
+            for i in range(1 + len(span.guess)):
+                tokens = [*s.tokens, *span.guess[:i]] if i else s.tokens
+                is_first, row = len(tokens) == s.prompt_len, len(draws)
+                draws.append(Draw(row, tokens, s.request.params, s.seed, is_first, tops[row]))
+        good = [d for d in draws if not math.isnan(totals[d.row])]
+        numbers = [d.row for d in good]
+        drawn = draw(rows, good, self.model.config.eos_id)
+        likely = rows[numbers, drawn] - np.array([totals[row] for row in numbers])
+        found = dict(zip(numbers, zip(drawn, likely.tolist(), strict=True), strict=True))
         results, row = list[list[tuple[int, float]] | None](), 0
         for span in spans:
             result = list[tuple[int, float]]()
             for i, guessed in enumerate((*span.guess, None), row):
-                if i not in drawn:
+                if i not in found:
                     break
-                result.append((drawn[i], float(rows[i, drawn[i]]) - summary.totals[i]))
-                if drawn[i] != guessed:
+                result.append(found[i])
+                if found[i][0] != guessed:
                     break
             results.append(result or None)
             row += 1 + len(span.guess)
         return results
 
     def warm_up(self) -> None:
-        """Run the shapes that come first in life, so that nobody waits for them: a prompt's last logits are wanted, or
-        those of as many sequences. (On a CPU long prompts gain nothing by it.)"""
+        """Run the shapes that come in life, so that nobody waits for them: on a GPU every one, on a CPU a single row
+        and a few. (There long prompts gain nothing by it.)"""
         on_gpu = self.model.device.type == "cuda"
         some = min(self.model.config.n_positions, MOST if on_gpu else 8)
-        kv, powers = self.model.new_kv(some), [1 << i for i in range(some.bit_length())]
-        for count, wanted in [(n, m) for n in powers for m in {1, n}] if on_gpu else [(1, 1), (some, 1)]:
-            self.model.forward(Batch([0] * count, [Rows(kv, 0, count)], list(range(count - wanted, count))))
+        kv = self.model.new_kv(some)
+        for count, wanted in shapes(some) if on_gpu else [(1, 1), (some, 1)]:
+            count = min(count, some)
+            self.model.forward(Batch([0] * count, [Rows(kv, 0, count)], list(range(count - min(wanted, count), count))))
 
     @torch.inference_mode()
     def price(self, guess: int) -> float:

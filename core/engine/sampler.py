@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ Row = NDArray[np.float32]
 Ids = NDArray[np.integer]
 
 NEVER = float("-inf")
+MOST = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,10 @@ def summarise(logits: Tensor) -> Summary:
     return Summary(totals.tolist(), none)
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A token to be drawn, the one after `tokens`: a function of what stands here."""
+class Draw(NamedTuple):
+    """A token to be drawn, the one after `tokens`: a function of what stands here and of the logits of its row."""
 
-    logits: Row
-    """(vocab,), finite."""
+    row: int
     tokens: Sequence[int]
     params: SamplingParams
     seed: int
@@ -68,32 +67,35 @@ class Draw:
     """As in Summary."""
 
 
-def draw(draws: Sequence[Draw], eos_id: int) -> list[int]:
-    """One token for each."""
+def draw(logits: Row, draws: Sequence[Draw], eos_id: int) -> list[int]:
+    """One token for each. `logits` (rows, vocab): those of the rows in `draws` are finite."""
+    if not draws:
+        return []
     native, found, left = library.open_library(), dict[int, int](), list[tuple[Any, ...]]()
-    kept = list[Row]()  # what is pointed to
-    for i, d in enumerate(draws):
-        params, logits, tops, banned = d.params, d.logits, d.tops, eos_id if d.is_first else None
-        if native and params.temperature and 0 < params.top_k < len(logits) - 1:
+    vocab, kept = logits.shape[1], list[Row]()
+    start, step = address(logits), logits.strides[0]
+    for i, (row, tokens, params, seed, is_first, tops) in enumerate(draws):
+        banned = eos_id if is_first else -1
+        if native and params.temperature and 0 < params.top_k < vocab - 1:
+            place = start + row * step
             if params.repetition_penalty != 1 or params.no_repeat_ngram > 0:
-                logits = process(logits, d.tokens, params, banned)
-                banned, tops = (None, 0) if logits is not d.logits else (banned, tops)
-            kept.append(logits)
-            knobs = params.temperature, params.top_p, len(logits), params.top_k, -1 if banned is None else banned
-            left.append((address(logits), tops, d.seed % 2**64, *knobs, len(d.tokens)))
+                kept.append(process(logits[row], tokens, params, eos_id if is_first else None))
+                place, tops, banned = address(kept[-1]), 0, -1
+            knobs = params.temperature, params.top_p, vocab, params.top_k
+            left.append((place, tops, seed & MOST, *knobs, banned, len(tokens)))
         else:
-            found[i] = choice(d, banned)
+            found[i] = choice(logits[row], draws[i], eos_id if is_first else None)
     if native and left:
         table, ids = np.array(left, library.DRAW), np.empty(len(left), np.int32)
         threads, path = torch.get_num_threads(), native.palaver_best_path()
-        native.palaver_draw(table.ctypes.data, len(table), ids.ctypes.data, threads, path)
+        native.palaver_draw(address(table), len(table), address(ids), threads, path)
         rest = iter(ids.tolist())
-        return [found[i] if i in found else next(rest) for i in range(len(draws))]
+        return [found[i] if i in found else next(rest) for i in range(len(draws))] if found else list(rest)
     return list(found.values())
 
 
-def choice(d: Draw, banned: int | None) -> int:
-    scores = process(d.logits, d.tokens, d.params, banned)
+def choice(logits: Row, d: Draw, banned: int | None) -> int:
+    scores = process(logits, d.tokens, d.params, banned)
     if d.params.temperature == 0:
         return int(scores.argmax())
     ids, weights = distribution(scores, d.params)
@@ -167,9 +169,9 @@ def largest(scores: Row, k: int) -> Ids:
     return np.flatnonzero(scores >= np.partition(scores, -k)[-k])
 
 
-def address(array: Row) -> int:
-    """Of its first number, for C."""
-    assert array.flags.c_contiguous
+def address(array: NDArray[Any]) -> int:
+    """Of its first number, for C. Its last axis is contiguous."""
+    assert array.strides[-1] == array.itemsize
     start: int = array.__array_interface__["data"][0]
     return start
 

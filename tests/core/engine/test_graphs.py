@@ -138,11 +138,12 @@ def test_what_is_found_is_what_a_draw_needs(checkpoint: Make) -> None:
     found, alone = graphed.summary(logits), summarise(logits)
     assert found.totals == pytest.approx(alone.totals, abs=1e-4)
     params = SamplingParams(temperature=1.0, top_k=3, top_p=0.9)
-    for row, tops in zip(logits.numpy(), found.tops, strict=True):
-        most = [float(row[i : i + 32].max()) for i in range(0, len(row), 32)]
+    for i, (row, tops) in enumerate(zip(logits.numpy(), found.tops, strict=True)):
+        most = [float(row[j : j + 32].max()) for j in range(0, len(row), 32)]
         assert list((ctypes.c_float * len(most)).from_address(tops)) == most
         for seed in range(20):
-            assert len(set(draw([Draw(row, ids, params, seed, False, t) for t in (tops, 0)], 256))) == 1
+            draws = [Draw(i, ids, params, seed, False, t) for t in (tops, 0)]
+            assert len(set(draw(logits.numpy(), draws, 256))) == 1
 
 
 def decode(graphed: GraphedGPT2, kvs: list[Any], starts: list[int]) -> Tensor:
@@ -385,6 +386,16 @@ def test_what_cannot_be_captured_is_launched(
         assert torch.equal(run(graphed, ids, [4, 1, 4]), run(other, ids, [4, 1, 4]))
     assert len(caplog.records) == 1 and str(error) in caplog.text
     assert len(captured) == len(graphed._graphs) - 1 == 1, "the next shape is captured"
+
+
+@pytest.mark.parametrize("most", [1, 17, 256])
+def test_no_step_takes_a_graph_that_was_not_made_at_start(most: int) -> None:
+    made = graphs.shapes(most)
+    for rows in range(1, most + 1):
+        for wanted in range(rows + 1):
+            assert graphs.shape(rows, wanted) in made
+            assert rows <= graphs.shape(rows, wanted)[0] < 2 * rows
+            assert wanted <= graphs.shape(rows, wanted)[1] <= max(1, graphs.shape(rows, wanted)[0])
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ VOCAB = 50_257
 
 
 def alone(logits: Row, tokens: list[int], params: SamplingParams, seed: int, *, eos_id: int, is_first: bool) -> int:
-    [token] = draw([Draw(logits, tokens, params, seed, is_first)], eos_id)
+    [token] = draw(logits[None], [Draw(0, tokens, params, seed, is_first)], eos_id)
     return token
 
 
@@ -209,19 +209,17 @@ def test_each_draws_as_if_alone(threads: int) -> None:
     rules: list[dict[str, Any]] = [
         {}, {"temperature": 0.0}, {"top_k": 0}, {"repetition_penalty": 1.5}, {"no_repeat_ngram": 1}, {"top_p": 0.5},
     ]  # fmt: skip
+    logits = rng.normal(size=(40, 340), scale=3).astype(np.float32)[:, :300]
     draws = [
         Draw(
-            rng.normal(size=300, scale=3).astype(np.float32),
-            [*range(i % 5 + 1)],
-            replace(SamplingParams(temperature=1.0, top_k=30), **rules[rng.integers(len(rules))]),
-            seed=i,
-            is_first=bool(i % 3),
+            row, [*range(row % 5 + 1)], replace(SamplingParams(temperature=1.0, top_k=30), **rules[row % 6]), row, first
         )
-        for i in range(40)
+        for row, first in enumerate(rng.random(40) < 0.5)
     ]
-    one_by_one = [draw([d], 7)[0] for d in draws]
-    assert draw(draws, 7) == one_by_one and len(set(one_by_one)) > 15
-    assert draw([], 7) == []
+    rng.shuffle(draws)
+    one_by_one = [draw(logits, [d], 7)[0] for d in draws]
+    assert draw(logits, draws, 7) == one_by_one and len(set(one_by_one)) > 15
+    assert draw(logits, [], 7) == []
 
 
 def test_greedy_is_argmax() -> None:
