@@ -42,8 +42,8 @@ TURNS = 10
 SHARED = 32
 """Rows of a step below which several programs share a row's head."""
 
-VOCAB = 64
-"""Logits that a tile is wide: so many give one log(sum(e^x))."""
+VOCAB, PART = 64, 1024
+"""Logits that a tile is wide, and of which a program finds the maxima."""
 
 NEAR = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 """How far logits may be from those of the same weights in torch's operations, relative to their spread."""
@@ -103,7 +103,6 @@ class GraphedGPT2:
         self._free = list(range(pages - 1, SCRATCH, -1))
         self.pool = self._new(c.n_layer, 2, pages * TILE, c.n_embd, dtype=self.dtype)
         self._columns = 4 + window // TILE
-        self._filled = self._pinned(MOST, self._columns, dtype=torch.int32)
         self._table = self._new(MOST, self._columns, dtype=torch.int32)
         self._x, self._parts = self._new(MOST, c.n_embd), self._new(SPLIT, MOST, c.n_embd)
         self._normed, self._q, self._mixed = (self._new(MOST, c.n_embd, dtype=self.dtype) for _ in range(3))
@@ -111,11 +110,12 @@ class GraphedGPT2:
         d = power(eager.head_dim)  # what several programs found of a row's head, and how many have
         self._seen = self._new(SHARED * c.n_head * -(-window // keys(d)) * (d + 2))
         self._arrived = self._new(SHARED * c.n_head, dtype=torch.int32)
-        self._sums = self._new(MOST, -(-c.vocab_size // VOCAB))
+        self._sums = self._new(MOST, -(-c.vocab_size // PART))
         self._words = -(-c.vocab_size // 32)
         # A row: logits, maxima of each 32 of them, log(sum(e^x)).
         self._found = self._new(MOST, round_up(33 * self._words + 1, 32))
-        self._answers = self._pinned(*self._found.shape)
+        self._filled = self._answers = torch.empty(0)
+        self._make_room(MOST, MOST)
         nvidia = self.cuda and torch.version.hip is None
         self.capability = torch.cuda.get_device_capability(self.device) if nvidia else (8, 0)
         self.early = not plain and self.capability >= (9, 0)
@@ -142,40 +142,47 @@ class GraphedGPT2:
     def forward(self, batch: Batch) -> Tensor:
         """Rows in order, MOST at a time: what a row needs of the ones before it is there or made beside it."""
         table, wanted = self._filled_in(batch), np.array(batch.wanted, np.int32)
-        if len(table) <= MOST:
-            found = self._run(table, wanted)
-        else:
-            order = np.argsort(wanted, kind="stable")
-            found = torch.empty(len(wanted), self._answers.shape[1])
+        self._make_room(len(table), len(wanted))
+        answers = self._answers[: len(wanted)]
+        try:
             for begin in range(0, len(table), MOST):
-                those = order[(wanted[order] >= begin) & (wanted[order] < begin + MOST)]
-                found[those] = self._run(table[begin : begin + MOST], wanted[those] - begin)
-        self._last = found
-        return found[:, : self.config.vocab_size]
+                first, behind = np.searchsorted(wanted, (begin, begin + MOST))
+                picked = wanted[first:behind] - begin
+                self._run(begin, table[begin : begin + MOST], picked, answers[first:behind])
+        finally:  # what is on its way to the device or from it stays as it is until it is there
+            if self.cuda:
+                torch.cuda.current_stream(self.device).synchronize()
+        self._last = answers
+        return answers[:, : self.config.vocab_size]
 
     def summary(self, logits: Tensor) -> Summary:
         found, words = self._last, self._words
         first = found[:, 32 * words :].data_ptr()
         return Summary(found[:, 33 * words].tolist(), [first + 4 * found.stride(0) * i for i in range(len(found))])
 
-    def _run(self, table: Numbers, wanted: Numbers) -> Tensor:
-        """What is found of those rows of `table` that are `wanted`, on the host; valid until the next call."""
+    def _run(self, begin: int, table: Numbers, wanted: Numbers, answers: Tensor) -> None:
+        """What is found of those rows of `table` that are `wanted` is on its way to `answers`. On the host each run of
+        a step has memory of its own, from row `begin` on, so that none waits for another's copies."""
         rows, picks = len(table), len(wanted)
         key = shape(rows, picks)
-        filled = self._filled.numpy()
-        filled[:rows], filled[rows : key[0]] = table, 0
-        filled[:picks, 3] = wanted
-        self._table[: key[0]].copy_(self._filled[: key[0]], non_blocking=True)
+        filled = self._filled[begin : begin + key[0]]
+        numbers = filled.numpy()
+        numbers[:rows], numbers[rows:] = table, 0
+        numbers[:picks, 3] = wanted
+        self._table[: key[0]].copy_(filled, non_blocking=True)
         if key in self._graphs:
             self._graphs[key]()
         else:  # a kernel that must be compiled or loaded yet cannot be captured
             self._step(*key)
             self._graphs[key] = self._captured(lambda: self._step(*key))
-        answers = self._answers[:picks]
         answers.copy_(self._found[:picks], non_blocking=True)
-        if self.cuda:
-            torch.cuda.current_stream(self.device).synchronize()
-        return answers
+
+    def _make_room(self, rows: int, wanted: int) -> None:
+        """On the host, for a step's table and for what is found."""
+        if rows > len(self._filled):
+            self._filled = self._pinned(round_up(rows, MOST), self._columns, dtype=torch.int32)
+        if wanted > len(self._answers):
+            self._answers = self._pinned(round_up(wanted, MOST), self._found.shape[1])
 
     def _filled_in(self, batch: Batch) -> Numbers:
         """(rows, columns)"""
@@ -221,8 +228,11 @@ class GraphedGPT2:
                 self._norm("add", rows, layer.mlp_c_proj, layers[i + 1].ln_1)
         self._norm("picked", rows, layers[-1].mlp_c_proj, self.eager.ln_f, wanted)
         self._linear("logits", wanted, normed, self.eager.lm_head, self._found)
-        totals, tiles, across = self._found[:, 33 * self._words :], self._sums.shape[1], self._found.shape[1]
-        self.kernels.summed[(wanted,)](self._sums, totals, tiles, across, N=power(tiles), **self._launched)
+        (across, parts), words = (self._found.shape[1], self._sums.shape[1]), self._words
+        self.kernels.summary[wanted, parts](
+            self._found, self._sums, c.vocab_size, words, across, N=PART, **self._launched
+        )
+        self.kernels.summed[(wanted,)](self._found, self._sums, words, across, parts, N=power(parts), **self._launched)
 
     def _norm(
         self, kind: str, rows: int, added: Linear | None, ln: tuple[Tensor, Tensor], programs: int | None = None
@@ -249,10 +259,9 @@ class GraphedGPT2:
         if kind == "logits":
             n = VOCAB
         self.kernels.linear[-(-rows // m), -(-wide // n), split](
-            x, by.weight, by.bias, out, self._table, pool, self._found[:, 32 * self._words :], self._sums, rows, wide,
-            deep, length, self._columns, self.pool.shape[2], self._found.shape[1], KIND=kind,
-            ACTIVATION=by.activation, M=m, N=n, K=k, C=turns if turns <= TURNS else 0, num_stages=stages,
-            **self._launched,
+            x, by.weight, by.bias, out, self._table, pool, rows, wide, deep, length, self._columns, self.pool.shape[2],
+            self._found.shape[1], KIND=kind, ACTIVATION=by.activation, M=m, N=n, K=k,
+            C=turns if turns <= TURNS else 0, num_stages=stages, **self._launched,
         )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ def norm(
     inside = i < wide
     place = x + row * wide + i
     factor, offset = tl.load(weight + i, inside, 0.0), tl.load(shift + i, inside, 0.0)
+    added = 0.0 if KIND == "embed" else tl.load(bias + i, inside, 0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -41,7 +42,7 @@ def norm(
         now = tl.load(wte + id.to(tl.int64) * wide + i, inside, 0.0).to(tl.float32)
         now += tl.load(wpe + position * wide + i, inside, 0.0)
     else:
-        now = tl.load(place, inside, 0.0) + tl.load(bias + i, inside, 0.0).to(tl.float32)
+        now = tl.load(place, inside, 0.0) + added
         for part in tl.static_range(SPLIT):
             now += tl.load(parts + (part * rows + row) * wide + i, inside, 0.0)
     if KIND != "picked":
@@ -54,7 +55,7 @@ def norm(
 
 @triton.jit(do_not_specialize=CHANGING)
 def linear(
-    x, weight, bias, out, table, pool, tops, sums, rows, wide, deep, length, columns, room, across,
+    x, weight, bias, out, table, pool, rows, wide, deep, length, columns, room, across,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -62,8 +63,7 @@ def linear(
 
     WAYS warps go along `deep` side by side, K at a time each, and their sums are added in the end. In C turns, if C is
     not 0: then all weights come near before the kernel waits. KIND says what becomes of the tile: "qkv", queries go to
-    `out` and keys and values to `pool`; "wide", activated, to `out`; "part", as it is; "logits", with maxima of each 32
-    to `tops` and log(sum(e^x)) of each tile to `sums`.
+    `out` and keys and values to `pool`; "wide", activated, to `out`; "part" and "logits", as it is.
     """
     row = tl.program_id(0) * M + tl.arange(0, M)
     col = tl.program_id(1) * N + tl.arange(0, N)
@@ -101,16 +101,7 @@ def linear(
     if KIND == "part":
         tl.store(out + (tl.program_id(2) * rows + row) * wide + col[:, None], y, here & there[:, None])
     elif KIND == "logits":
-        at = row.to(tl.int64) * across
-        tl.store(out + at + col[:, None], y, here & there[:, None])
-        seen = tl.where(there[:, None], y, float("-inf"))
-        most = tl.max(seen, 0)[None, :]
-        bad = tl.sum(tl.where(there[:, None], y * 0.0, 0.0), 0)[None, :]  # NaN where one is not finite
-        share = most + tl.log(tl.sum(tl.exp(seen - most), 0)[None, :]) + bad
-        tl.store(sums + row * tl.num_programs(1) + tl.program_id(1), share, here)
-        word = (tl.program_id(1) * (N // 32) + tl.arange(0, N // 32))[:, None]
-        best = tl.max(tl.reshape(seen, (N // 32, 32, M)), 1)
-        tl.store(tops + at + word, best, here & (word < tl.cdiv(wide, 32)))
+        tl.store(out + row.to(tl.int64) * across + col[:, None], y, here & there[:, None])
     else:
         y += tl.load(bias + col, there, 0.0).to(tl.float32)[:, None]
         if ACTIVATION == "tanh":
@@ -211,11 +202,31 @@ def fetch(pointers):
 
 
 @triton.jit
-def summed(sums, totals, count, across, N: tl.constexpr, PDL: tl.constexpr):
-    """log(sum(e^x)) of a row, from those of its tiles."""
+def summary(found, sums, vocab, words, across, N: tl.constexpr, PDL: tl.constexpr):
+    """Of N logits of a row the largest of each 32, and log(sum(e^x)) of all, NaN where one is not finite. It has one
+    shape however many rows there are: in which order is summed up depends on that."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, part = tl.program_id(0), tl.program_id(1)
+    found += row.to(tl.int64) * across
+    i = part * N + tl.arange(0, N)
+    x = tl.load(found + i, i < vocab, float("-inf"))
+    most = tl.max(x, 0)
+    bad = tl.sum(tl.where(i < vocab, x, 0.0) * 0.0, 0)
+    share = most + tl.log(tl.sum(tl.exp(x - most), 0)) + bad
+    tl.store(sums + row * tl.num_programs(1) + part, share)
+    word = part * (N // 32) + tl.arange(0, N // 32)
+    tl.store(found + 32 * words + word, tl.max(tl.reshape(x, (N // 32, 32)), 1), word < words)
+
+
+@triton.jit
+def summed(found, sums, words, across, count, N: tl.constexpr, PDL: tl.constexpr):
+    """log(sum(e^x)) of a row, from those of its parts."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     row, i = tl.program_id(0), tl.arange(0, N)
     share = tl.load(sums + row * count + i, i < count, float("-inf"))
     most = tl.max(share, 0)
-    tl.store(totals + row * across, most + tl.log(tl.sum(tl.exp(share - most), 0)))
+    total = most + tl.log(tl.sum(tl.exp(share - most), 0))
+    tl.store(found + row.to(tl.int64) * across + 33 * words, total)

@@ -44,7 +44,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: `ids` of all rows in order, the sequences they belong to, and the rows whose logits are wanted."""
+    """One step: `ids` of all rows in order, the sequences they belong to, and the rows whose logits are wanted,
+    ascending."""
 
     ids: list[int]
     rows: Sequence[Rows]

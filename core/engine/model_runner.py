@@ -274,14 +274,16 @@ def rows_agree(model: Model) -> bool:
     looked_at = [p for p in sorted({0, 1, 4, 35, length - 4, length - 1}) if 0 <= p < length]
 
     def logits_of(counts: Sequence[int], looked_at: Sequence[int] = looked_at) -> Tensor:
-        """Computed in steps of so many rows, every second step beside a stranger."""
+        """And the logarithm of their sum. Computed in steps of so many rows, every second step beside a stranger."""
         kv, other, results, start = model.new_kv(length), model.new_kv(length), [], 0
         for i, count in enumerate(counts):
             strangers = ids[: 5 * i % length] if i % 2 else []
             rows = [Rows(other, 0, len(strangers))] if strangers else []
             wanted = [len(strangers) + p - start for p in range(start, start + count) if p in looked_at]
             batch = Batch(strangers + ids[start : start + count], [*rows, Rows(kv, start, count)], wanted)
-            results.append(model.forward(batch).clone())
+            logits = model.forward(batch)
+            totals = torch.tensor(model.summary(logits).totals, dtype=torch.float64)
+            results.append(torch.cat([logits, totals[:, None]], 1))
             start += count
         return torch.cat(results)
 

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from core.engine import kernels, model, weights
 from core.engine.graphs import GraphedGPT2
 
-NAMES = "norm", "linear", "attend", "summed"
+NAMES = "norm", "linear", "attend", "summary", "summed"
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 GPUS = {75: torch.float16, 80: torch.float32, 90: torch.bfloat16}
 """A precision for each compute capability: Turing, which has no bfloat16, Ampere, Hopper."""

@@ -575,8 +575,9 @@ async def test_bad_numbers_are_tried_once_more_and_then_fail_alone(
             if 77 in ids or (66 in ids and 66 not in poisoned):
                 poisoned.extend(ids)
                 poison(e, rows.kv, rows.start + rows.count + 1)
+                faulty.spoilt = rows.kv
 
-    Faulty(e, spoil)
+    faulty = Faulty(e, spoil)
     for start in ([9], [9, 5]):  # the second time from a warm cache
         texts = [[*start, 2], [*start, 66], [*start, 77], [*start, 4, 4]]
         ends = await asyncio.gather(*(ask(e, p, session=str(i)) for i, p in enumerate(texts)), return_exceptions=True)
