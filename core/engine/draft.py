@@ -46,7 +46,7 @@ class Draft(Guesses):
             if math.isnan(summary.totals[0]):
                 break
             params, is_first = sequence.request.params, len(tokens) == sequence.prompt_len
-            [token] = draw(logits.numpy(), [Draw(0, tokens, params, sequence.seed, is_first, summary.tops[0])], eos_id)
+            [token] = draw(logits, [Draw(0, tokens, params, sequence.seed, is_first, summary.tops[0])], eos_id)
             if token == eos_id:
                 break
             tokens.append(token)

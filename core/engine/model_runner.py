@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,26 +69,23 @@ class ModelRunner:
 
     def _draw(self, spans: Sequence[Span], logits: Tensor, summary: Summary) -> list[list[tuple[int, float]] | None]:
         """One token from each row, up to the first that was not guessed: as if each had been a step of its own."""
-        rows, totals, tops, draws = logits.numpy(), summary.totals, summary.tops, list[Draw]()
+        rows, totals, draws = logits.numpy(), summary.totals, list[Draw]()
         for span in spans:
             s = span.sequence
             for i in range(1 + len(span.guess)):
                 tokens = [*s.tokens, *span.guess[:i]] if i else s.tokens
                 is_first, row = len(tokens) == s.prompt_len, len(draws)
-                draws.append(Draw(row, tokens, s.request.params, s.seed, is_first, tops[row]))
+                draws.append(Draw(row, tokens, s.request.params, s.seed, is_first, summary.tops[row]))
         good = [d for d in draws if not math.isnan(totals[d.row])]
-        numbers = [d.row for d in good]
-        drawn = draw(rows, good, self.model.config.eos_id)
-        likely = rows[numbers, drawn] - np.array([totals[row] for row in numbers])
-        found = dict(zip(numbers, zip(drawn, likely.tolist(), strict=True), strict=True))
+        drawn = dict(zip((d.row for d in good), draw(logits, good, self.model.config.eos_id), strict=True))
         results, row = list[list[tuple[int, float]] | None](), 0
         for span in spans:
             result = list[tuple[int, float]]()
             for i, guessed in enumerate((*span.guess, None), row):
-                if i not in found:
+                if i not in drawn:
                     break
-                result.append(found[i])
-                if found[i][0] != guessed:
+                result.append((drawn[i], float(rows[i, drawn[i]]) - totals[i]))
+                if drawn[i] != guessed:
                     break
             results.append(result or None)
             row += 1 + len(span.guess)

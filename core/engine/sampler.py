@@ -13,10 +13,11 @@ The native library, where there is one, sums up rows and draws among the top_k; 
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ Row = NDArray[np.float32]
 Ids = NDArray[np.integer]
 
 NEVER = float("-inf")
-MOST = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +67,26 @@ class Draw(NamedTuple):
     """As in Summary."""
 
 
-def draw(logits: Row, draws: Sequence[Draw], eos_id: int) -> list[int]:
+def draw(logits: Tensor, draws: Sequence[Draw], eos_id: int) -> list[int]:
     """One token for each. `logits` (rows, vocab): those of the rows in `draws` are finite."""
-    if not draws:
-        return []
-    native, found, left = library.open_library(), dict[int, int](), list[tuple[Any, ...]]()
-    vocab, kept = logits.shape[1], list[Row]()
-    start, step = address(logits), logits.strides[0]
+    native, found, left = library.open_library(), dict[int, int](), list[bytes]()
+    rows, vocab, kept = logits.numpy(), logits.shape[1], list[Row]()
+    start, apart = logits.data_ptr(), logits.stride(0) * logits.itemsize
     for i, (row, tokens, params, seed, is_first, tops) in enumerate(draws):
         banned = eos_id if is_first else -1
         if native and params.temperature and 0 < params.top_k < vocab - 1:
-            place = start + row * step
+            place = start + row * apart
             if params.repetition_penalty != 1 or params.no_repeat_ngram > 0:
-                kept.append(process(logits[row], tokens, params, eos_id if is_first else None))
+                kept.append(process(rows[row], tokens, params, eos_id if is_first else None))
                 place, tops, banned = address(kept[-1]), 0, -1
-            knobs = params.temperature, params.top_p, vocab, params.top_k
-            left.append((place, tops, seed & MOST, *knobs, banned, len(tokens)))
+            knobs = params.temperature, params.top_p, vocab, params.top_k, banned
+            left.append(library.DRAW.pack(place, tops, seed % 2**64, *knobs, len(tokens)))
         else:
-            found[i] = choice(logits[row], draws[i], eos_id if is_first else None)
+            found[i] = choice(rows[row], draws[i], eos_id if is_first else None)
     if native and left:
-        table, ids = np.array(left, library.DRAW), np.empty(len(left), np.int32)
-        threads, path = torch.get_num_threads(), native.palaver_best_path()
-        native.palaver_draw(address(table), len(table), address(ids), threads, path)
-        rest = iter(ids.tolist())
+        ids, threads = (ctypes.c_int32 * len(left))(), torch.get_num_threads()
+        native.palaver_draw(b"".join(left), len(left), ids, threads, native.palaver_best_path())
+        rest = iter(ids)
         return [found[i] if i in found else next(rest) for i in range(len(draws))] if found else list(rest)
     return list(found.values())
 
@@ -169,9 +166,9 @@ def largest(scores: Row, k: int) -> Ids:
     return np.flatnonzero(scores >= np.partition(scores, -k)[-k])
 
 
-def address(array: NDArray[Any]) -> int:
-    """Of its first number, for C. Its last axis is contiguous."""
-    assert array.strides[-1] == array.itemsize
+def address(array: Row) -> int:
+    """Of its first number, for C."""
+    assert array.flags.c_contiguous
     start: int = array.__array_interface__["data"][0]
     return start
 

@@ -143,7 +143,7 @@ def test_what_is_found_is_what_a_draw_needs(checkpoint: Make) -> None:
         assert list((ctypes.c_float * len(most)).from_address(tops)) == most
         for seed in range(20):
             draws = [Draw(i, ids, params, seed, False, t) for t in (tops, 0)]
-            assert len(set(draw(logits.numpy(), draws, 256))) == 1
+            assert len(set(draw(logits, draws, 256))) == 1
 
 
 def decode(graphed: GraphedGPT2, kvs: list[Any], starts: list[int]) -> Tensor:

@@ -34,7 +34,7 @@ VOCAB = 50_257
 
 
 def alone(logits: Row, tokens: list[int], params: SamplingParams, seed: int, *, eos_id: int, is_first: bool) -> int:
-    [token] = draw(logits[None], [Draw(0, tokens, params, seed, is_first)], eos_id)
+    [token] = draw(torch.from_numpy(logits)[None], [Draw(0, tokens, params, seed, is_first)], eos_id)
     return token
 
 
@@ -209,7 +209,7 @@ def test_each_draws_as_if_alone(threads: int) -> None:
     rules: list[dict[str, Any]] = [
         {}, {"temperature": 0.0}, {"top_k": 0}, {"repetition_penalty": 1.5}, {"no_repeat_ngram": 1}, {"top_p": 0.5},
     ]  # fmt: skip
-    logits = rng.normal(size=(40, 340), scale=3).astype(np.float32)[:, :300]
+    logits = torch.from_numpy(rng.normal(size=(40, 340), scale=3).astype(np.float32))[:, :300]
     draws = [
         Draw(
             row, [*range(row % 5 + 1)], replace(SamplingParams(temperature=1.0, top_k=30), **rules[row % 6]), row, first
