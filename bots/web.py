@@ -183,7 +183,7 @@ class WebBot:
         """On loopback, or where it is set how browsers come, only known names: a foreign name that leads here is an
         attack (DNS rebinding). Probes come to an open house by whatever address they have."""
         probe = request.path in PROBES and not self._local
-        ours = request.host.lower() == urlsplit(self._settings.web_origin).netloc
+        ours = request.host.lower() in _hosts(self._settings.web_origin)
         known = ours or _is_loopback(_host(f"//{request.host}"))
         if (self._local or self._settings.web_origin) and not known and not probe:
             raise web.HTTPMisdirectedRequest(
@@ -385,6 +385,12 @@ def _file(path: Path) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
 
 async def _secure(_: web.Request, response: web.StreamResponse) -> None:
     response.headers.update(SECURITY)
+
+
+def _hosts(origin: str) -> list[str]:
+    """What a proxy passes on as Host: some name the port that goes without saying."""
+    url = URL(origin)
+    return [url.raw_authority, f"{url.host_subcomponent}:{url.port}"] if origin else []
 
 
 def _host(url: str) -> str:

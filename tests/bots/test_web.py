@@ -621,10 +621,10 @@ async def test_an_open_house_behind_a_proxy_talks_under_its_name_only() -> None:
         await until(lambda: bot.address)
         address = bot.address.replace("0.0.0.0", "127.0.0.1")
         async with aiohttp.ClientSession(address) as session:
-            for host in ("chat.example.com", "localhost:8080", "127.0.0.1"):
+            for host in ("chat.example.com", "chat.example.com:443", "localhost:8080", "127.0.0.1"):
                 async with session.get("/", headers={"Host": host}) as response:
                     assert response.status == 200, host
-            for host in ("evil.example", "192.0.2.7:8080", "["):
+            for host in ("evil.example", "evil.example:443", "chat.example.com:80", "192.0.2.7:8080", "["):
                 for path, status in (("/", 421), ("/ws", 421), ("/livez", 200), ("/readyz", 503), ("/metrics", 200)):
                     async with session.get(path, headers={"Host": host}) as response:
                         assert response.status == status, (host, path)
