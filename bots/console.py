@@ -34,6 +34,8 @@ class ConsoleBot:
     def __init__(self, patience: float = 75.0) -> None:
         """`patience`: seconds to wait for an answer, a little more than the queue's deadline."""
         self.at_terminal = sys.stdin is not None and sys.stdin.isatty()
+        self._erase = "" if os.environ.get("TERM") == "dumb" else "\r\x1b[K"
+        """What takes a line away; in an editor's terminal nothing does."""
         self.channel = Channel(self.name, "local" if self.at_terminal else secrets.token_hex(8))
         self._patience = patience
         self._asked: dict[str, asyncio.Future[str]] = {}
@@ -46,7 +48,7 @@ class ConsoleBot:
                 if line == "/quit":
                     break
                 said = await self._answer(chat, line)
-                self._show(f"\r\x1b[K{said}\n> " if self.at_terminal else f"{said}\n")
+                self._show(f"{self._erase}{said}\n> " if self.at_terminal else f"{said}\n")
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if not isinstance(error, BrokenPipeError):  # else nobody reads on: `palaver chat | head -1`
@@ -89,15 +91,15 @@ class ConsoleBot:
         if waiting and not waiting.done():
             waiting.set_result(text)
         elif reply.channel == self.channel:  # owed since before a restart
-            self._show(f"\r\x1b[K{text}\n> ")
+            self._show(f"{self._erase}{text}\n> ")
         return str(reply.id)  # a script that is gone reads nothing
 
     async def find_sent(self, reply: Reply) -> str | None:
         return None
 
     async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
-        if self.at_terminal and channel == self.channel:
-            self._show(f"\r\x1b[K{note or '…'}")
+        if self.at_terminal and self._erase and channel == self.channel:
+            self._show(f"{self._erase}{note or '…'}")
 
     async def closed(self, channel: Channel, id: str, state: MessageState) -> None:
         waiting = self._asked.get(id)

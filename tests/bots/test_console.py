@@ -213,6 +213,18 @@ async def test_control_characters_of_a_reply_do_not_reach_the_terminal(capsys: p
     assert "red [31m and a line" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("term", "shown"), [("xterm", "\r\x1b[K…\r\x1b[Khello\n> "), ("dumb", "hello\n> ")])
+async def test_a_terminal_that_takes_nothing_away_gets_no_signs_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], term: str, shown: str
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    bot = ConsoleBot()
+    bot.at_terminal = True
+    await bot.typing(bot.channel)
+    await bot.send(Reply(1, bot.channel, "lost", "hello", "nonce"))
+    assert capsys.readouterr().out == shown
+
+
 class Silent(ConsoleBot):
     """The bot without its input: the test says what is said."""
 
