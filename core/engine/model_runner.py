@@ -270,7 +270,7 @@ def rows_agree(model: Model) -> bool:
     looked_at = [p for p in sorted({0, 1, 4, 35, length - 4, length - 1}) if 0 <= p < length]
 
     def logits_of(counts: Sequence[int], looked_at: Sequence[int] = looked_at) -> Tensor:
-        """And the logarithm of their sum. Computed in steps of so many rows, every second step beside a stranger."""
+        """With the logarithm of their sum; computed in steps of so many rows, every second one beside a stranger."""
         kv, other, results, start = model.new_kv(length), model.new_kv(length), [], 0
         for i, count in enumerate(counts):
             strangers = ids[: 5 * i % length] if i % 2 else []

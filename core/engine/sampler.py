@@ -77,8 +77,11 @@ def draw(logits: Tensor, draws: Sequence[Draw], eos_id: int) -> list[int]:
         if native and params.temperature and 0 < params.top_k < vocab - 1:
             place = start + row * apart
             if params.repetition_penalty != 1 or params.no_repeat_ngram > 0:
-                kept.append(process(rows[row], tokens, params, eos_id if is_first else None))
-                place, tops, banned = address(kept[-1]), 0, -1
+                mine = rows[row]
+                scores = process(mine, tokens, params, eos_id if is_first else None)
+                if scores is not mine:
+                    place, tops, banned = address(scores), 0, -1
+                    kept.append(scores)
             knobs = params.temperature, params.top_p, vocab, params.top_k, banned
             left.append(library.DRAW.pack(place, tops, seed % 2**64, *knobs, len(tokens)))
         else:
