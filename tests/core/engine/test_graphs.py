@@ -115,6 +115,26 @@ def test_rows_do_not_depend_on_each_other_nor_on_how_they_are_cut(checkpoint: Ma
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_weights_that_come_all_at_once_make_the_same_numbers(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they do where a kernel may start early; here none does."""
+    monkeypatch.setattr(GraphedGPT2, "_launched", {"PDL": False})
+    loop, at_once = (opened(checkpoint("relu", n_layer=1, n_embd=160), torch.float16) for _ in range(2))
+    loop.early, at_once.early = False, True
+    turns: Any = []
+    linear = at_once.kernels.linear
+
+    class Watched:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: (turns.append(options["C"]), linear[grid](*args, **options))
+
+    at_once.kernels = SimpleNamespace(**vars(at_once.kernels) | {"linear": Watched()})  # type: ignore[assignment]
+    [ids] = prompts([11], 300)
+    assert torch.equal(run(at_once, ids, [9, 1, 1]), run(loop, ids, [9, 1, 1]))
+    assert set(turns) == {0, 1, 2}
+
+
 def test_a_step_of_more_rows_than_a_graph_has_is_cut(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sequences that stand on both sides of a cut, and of more than there was room for so far."""
     whole = opened(checkpoint("one-head"))
