@@ -12,6 +12,7 @@ A row's logits are the same bits whatever stands beside it and however its promp
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ class GPT2:
         self.wte = take("wte.weight", dtype)
         head = take("lm_head.weight", dtype) if "lm_head.weight" in tensors else self.wte
         # Logits of a real model are some -100 all together, where a step of bfloat16 is 0.5: what they have in common
-        # is left out of the product, and added in float32. (On CUDA rows would differ; this model is a last resort.)
+        # is left out of the product, and added in float32. On CUDA `with_float32_logits` does more.
         self.common = head.float().mean(0) if device.type == "cpu" and dtype is not torch.float32 else None
         self.lm_head = Linear(head if self.common is None else (head - self.common).to(dtype), None, block=block)
         self.wpe = take("wpe.weight")
@@ -179,6 +180,13 @@ class GPT2:
         self.mask = causal_mask(config.n_positions, self.min_queries).to(device, self.kv_dtype)
         packed = ", oneDNN packed" if self.lm_head.packed is not None else ""
         self.how = f"{device}, {str(dtype).removeprefix('torch.')}, torch{packed}"
+
+    def with_float32_logits(self) -> GPT2:
+        """A copy, with the same weights, whose last product is float32's. For CUDA, where nothing is packed."""
+        model, head = copy.copy(self), self.lm_head.weight
+        assert head is not None
+        model.lm_head = Linear(head.float(), None, block=self.block)
+        return model
 
     def new_kv(self, capacity: int) -> Any:
         """(layer, key/value, head, position, head_dim)"""

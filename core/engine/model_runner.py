@@ -198,8 +198,10 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: i
         model = eager = agreeing(lambda: weights.load(folder), device, dtype)
         if device.type == "cuda" and os.environ.get("GRAPHS") != "0":
             model = graphed(eager, cache_tokens(eager, cache_bytes))
-        if device.type == "cuda" and model is eager and not rows_agree(first_layer(eager)):
-            log.warning("without CUDA graphs this device's rows depend on the batch: so may replies, in rare cases")
+        if device.type == "cuda" and model is eager:
+            model = eager.with_float32_logits()  # as graphs have them
+            if not rows_agree(first_layer(model)):
+                log.warning("without CUDA graphs this device's rows depend on the batch: so may replies, in rare cases")
     weights.trim()
     return model
 

@@ -115,9 +115,7 @@ def test_rows_do_not_depend_on_each_other_nor_on_how_they_are_cut(checkpoint: Ma
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_weights_that_come_all_at_once_make_the_same_numbers(
-    checkpoint: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_come_all_at_once_make_the_same_numbers(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """As they do where a kernel may start early; here none does."""
     monkeypatch.setattr(GraphedGPT2, "_launched", {"PDL": False})
     loop, at_once = (opened(checkpoint("relu", n_layer=1, n_embd=160), torch.float16) for _ in range(2))
@@ -366,11 +364,16 @@ def test_graphs_are_taken_where_they_compute_the_same(
 def test_where_a_gpu_has_neither_graphs_nor_rows_that_agree_the_log_says_so(
     checkpoint: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, agree: bool
 ) -> None:
-    eager = GPT2(weights.load(checkpoint("plain")), torch.device("cpu"), torch.float32)
+    """Its logits are not rounded, as those of graphs are not."""
+    eager = GPT2(weights.load(checkpoint("plain")), torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(model_runner, "agreeing", lambda *_: eager)
     monkeypatch.setattr(model_runner, "rows_agree", lambda _: agree)
     monkeypatch.setenv("GRAPHS", "0")
-    assert model_runner.build(checkpoint("plain"), torch.device("cuda"), torch.float32) is eager
+    found: Any = model_runner.build(checkpoint("plain"), torch.device("cuda"), torch.bfloat16)
+    assert isinstance(found, GPT2) and found.h is eager.h
+    found.common = None  # as on CUDA
+    [logits] = found.forward(Batch([5], [Rows(found.new_kv(1), 0, 1)], [0]))
+    assert not torch.equal(logits, logits.bfloat16().float())
     assert ("rows depend on the batch" in caplog.text) is not agree
 
 
