@@ -56,9 +56,8 @@ def in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
         interpreter = importlib.import_module("triton.runtime.interpreter")
 
         def dot(_: Any, a: Any, b: Any, total: Any, *__: Any) -> Any:
-            data = total.data.copy()
-            for k in range(a.data.shape[-1]):
-                data += a.data[..., :, k, None].astype(data.dtype) * b.data[..., k, None, :].astype(data.dtype)
+            one, two = (x.data.astype(total.data.dtype) for x in (a, b))
+            data = total.data + (one[..., :, :, None] * two[..., None, :, :]).sum(-2)
             return interpreter.TensorHandle(data, total.dtype.scalar)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
@@ -128,8 +127,8 @@ def test_weights_that_come_all_at_once_make_the_same_numbers(checkpoint: Make, m
             return lambda *args, **options: (turns.append(options["C"]), linear[grid](*args, **options))
 
     at_once.kernels = SimpleNamespace(**vars(at_once.kernels) | {"linear": Watched()})  # type: ignore[assignment]
-    [ids] = prompts([11], 300)
-    assert torch.equal(run(at_once, ids, [9, 1, 1]), run(loop, ids, [9, 1, 1]))
+    [ids] = prompts([10], 300)
+    assert torch.equal(run(at_once, ids, [9, 1]), run(loop, ids, [9, 1]))
     assert set(turns) == {0, 1, 2}
 
 
