@@ -119,6 +119,7 @@ class WebBot:
         """Where it serves, for example http://127.0.0.1:8080; "" while it does not."""
         self._settings = settings
         self._local = _is_loopback(settings.web_host)
+        self._names = _hosts(settings.web_origin)
         self._tabs: dict[Channel, set[Tab]] = defaultdict(set)
 
     async def serve(self, chat: Chat) -> None:
@@ -183,8 +184,7 @@ class WebBot:
         """On loopback, or where it is set how browsers come, only known names: a foreign name that leads here is an
         attack (DNS rebinding). Probes come to an open house by whatever address they have."""
         probe = request.path in PROBES and not self._local
-        ours = request.host.lower() in _hosts(self._settings.web_origin)
-        known = ours or _is_loopback(_host(f"//{request.host}"))
+        known = request.host.lower() in self._names or _is_loopback(_host(f"//{request.host}"))
         if (self._local or self._settings.web_origin) and not known and not probe:
             raise web.HTTPMisdirectedRequest(
                 text="Unknown host name. Set WEB_ORIGIN to how browsers reach the page; a proxy must pass Host on.\n"

@@ -254,7 +254,7 @@ class GraphedGPT2:
             m, n, k, stages = 16, 32, 16, 2
         elif rows <= 16 or self.plain:
             m, n, stages = 8 if rows <= 8 and not self.plain else 16, 16, 4
-            turns = -(-length // (4 * k)) if self.early and kind != "logits" else 0
+            turns = -(-length // (self.kernels.WARPS.value * k)) if self.early and kind != "logits" else 0
         if kind == "logits":
             n = VOCAB
         self.kernels.linear[-(-rows // m), -(-wide // n), split](
@@ -267,12 +267,13 @@ class GraphedGPT2:
 def shape(rows: int, wanted: int) -> tuple[int, int]:
     """Of the graph that a step takes: so few that all are made at start."""
     rows = power(rows)
-    return rows, next(count for count in (1, 16, rows) if count >= min(wanted, rows) and count <= rows)
+    return rows, next(count for count in (1, 16, rows) if wanted <= count <= rows)
 
 
 def shapes(most: int) -> list[tuple[int, int]]:
     """All that steps of up to `most` rows may have."""
-    return sorted({shape(1 << i, wanted) for i in range((most - 1).bit_length() + 1) for wanted in (1, 16, most)})
+    powers = [1 << i for i in range((most - 1).bit_length() + 1)]
+    return sorted({shape(rows, min(wanted, rows)) for rows in powers for wanted in (1, 16, most)})
 
 
 def keys(d: int) -> int:

@@ -16,8 +16,8 @@ import triton.language as tl
 CHANGING = ["rows", "columns", "room"]
 """Numbers for whose values no kernel of its own is compiled."""
 
-WAYS = tl.constexpr(4)
-"""Warps that a product's depth is shared by."""
+WARPS = tl.constexpr(4)
+"""That share a product's depth; how their sums are added is written for so many."""
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -61,36 +61,36 @@ def linear(
 ):  # fmt: skip
     """weight (wide, deep) times x (rows, deep) turned: a tile of N x M, of `deep` a part of `length`.
 
-    WAYS warps go along `deep` side by side, K at a time each, and their sums are added in the end. In C turns, if C is
-    not 0: then all weights come near before the kernel waits. KIND says what becomes of the tile: "qkv", queries go to
-    `out` and keys and values to `pool`; "wide", activated, to `out`; "part" and "logits", as it is.
+    WARPS of them go along `deep` side by side, K at a time each, and their sums are added in the end. In C turns, if C
+    is not 0: then all weights come near before the kernel waits. KIND says what becomes of the tile: "qkv", queries go
+    to `out` and keys and values to `pool`; "wide", activated, to `out`; "part" and "logits", as it is.
     """
     row = tl.program_id(0) * M + tl.arange(0, M)
     col = tl.program_id(1) * N + tl.arange(0, N)
     first = tl.program_id(2) * length
     left = tl.minimum(length, deep - first)
     here, there = row < rows, col < wide
-    k = tl.arange(0, WAYS)[:, None] * K + tl.arange(0, K)[None, :]
+    k = tl.arange(0, WARPS)[:, None] * K + tl.arange(0, K)[None, :]
     w = weight + col[None, :, None].to(tl.int64) * deep + (first + k)[:, None, :]
     a = x + row[None, None, :].to(tl.int64) * deep + (first + k)[:, :, None]
-    total = tl.zeros((WAYS, N, M), tl.float32)
+    total = tl.zeros((WARPS, N, M), tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if C:
-        ws = ()
-        for turn in tl.static_range(0, C * WAYS * K, WAYS * K):
+        ws = ()  # type: tuple[object, ...]
+        for turn in tl.static_range(0, C * WARPS * K, WARPS * K):
             ws = ws + (tl.load(w + turn, there[None, :, None] & (turn + k < left)[:, None, :], 0.0),)  # noqa: RUF005
         if PDL:
             tl.extra.cuda.gdc_wait()
-        xs = ()
-        for turn in tl.static_range(0, C * WAYS * K, WAYS * K):
+        xs = ()  # type: tuple[object, ...]
+        for turn in tl.static_range(0, C * WARPS * K, WARPS * K):
             xs = xs + (tl.load(a + turn, here[None, None, :] & (turn + k < left)[:, :, None], 0.0),)  # noqa: RUF005
         for i in tl.static_range(C):
             total = tl.dot(ws[i], xs[i], total, input_precision="ieee")
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
-        for turn in range(0, left, WAYS * K):
+        for turn in range(0, left, WARPS * K):
             near = tl.load(w + turn, there[None, :, None] & (turn + k < left)[:, None, :], 0.0)
             beside = tl.load(a + turn, here[None, None, :] & (turn + k < left)[:, :, None], 0.0)
             total = tl.dot(near, beside, total, input_precision="ieee")

@@ -69,7 +69,7 @@ class Draw(NamedTuple):
 
 def draw(logits: Tensor, draws: Sequence[Draw], eos_id: int) -> list[int]:
     """One token for each. `logits` (rows, vocab): those of the rows in `draws` are finite."""
-    native, found, left = library.open_library(), dict[int, int](), list[bytes]()
+    native, drawn, left, places = library.open_library(), [0] * len(draws), list[bytes](), list[int]()
     rows, vocab, kept = logits.numpy(), logits.shape[1], list[Row]()
     start, apart = logits.data_ptr(), logits.stride(0) * logits.itemsize
     for i, (row, tokens, params, seed, is_first, tops) in enumerate(draws):
@@ -83,15 +83,16 @@ def draw(logits: Tensor, draws: Sequence[Draw], eos_id: int) -> list[int]:
                     place, tops, banned = address(scores), 0, -1
                     kept.append(scores)
             knobs = params.temperature, params.top_p, vocab, params.top_k, banned
+            places.append(i)
             left.append(library.DRAW.pack(place, tops, seed % 2**64, *knobs, len(tokens)))
         else:
-            found[i] = choice(rows[row], draws[i], eos_id if is_first else None)
+            drawn[i] = choice(rows[row], draws[i], eos_id if is_first else None)
     if native and left:
         ids, threads = (ctypes.c_int32 * len(left))(), torch.get_num_threads()
         native.palaver_draw(b"".join(left), len(left), ids, threads, native.palaver_best_path())
-        rest = iter(ids)
-        return [found[i] if i in found else next(rest) for i in range(len(draws))] if found else list(rest)
-    return list(found.values())
+        for i, id in zip(places, ids, strict=True):
+            drawn[i] = id
+    return drawn
 
 
 def choice(logits: Row, d: Draw, banned: int | None) -> int:

@@ -81,7 +81,7 @@ def main(folder: Path) -> None:
         graphed.capability = divmod(capability, 10)
         graphed.early = capability >= 90
         compilers = {name: Compiler(getattr(kernels, name), capability) for name in NAMES}
-        graphed.kernels = SimpleNamespace(**compilers)  # type: ignore[assignment]
+        graphed.kernels = SimpleNamespace(**vars(kernels) | compilers)  # type: ignore[assignment]
         for rows, wanted in ((1, 1), (32, 32), (8, 1)):
             graphed._step(rows, wanted)
 
