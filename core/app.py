@@ -83,7 +83,7 @@ async def open_voice(settings: Settings | None = None) -> AsyncIterator[Voice]:
             Tokenizer.load(engine.info.path, engine.info.vocab_size, engine.info.eos_id),
             settings.sampling,
             settings.history_tokens,
-            settings.history_stride,
+            settings.history_keep,
             settings.normalise,
         )
 

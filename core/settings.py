@@ -165,8 +165,12 @@ class Settings(Group):
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine, 0 chooses", examples=[2])
     sampling: SamplingParams = Field(SamplingParams(), description="how replies are drawn")
     history_tokens: int = Field(128, ge=8, le=100_000, description="tokens of history in a prompt", examples=[128])
-    history_stride: int = Field(
-        4, ge=1, le=64, description="turns by which a full window moves on; larger is faster", examples=[4]
+    history_keep: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a full window kept when it moves on; less is faster",
+        examples=[0.5],
     )
     normalise: bool = Field(True, description="speak the spaced spelling DialoGPT was trained on", examples=["true"])
     queue: QueueLimits = Field(QueueLimits(), description="overload")

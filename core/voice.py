@@ -25,14 +25,14 @@ class Voice:
         tokenizer: Tokenizer,
         params: SamplingParams,
         budget: int,
-        stride: int = 4,
+        keep: float = 0.5,
         spaced: bool = True,
     ) -> None:
-        """`budget` ids of history at most, less where the model's positions leave less beside `params.max_tokens`;
-        `spaced`: speak DialoGPT's spelling (core.text)."""
+        """`budget` ids of history at most, less where the model's positions leave less beside `params.max_tokens`, and
+        `keep` as core.window has it; `spaced`: speak DialoGPT's spelling (core.text)."""
         room = engine.info.max_positions - min(params.max_tokens, engine.info.max_positions // 2)
         self.engine, self.tokenizer, self.params, self.spaced = engine, tokenizer, params, spaced
-        self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room), stride, self._spelled)
+        self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room), keep, self._spelled)
 
     def hears(self, text: str) -> bool:
         """Does anything of `text` reach the model? If not, there is nothing to answer. Punctuation alone, as DialoGPT's

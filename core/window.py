@@ -1,8 +1,9 @@
 """Turns to prompt ids: whole turns inside a token budget, with a start that stays put while the cache is good.
 
 A prompt is `turn eos turn eos … turn eos` (DialoGPT, arXiv 1911.00536, section 2). GPT-2's positions are absolute, so a
-start that moves voids everything cached: it stands at the first turn of all as long as everything fits, then at turn
-indices divisible by `stride` (marks). Turns so long that none is in reach leave nothing to keep: what fits is taken.
+start that moves voids everything cached: it stands at the first turn of all as long as everything fits. Then it moves
+rarely, to a turn whose index is divisible by a power of two: the largest of which there always is one among the turns
+behind which the share `keep` of the budget is left. That depends on nothing but the turns.
 
 A turn stands in a prompt again and again, and to spell and encode it costs more than all the rest here: its ids are
 remembered.
@@ -28,10 +29,11 @@ class Window:
         encode: Callable[[str], list[int]],
         eos_id: int,
         budget: int,
-        stride: int = 4,
+        keep: float = 0.5,
         spelled: Callable[[Turn], str] = attrgetter("text"),
     ) -> None:
-        """`encode` turns one turn's text, as `spelled`, into ids without eos; `budget` ids (at least 2) per prompt.
+        """`encode` turns one turn's text, as `spelled`, into ids without eos; `budget` ids (at least 2) per prompt, of
+        which the share `keep` (0 to 1) stays where the start moves on: with 1, it moves whenever a turn comes.
 
         `spelled` looks at a turn's role and text alone.
         """
@@ -40,7 +42,7 @@ class Window:
         self.budget = budget
         self.reach = budget // 2 + 2
         """So many turns never fit, none having fewer than two tokens: of a longer talk the last of them are enough."""
-        self.stride = stride
+        self.keep = keep
         self._spelled = spelled
         self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
         """Last used last. By a digest: texts may be long."""
@@ -54,7 +56,8 @@ class Window:
         if not turns or not (asked := self.ids(turns[-1])):
             return []
         before = self._fitting(turns[:-1], self.budget - len(asked))
-        return [*self._begin(before, len(before) == len(turns) - 1), *asked][-self.budget :]
+        whole = len(before) == len(turns) - 1
+        return [*self._begin(before, whole, len(asked)), *asked][-self.budget :]
 
     def ahead(self, turns: Sequence[Turn]) -> list[int]:
         """What the next prompt will begin with if the question to come is as long as those before were on average.
@@ -65,9 +68,10 @@ class Window:
         asked = [len(span) for turn, span in recent if turn.role == "user"]
         if not asked:
             return []
-        while sum(len(span) for _, span in recent) > self.budget - sum(asked) // len(asked):
+        next_asked = sum(asked) // len(asked)
+        while sum(len(span) for _, span in recent) > self.budget - next_asked:
             recent.pop(0)
-        return self._begin(recent, len(recent) == len(turns))
+        return self._begin(recent, len(recent) == len(turns), next_asked)
 
     def ids(self, turn: Turn) -> Sequence[int]:
         """The turn's ids and eos, of one longer than the budget the last budget + 1; none when it has no token."""
@@ -96,8 +100,15 @@ class Window:
             found.append((turn, span))
         return found[::-1]
 
-    def _begin(self, fitting: Sequence[tuple[Turn, Sequence[int]]], whole: bool) -> list[int]:
-        """The ids of those that fit, from the first mark on; of all when none is one, or they are the `whole` talk."""
-        marks = (i for i, (turn, _) in enumerate(fitting) if turn.index % self.stride == 0)
+    def _begin(self, fitting: Sequence[tuple[Turn, Sequence[int]]], whole: bool, asked: int) -> list[int]:
+        """The ids of those that fit before a question of `asked`, from the start on; of the `whole` talk, all."""
+        starts, left = list[int](), asked + sum(len(span) for _, span in fitting)
+        for i, (_, span) in enumerate(fitting):
+            if left < self.keep * self.budget:
+                break
+            starts.append(i)
+            left -= len(span)
+        stride = 1 << max(0, len(starts).bit_length() - 1)
+        marks = (i for i in starts if fitting[i][0].index % stride == 0)
         start = 0 if whole else next(marks, 0)
         return [id for _, span in fitting[start:] for id in span]

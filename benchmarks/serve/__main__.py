@@ -86,7 +86,7 @@ def main() -> None:
         "machine": machine.describe(wanted.device),
         "load_before_each": [round(load, 2) for load in found.loads],
         "threads": wanted.threads,
-        "stride": wanted.stride,
+        "keep": wanted.keep,
         "pause": wanted.pause,
         "limits": found.limits,
         "roofline": roofline,
@@ -117,7 +117,7 @@ def measure(folder: Path, text: Path | None, wanted: argparse.Namespace, found: 
             found.limits |= {what: max(value, found.limits.get(what, 0.0)) for what, value in seen.items()}
             found.loads.append(os.getloadavg()[0])
             began = time.monotonic()
-            turn = wanted.workloads, wanted.seconds, threads(name, folder, wanted), wanted.stride, wanted.pause
+            turn = wanted.workloads, wanted.seconds, threads(name, folder, wanted), wanted.keep, wanted.pause
             answer = ask(name, folder, wanted, *turn, *filter(None, [text]))
             if not left_out(name, answer, found.absent, f"in round {number} "):
                 found.runs.setdefault(name, []).append(answer)
@@ -143,7 +143,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=12, help="of B, of D's second half, of each level of E")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as suit the peer and the model")
-    parser.add_argument("--stride", type=int, default=Settings.model_fields["history_stride"].default)
+    keep = Settings.model_fields["history_keep"].default
+    parser.add_argument("--keep", type=float, default=keep, help="what stays of a full window, as HISTORY_KEEP")
     parser.add_argument("--pause", type=float, default=0, help="seconds a single user waits before each message")
     parser.add_argument("--limit", type=float, default=600, help="seconds a peer may take for its turn")
     parser.add_argument("--work", type=Path, default=Path("runs/serve"), help="where the checkpoints are kept")
@@ -154,9 +155,11 @@ def arguments() -> argparse.Namespace:
         raise SystemExit("--device cuda: this machine, or this build of torch, has none")
     if not wanted.workloads or set(wanted.workloads) - set(WORKLOADS):
         raise SystemExit(f"--workloads {wanted.workloads!r}: name letters out of {''.join(WORKLOADS)}")
-    for name, least in (("rounds", 1), ("threads", 0), ("stride", 1), ("pause", 0)):
+    for name, least in (("rounds", 1), ("threads", 0), ("pause", 0)):
         if not least <= getattr(wanted, name) < math.inf:
             raise SystemExit(f"--{name} {getattr(wanted, name)}: it must be {least} or more")
+    if not 0 <= wanted.keep <= 1:
+        raise SystemExit(f"--keep {wanted.keep}: it must be from 0 to 1")
     for name in ("seconds", "limit"):
         if not 0 < getattr(wanted, name) < math.inf:
             raise SystemExit(f"--{name} {getattr(wanted, name)}: it must be above 0")

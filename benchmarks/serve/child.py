@@ -2,7 +2,7 @@
 
 It ends when its parent or its standard input does, and what it has started with it.
 
-python -m benchmarks.serve.child PEER FOLDER WORKLOADS SECONDS THREADS STRIDE PAUSE [TEXT]
+python -m benchmarks.serve.child PEER FOLDER WORKLOADS SECONDS THREADS KEEP PAUSE [TEXT]
 python -m benchmarks.serve.child PEER FOLDER    only makes the files that the peer loads
 """
 
@@ -23,7 +23,7 @@ from core.evaluation.load import resident_bytes
 
 
 async def measure(
-    name: str, folder: Path, workloads: str, seconds: float, threads: int, stride: int, pause: float, text: list[int]
+    name: str, folder: Path, workloads: str, seconds: float, threads: int, keep: float, pause: float, text: list[int]
 ) -> dict[str, Any]:
     """{"absent": why} or what each workload measured, with the start and the memory."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -38,7 +38,7 @@ async def measure(
     def script(letter: str) -> Script:
         room = config["n_positions"] - REPLY
         ids = config["vocab_size"], config["eos_token_id"], config["bos_token_id"]
-        return Script(*ids, min(WINDOWS[letter], room), stride, pause, text)
+        return Script(*ids, min(WINDOWS[letter], room), keep, pause, text)
 
     await peer.expect(1, 256)
     first = await Talk(script("A"), 0).say(peer)
@@ -68,10 +68,10 @@ def main() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # libraries may say what they like
     if rest:
-        workloads, seconds, threads, stride, pause, *text = rest
+        workloads, seconds, threads, keep, pause, *text = rest
         ids = json.loads(Path(text[0]).read_text("utf-8")) if text else []
         found = asyncio.run(
-            measure(name, Path(folder), workloads, float(seconds), int(threads), int(stride), float(pause), ids)
+            measure(name, Path(folder), workloads, float(seconds), int(threads), float(keep), float(pause), ids)
         )
     else:
         found = convert(name, Path(folder))

@@ -43,7 +43,7 @@ class Script:
     end: int
     """Stands after each turn."""
     window: int
-    stride: int
+    keep: float
     pause: float = 0.0
     """Seconds a single user takes before each message."""
     text: Sequence[int] = ()
@@ -98,7 +98,7 @@ class Talk:
         if self.cycle and len(self.turns) >= 2 * self.cycle:
             self.start_anew()
         self._add("user", self.script.message(self.rng, USER))
-        window = Window(_ids, self.script.end, self.script.window, self.script.stride)
+        window = Window(_ids, self.script.end, self.script.window, self.script.keep)
         prompt = window.prompt(self.turns)
         known = common_prefix(self.before, prompt)
         began = time.perf_counter()
@@ -167,8 +167,8 @@ async def a_user(peer: Peer, script: Script, seconds: float) -> dict[str, Any]:
 
 
 async def long_window(peer: Peer, script: Script, seconds: float) -> dict[str, Any]:
-    """C: one user whose long window is full."""
-    return await single(peer, script, turns=6, age=1 + script.window // (USER + REPLY + 2))
+    """C: one user whose long window is full; as many turns as its start takes to move on twice."""
+    return await single(peer, script, turns=16, age=1 + script.window // (USER + REPLY + 2))
 
 
 async def candidates(peer: Peer, script: Script, seconds: float) -> dict[str, Any]:

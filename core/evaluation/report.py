@@ -53,7 +53,7 @@ def _settings(voice: Voice) -> str:
     info = voice.engine.info
     drawn = ", ".join(f"{name} {value}" for name, value in asdict(voice.params).items() if name != "seed")
     spelling = "" if voice.spaced else " Texts as people spell them."
-    window = f"{voice.window.budget} tokens of history, stride {voice.window.stride}"
+    window = f"{voice.window.budget} tokens of history, keep {voice.window.keep:g}"
     return f"Model {info.name}: {info.how}. Sampling: {drawn}; {window}.{spelling}"
 
 

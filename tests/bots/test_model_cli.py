@@ -112,10 +112,10 @@ async def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 
 async def test_a_model_is_measured(tmp_path: Path) -> None:
-    settings = {"ENGINE": "inprocess", "HISTORY_STRIDE": "8", "NORMALISE": "false", "SAMPLING__N": "2"}
+    settings = {"ENGINE": "inprocess", "HISTORY_KEEP": "0.75", "NORMALISE": "false", "SAMPLING__N": "2"}
     code, page, errors = await palaver(tmp_path, "eval", "--chats", "1", "--cases", "2", **settings)
     assert code == 0, errors
-    assert "max_tokens 64, n 2; 128 tokens of history, stride 8. Texts as people spell them." in page
+    assert "max_tokens 64, n 2; 128 tokens of history, keep 0.75. Texts as people spell them." in page
     assert page.startswith("Model embedded: ") and "| name, in Palaver's corpus | " in page and " of 2) |" in page
     assert "| talks that fell silent | 0 of 1 |" in page
 

@@ -32,7 +32,7 @@ def test_a_dialogue_is_turns_closed_by_eos() -> None:
 
 
 def test_whole_turns_leave_from_the_front() -> None:
-    window = Window(encode, EOS, 7, stride=1)
+    window = Window(encode, EOS, 7, keep=1)
     assert window.prompt(turns([2, 1, 3])) == [2, 0, 3, 3, 3, 0]
 
 
@@ -48,31 +48,39 @@ def test_turns_without_a_token_are_left_out() -> None:
     assert Window(encode, EOS, 9).prompt([]) == []
 
 
-def test_the_start_stands_at_a_mark_where_one_is_in_reach() -> None:
-    window = Window(encode, EOS, 12, stride=4)
-    assert window.prompt(turns([1] * 7))[0] == 5  # room for six turns from index 1; the mark is index 4
-    assert window.prompt(turns([1, 1, 1, 1, 1, 5, 5]))[0] == 6  # no mark in reach: as much as fits
-    assert window.prompt(turns([1, 9, 2, 2, 1]))[0] == 3  # nor when the question stands at one
+def test_the_start_stands_at_indices_divisible_by_a_power_of_two() -> None:
+    window = Window(encode, EOS, 12, keep=0.5)
+    assert window.prompt(turns([1] * 7))[0] == 5  # from 1 on all fits, from 4 on half; of four, one is divisible by 4
+    assert window.prompt(turns([1] * 9))[0] == 5
+    assert window.prompt(turns([1] * 11))[0] == 9
+    assert window.prompt(turns([1, 1, 1, 1, 1, 5, 5]))[0] == 6  # there is no choice: as much as fits
+    assert window.prompt(turns([1, 9, 2, 2, 1]))[0] == 3  # the question itself is no start
+    assert Window(encode, EOS, 12, keep=0.8).prompt(turns([1] * 7))[0] == 3  # of 1 and 2, the even one
+    assert Window(encode, EOS, 12, keep=1).prompt(turns([1] * 7))[0] == 2
+    assert Window(encode, EOS, 12, keep=0).prompt(turns([1] * 9))[0] == 5  # of 3 to 7, one is divisible by 4
 
 
 def test_a_talk_that_fits_is_whole_wherever_it_begins() -> None:
     """After a /reset the indices go on, and a first exchange may be deleted: then it begins at no mark."""
-    window, spoken = Window(encode, EOS, 20, stride=4), turns([1] * 11, first=2)
+    window, spoken = Window(encode, EOS, 20), turns([1] * 11, first=2)
     assert window.prompt(spoken[:3]) == [3, EOS, 4, EOS, 5, EOS]
     prompts = [window.prompt(spoken[:end]) for end in range(1, 12, 2)]
-    assert [prompt[0] for prompt in prompts] == [3, 3, 3, 3, 3, 5]  # the mark, once it does not fit
+    assert [prompt[0] for prompt in prompts] == [3, 3, 3, 3, 3, 5]  # at 4, once it does not fit
     assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(prompts[:5]))
     assert [window.ahead(spoken[:end]) for end in (2, 8, 10)] == [
         window.prompt(spoken[:end])[:-2] for end in (3, 9, 11)
     ]
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(2, 30), st.integers(1, 8))
+LENGTHS, BUDGETS, KEPT = st.lists(st.integers(0, 9), min_size=1, max_size=40), st.integers(2, 40), st.floats(0, 1)
+
+
+@given(LENGTHS, BUDGETS, KEPT)
 def test_never_over_budget_never_half_a_turn_never_without_the_question(
-    lengths: list[int], budget: int, stride: int
+    lengths: list[int], budget: int, keep: float
 ) -> None:
     spoken = turns(lengths)
-    prompt = Window(encode, EOS, budget, stride).prompt(spoken)
+    prompt = Window(encode, EOS, budget, keep).prompt(spoken)
     assert len(prompt) <= budget
     whole = [id for turn in spoken for id in ([*encode(turn.text), EOS] if turn.text else [])]
     assert whole[len(whole) - len(prompt) :] == prompt or not lengths[-1]
@@ -83,12 +91,19 @@ def test_never_over_budget_never_half_a_turn_never_without_the_question(
         assert boundary == 0 or whole[boundary - 1] == EOS or len(last) > budget
 
 
-@given(st.lists(st.integers(0, 9), min_size=2, max_size=40), st.integers(2, 40), st.integers(1, 8))
+@given(LENGTHS, BUDGETS, KEPT)
+def test_so_much_of_the_budget_is_used_as_is_to_be_kept(lengths: list[int], budget: int, keep: float) -> None:
+    spoken = turns(lengths)
+    prompt, most = (Window(encode, EOS, budget, share).prompt(spoken) for share in (keep, 1))
+    assert min(keep * budget, len(most)) <= len(prompt) <= len(most)
+
+
+@given(LENGTHS, BUDGETS, KEPT)
 def test_ahead_is_the_next_prompts_beginning_when_the_guess_is_right(
-    lengths: list[int], budget: int, stride: int
+    lengths: list[int], budget: int, keep: float
 ) -> None:
     """The next question is as long as the window's were on average, cut down: then not a token is missing."""
-    window, spoken = Window(encode, EOS, budget, stride), turns(lengths[: len(lengths) // 2 * 2])
+    window, spoken = Window(encode, EOS, budget, keep), turns(lengths[: len(lengths) // 2 * 2])
     ahead = window.ahead(spoken)
     recent = [turn for turn, _ in window._fitting(spoken, budget)]
     asked = [len(encode(t.text)) + bool(t.text) for t in recent if t.role == "user"]
@@ -101,7 +116,7 @@ def test_ahead_is_the_next_prompts_beginning_when_the_guess_is_right(
 
 def test_older_turns_do_not_change_the_prompt() -> None:
     lengths = [random.Random(1).randint(1, 9) for _ in range(200)]
-    window = Window(encode, EOS, 60, stride=4)
+    window = Window(encode, EOS, 60)
     assert window.prompt(turns(lengths)) == window.prompt(turns(lengths)[-64:])
 
 
@@ -145,14 +160,18 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not window._ids
 
 
-def test_the_start_moves_far_less_than_without_marks() -> None:
+@pytest.mark.parametrize("budget", [128, 256, 900])
+def test_the_start_moves_rarely_however_long_the_window(budget: int) -> None:
+    """By a quarter of the budget or more, on average; where all is kept, with every exchange."""
     dice = random.Random(0)
     lengths = [dice.randint(5, 14) for _ in range(1000)]
+    spoken = turns(lengths)
 
-    def moves(stride: int) -> int:
-        window = Window(encode, EOS, 128, stride)
-        spans = ((max(0, end - 64), end) for end in range(1, len(lengths), 2))
-        starts = [window.prompt(turns(lengths[first:end], first))[0] for first, end in spans]
+    def moves(keep: float) -> int:
+        window = Window(encode, EOS, budget, keep)
+        starts = [window.prompt(spoken[:end])[0] for end in range(1, len(lengths), 2)]
         return sum(a != b for a, b in itertools.pairwise(starts))
 
-    assert moves(4) < 0.6 * moves(1)
+    said = sum(lengths) + len(lengths)
+    assert moves(0.5) <= said / (budget / 4)
+    assert moves(1) > 450 - budget / 8

@@ -98,19 +98,19 @@ async def test_recall_counts_what_was_said(tokenizer: Tokenizer) -> None:
 
 
 async def test_settings_of_the_bots_are_settings_here(tokenizer: Tokenizer) -> None:
-    """Candidates, the window's stride and the spelling reach the model as in a bot; the page says so."""
+    """Candidates, what stays of a window and the spelling reach the model as in a bot; the page says so."""
     prompts, page = {}, ""
-    for stride, n, spaced in ((1, 1, True), (8, 1, True), (8, 3, True), (8, 3, False)):
+    for keep, n, spaced in ((1.0, 1, True), (0.2, 1, True), (0.2, 3, True), (0.2, 3, False)):
         engine = Scripted(tokenizer, lambda _, seed: f"Well, that is number {seed}.")
-        voice = Voice(engine, tokenizer, SamplingParams(n=n), 128, stride, spaced)
+        voice = Voice(engine, tokenizer, SamplingParams(n=n), 128, keep, spaced)
         page = "\n".join([line async for line in evaluate(voice, chats=1, cases=1)])
         assert {asked for _, asked in engine.asked} == {n}
-        prompts[stride, spaced] = [prompt for prompt, _ in engine.asked]
+        prompts[keep, spaced] = [prompt for prompt, _ in engine.asked]
     assert page.startswith("Model scripted: scripted. Sampling: temperature 0.4,")
-    assert "n 3" in page and "stride 8" in page and "as people spell" in page
-    assert sum(map(len, prompts[8, True])) < sum(map(len, prompts[1, True]))  # a window that moves on further
-    assert any(" ," in tokenizer.decode(prompt) for prompt in prompts[8, True])
-    assert not any(" ," in tokenizer.decode(prompt) for prompt in prompts[8, False])
+    assert "n 3" in page and "keep 0.2" in page and "as people spell" in page
+    assert sum(map(len, prompts[0.2, True])) < sum(map(len, prompts[1.0, True]))  # a window that moves on further
+    assert any(" ," in tokenizer.decode(prompt) for prompt in prompts[0.2, True])
+    assert not any(" ," in tokenizer.decode(prompt) for prompt in prompts[0.2, False])
 
 
 async def test_recall_without_the_models_spelling(tokenizer: Tokenizer) -> None:
