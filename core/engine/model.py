@@ -16,6 +16,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -112,12 +113,15 @@ class Linear:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, fused, [], approximation)
             return y
         assert self.weight is not None
-        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-        if self.activation == "relu":
-            return F.relu(y)
-        if self.activation == "tanh":  # F.gelu(approximate="tanh") treats the last elements of a batch differently
-            return 0.5 * y * (1.0 + torch.tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))
-        return F.gelu(y) if self.activation == "none" else y
+        return activate(F.linear(x.to(self.weight.dtype), self.weight, self.bias), self.activation)
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return F.relu(y)
+    if activation == "tanh":  # F.gelu(approximate="tanh") treats the last elements of a batch differently
+        return 0.5 * y * (1.0 + torch.tanh(0.7978845608028654 * (y + 0.044715 * y * y * y)))
+    return F.gelu(y) if activation == "none" else y
 
 
 def pack(weight: Tensor) -> Tensor | None:
@@ -131,14 +135,55 @@ def pack(weight: Tensor) -> Tensor | None:
         return None
 
 
+class Int8Linear(Linear):
+    """Of 8-bit integers, by oneDNN's product for quantised layers. A scale for each row of the weight and of x; sums
+    are exact, so a row is the same in any batch."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "") -> None:
+        self.bias, self.activation, self.block, self.weight = bias, activation, 0, None
+        quants, self.scale = quantise(weight)
+        self.scale /= 127  # x's scale is its row's largest number
+        self.packed = torch.ops.onednn.qlinear_prepack(quants, None)
+        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self.half = torch.tensor(128.5)  # 128 stands for 0; the half rounds
+
+    def _product(self, x: Tensor) -> Tensor:
+        most = x.abs().amax(1, keepdim=True).clamp_(min=1e-30)
+        quants = torch.addcmul(self.half, x, 127 / most).to(torch.uint8)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            quants, 1.0, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y *= most
+        return activate(y if self.bias is None else y.add_(self.bias), self.activation)
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, k) -> int8 (n, k) and what each row is multiplied by, (n)."""
+    scale = weight.abs().amax(1).clamp_(min=1e-30) / 127
+    return (weight / scale[:, None]).round_().to(torch.int8).contiguous(), scale
+
+
+@cache
+def multiplies_int8() -> bool:
+    """Are torch's products of 8-bit integers fast and exact on this processor? Without VNNI they are neither."""
+    able = torch.cpu.get_capabilities()
+    if not able.get("avx512_vnni") and not able.get("avx_vnni"):
+        return False
+    try:
+        return bool((Int8Linear(torch.ones(32, 64), None)(torch.ones(1, 64)) - 64).abs().max() < 1e-3)
+    except (AttributeError, RuntimeError):
+        return False
+
+
 class GPT2:
-    """The torch model, float32, bfloat16 or float16: products are rounded to that. Residuals stay float32; on the CPU
-    so do attention and KV."""
+    """The torch model, float32, bfloat16 or float16, to which products are rounded; int8, to which their
+    factors are. Residuals stay float32; on the CPU so do attention and KV."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, block: int = 0) -> None:
         """Takes the tensors out of `checkpoint` one by one, so that the originals are freed while it packs."""
         self.config = config = checkpoint.config
-        self.device, self.dtype, self.block = device, dtype, block
+        self.device, self.block, self.min_rows = device, block, 1 if dtype is torch.int8 else MIN_ROWS
+        self.dtype = whole = torch.float32 if dtype is torch.int8 else dtype
         self.kv_dtype = torch.float32 if device.type == "cpu" else dtype
         self.min_queries = MIN_ROWS if device.type == "cpu" else TILE
         self.head_dim = config.n_embd // config.n_head
@@ -152,15 +197,23 @@ class GPT2:
                 raise BadCheckpoint(f"{what}: DTYPE=bfloat16 or float32 takes them")
             return tensor
 
-        def linear(name: str, activation: str = "") -> Linear:
-            return Linear(take(f"{name}.weight", dtype).T, take(f"{name}.bias", dtype), activation, block=block)
+        def product(weight: Tensor, bias: Tensor | None, activation: str = "") -> Linear:
+            if dtype is torch.int8:
+                return Int8Linear(weight, bias, activation)
+            return Linear(weight, bias, activation, block=block)
 
-        self.wte = take("wte.weight", dtype)
-        head = take("lm_head.weight", dtype) if "lm_head.weight" in tensors else self.wte
+        def linear(name: str, activation: str = "") -> Linear:
+            return product(take(f"{name}.weight", whole).T, take(f"{name}.bias", whole), activation)
+
+        self.wte = take("wte.weight", whole)
+        head = take("lm_head.weight", whole) if "lm_head.weight" in tensors else self.wte
         # Logits of a real model are some -100 all together, where a step of bfloat16 is 0.5: what they have in common
         # is left out of the product, and added in float32. On CUDA `with_float32_logits` does more.
         self.common = head.float().mean(0) if device.type == "cpu" and dtype is not torch.float32 else None
-        self.lm_head = Linear(head if self.common is None else (head - self.common).to(dtype), None, block=block)
+        self.lm_head = product(head if self.common is None else (head - self.common).to(whole), None)
+        self.wte_scale: Tensor | None = None
+        if dtype is torch.int8:
+            self.wte, self.wte_scale = quantise(self.wte)
         self.wpe = take("wpe.weight")
         self.ln_f = take("ln_f.weight"), take("ln_f.bias")
         self.h = [
@@ -200,7 +253,10 @@ class GPT2:
     def forward(self, batch: Batch) -> Tensor:
         placed, wanted = batch.placed, self._padded(batch.wanted)
         ids, positions = self._padded(batch.ids), self._padded(batch.positions)
-        x = F.embedding(ids, self.wte).float() + F.embedding(positions, self.wpe)  # (T, E)
+        x = F.embedding(ids, self.wte).float()  # (T, E)
+        if self.wte_scale is not None:
+            x *= self.wte_scale[ids, None]
+        x += F.embedding(positions, self.wpe)
         for i, layer in enumerate(self.h):
             mixed = self._attend(i, layer.c_attn(self._norm(x, layer.ln_1)), placed)
             if layer is self.h[-1]:  # nobody reads its other rows
@@ -245,7 +301,7 @@ class GPT2:
 
     def _padded(self, values: list[int]) -> Tensor:
         """With zeros, up to the number of rows that the products are made with."""
-        count = round_up(max(len(values), 1), self.block) if self.block else max(len(values), MIN_ROWS)
+        count = round_up(max(len(values), 1), self.block) if self.block else max(len(values), self.min_rows)
         return torch.tensor(values + [0] * (count - len(values)), device=self.device)
 
 

@@ -23,7 +23,7 @@ from core.engine.base import BadCheckpoint
 from core.engine.graphs import MOST, GraphedGPT2, check, lost, shapes
 from core.engine.kv_cache import ROUND, Slot, round_up
 from core.engine.machine import cores, free_memory
-from core.engine.model import GPT2, TILE, Batch, Model, Rows
+from core.engine.model import GPT2, TILE, Batch, Model, Rows, multiplies_int8
 from core.engine.native import gpt2, library
 from core.engine.reference import divergence
 from core.engine.sampler import Draw, Summary, draw
@@ -193,7 +193,7 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: i
     if native and (dtype is torch.int8 or library.is_fast()):
         model = gpt2.NativeGPT2(weights.load(folder), native, dtype)
     elif dtype is torch.int8:
-        model = rounded_to_int8(folder)
+        model = int8_in_torch(folder)
     else:
         model = eager = agreeing(lambda: weights.load(folder), device, dtype)
         if device.type == "cuda" and os.environ.get("GRAPHS") != "0":
@@ -250,8 +250,12 @@ def agreeing(load: Callable[[], weights.Checkpoint], device: torch.device, dtype
     return model
 
 
-def rounded_to_int8(folder: Path) -> Model:
-    """Float32 in torch with the weights that int8 leaves: as good, not as fast."""
+def int8_in_torch(folder: Path) -> Model:
+    """Where there is no fast product of it, float32 with the weights of the native step: as good, but slower."""
+    if multiplies_int8():
+        fast = GPT2(weights.load(folder), torch.device("cpu"), torch.int8)
+        if rows_agree(first_layer(fast)):
+            return fast
     model = agreeing(lambda: gpt2.rounded(weights.load(folder)), torch.device("cpu"), torch.float32)
     model.how = f"{model.how}, weights rounded to int8 (the compiled step is not here)"
     return model
@@ -312,7 +316,9 @@ def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
             return torch.bfloat16 if computes_bfloat16(device) else torch.float16
         if parameters(folder) < LARGE:
             return torch.float32
-        return torch.int8 if library.is_fast() else torch.bfloat16 if computes_bfloat16(device) else torch.float32
+        if library.is_fast() or multiplies_int8():
+            return torch.int8
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     if name not in DTYPES:
         raise BadCheckpoint(f"DTYPE={name} is not known: auto, {', '.join(DTYPES)}")
     if name == "int8" and device.type != "cpu":

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from core.engine import model as models
 from core.engine import model_runner, weights
-from core.engine.model import GPT2, TILE, Batch, Model, Rows, tiles
+from core.engine.model import GPT2, TILE, Batch, Int8Linear, Model, Rows, multiplies_int8, quantise, tiles
 from core.engine.model_runner import rows_agree
 from tests.core.engine.oracle import prompts, reference
 
 pytestmark = pytest.mark.usefixtures("inference")
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
+VNNI = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_vnni", "avx_vnni"))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([torch.int8] if VNNI else [])]
+"""What torch computes in here."""
 
 
 def run(model: Model, ids: list[int], counts: list[int], mates: Callable[[], int] = lambda: 0) -> Tensor:
@@ -36,7 +39,7 @@ def run(model: Model, ids: list[int], counts: list[int], mates: Callable[[], int
 
 
 @pytest.mark.parametrize("shape", ["plain", "odd", "inner", "one-head", "deep", "erf", "relu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [0, 16])
 def test_rows_do_not_depend_on_each_other(checkpoint: Make, shape: str, dtype: torch.dtype, block: int) -> None:
     torch.set_num_threads(2 if shape == "inner" else 1)
@@ -52,7 +55,7 @@ def test_rows_do_not_depend_on_each_other(checkpoint: Make, shape: str, dtype: t
         assert torch.equal(run(model, ids, counts, lambda: rng.choice([0, 0, 1, 3, 13, 40])), whole)
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize(("dtype", "error"), list(zip(DTYPES, (2e-5, 0.05, 0.01, 0.15), strict=False)))
 def test_logits_are_close_to_transformers(checkpoint: Make, dtype: torch.dtype, error: float) -> None:
     """Relative to the spread of the logits."""
     folder = checkpoint("inner")
@@ -62,7 +65,7 @@ def test_logits_are_close_to_transformers(checkpoint: Make, dtype: torch.dtype, 
     assert float((got - want).std() / want.std()) < error
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+@pytest.mark.parametrize(("dtype", "error"), list(zip(DTYPES[1:], (0.05, 0.01, 0.15), strict=False)))
 def test_what_all_logits_have_in_common_rounds_none_of_them(checkpoint: Make, dtype: torch.dtype, error: float) -> None:
     """As in GPT-2's own models, where it is -100 and more."""
     [ids] = prompts([60], 333)
@@ -76,6 +79,47 @@ def test_what_all_logits_have_in_common_rounds_none_of_them(checkpoint: Make, dt
         logits.append(run(GPT2(loaded, CPU, dtype), ids, [60]))
     assert float((logits[1] - logits[0]).mean()) == pytest.approx(-300, abs=1)
     assert float(((logits[1] - logits[0]).std(1) / logits[0].std(1)).max()) < error
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_products_of_int8_are_exact_sums(rows: int) -> None:
+    """Of the largest factors, too: a quarter of a row's numbers are as large as its largest."""
+    dice = torch.Generator().manual_seed(rows)
+    weight, x = torch.randn(70, 200, generator=dice), torch.randn(rows, 200, generator=dice)
+    weight[:, ::4], x[:, ::4] = 9.0, 7.0
+    weight[5], x[0, 0] = 0.0, 7.5
+    quants, scale = quantise(weight)
+    most = x.abs().amax(1, keepdim=True)
+    of_x = torch.addcmul(torch.tensor(128.5), x, 127 / most).floor() - 128
+    want = (of_x.double() @ quants.double().T) * scale.double() * most.double() / 127
+    bias = torch.arange(70.0)
+    if VNNI:  # elsewhere a sum of two products may not fit its 16 bits
+        torch.testing.assert_close(Int8Linear(weight, bias)(x).double(), want + bias, rtol=1e-6, atol=1e-4)
+    assert (quants.float() * scale[:, None] - weight).abs().max() <= scale.max() / 2
+    x[0, 3] = float("nan")
+    assert Int8Linear(weight, bias)(x)[0].isnan().all(), "a number that is none does not get lost"
+    x[0, 3] = float("inf")
+    assert not Int8Linear(weight, bias)(x)[0].isfinite().any()
+
+
+def test_int8_is_torchs_where_the_processor_has_it_and_its_sums_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert multiplies_int8() is VNNI
+    for able, product, so in (
+        ({"avx512_vnni": True}, lambda _: torch.full((1, 32), 64.0), True),
+        ({"avx_vnni": True}, lambda _: torch.full((1, 32), 64.0), True),
+        ({"avx2": True}, lambda _: torch.full((1, 32), 64.0), False),
+        ({"avx512_vnni": True}, lambda _: torch.full((1, 32), 32.5), False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        monkeypatch.setattr(models, "Int8Linear", lambda *_, product=product: product)
+        assert multiplies_int8.__wrapped__() is so
+
+    def there_is_none(*_: object) -> None:
+        raise AttributeError("'_OpNamespace' 'onednn' object has no attribute 'qlinear_prepack'")
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    monkeypatch.setattr(models, "Int8Linear", there_is_none)
+    assert not multiplies_int8.__wrapped__()
 
 
 def test_a_machine_whose_products_depend_on_height_gets_blocks(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from core.engine import model_runner, weights
 from core.engine.base import BadCheckpoint
-from core.engine.model import GPT2, Batch, Model, Rows
+from core.engine.model import GPT2, Batch, Model, Rows, multiplies_int8
 from core.engine.native import library
 from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
 from core.engine.native.memory import ARENA, Arena, zeros
@@ -384,6 +384,7 @@ def test_without_the_library_torch_computes(checkpoint: Make, native: Any, monke
     monkeypatch.setattr(library, "open_library", lambda: native)
     fast = {dtype: model_runner.build(checkpoint("plain"), CPU, dtype) for dtype in DTYPES}
     monkeypatch.setattr(library, "open_library", lambda: None)
+    monkeypatch.setattr(model_runner, "multiplies_int8", lambda: False)
     for dtype, far in zip(DTYPES, (0.04, 0.02, 1e-5), strict=True):
         name = str(dtype).removeprefix("torch.")
         assert f"{name}, native" in fast[dtype].how
@@ -406,6 +407,7 @@ def test_a_processor_without_a_path_of_its_own_computes_floats_in_torch(
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_auto_is_the_fastest_by_rule(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bfloat16})
+    monkeypatch.setattr(model_runner, "multiplies_int8", multiplies_int8.__wrapped__)
     without = torch.bfloat16 if has_bfloat16 else torch.float32
     paths = {None: without, "portable": without, "AVX2": torch.int8, "AVX-VNNI": torch.int8}
     for path, dtype in paths.items():
@@ -414,6 +416,9 @@ def test_auto_is_the_fastest_by_rule(checkpoint: Make, monkeypatch: pytest.Monke
         assert model_runner.choose_dtype("auto", CPU, EMBEDDED) is dtype
         assert model_runner.choose_dtype("auto", CPU, checkpoint("plain")) is torch.float32
     assert model_runner.choose_dtype("int8", CPU, EMBEDDED) is torch.int8
+    monkeypatch.setattr(library, "open_library", lambda: None)
+    monkeypatch.setattr(model_runner, "multiplies_int8", lambda: True)
+    assert model_runner.choose_dtype("auto", CPU, EMBEDDED) is torch.int8
 
 
 def test_auto_on_cuda_is_bfloat16_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
