@@ -39,11 +39,11 @@ def free_memory() -> int:
 
 
 def spin_briefly() -> None:
-    """To be called before torch is imported: threads that share torch's steps wait awake some 0.03 ms, then asleep.
+    """To be called before torch is imported: threads that share torch's steps wait awake some 0.07 ms, then asleep.
 
     libgomp's default is milliseconds. Where something else has one of the cores, a thread that waits awake takes the
     time of the very one it waits for. Whoever set GOMP_SPINCOUNT or OMP_WAIT_POLICY keeps it.
     https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "7000")

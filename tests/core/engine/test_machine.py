@@ -52,7 +52,7 @@ def test_this_machines_memory_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "want"), [({}, "3000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+    ("given", "want"), [({}, "7000"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
 )
 def test_threads_that_wait_leave_the_core_to_others(given: dict[str, str], want: str) -> None:
     """Every OpenMP library in the process says at its start how long it will wait awake."""
