@@ -180,9 +180,11 @@ def choose(folder: Path, device: torch.device, dtype: str, cache_bytes: int) -> 
     if dtype == "auto" and precision is torch.int8:
         far = divergence(model, weights.load(folder))
         if not far <= FAR:  # it may be NaN
-            log.warning("this model bears int8 badly (%.2f nats from float32): DTYPE=auto takes bfloat16", far)
+            precision = without_int8(device)
+            name = str(precision).removeprefix("torch.")
+            log.warning("this model bears int8 badly (%.2f nats from float32): DTYPE=auto takes %s", far, name)
             del model
-            model = build(folder, device, torch.bfloat16, cache_bytes)
+            model = build(folder, device, precision, cache_bytes)
     return model
 
 
@@ -316,14 +318,17 @@ def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
             return torch.bfloat16 if computes_bfloat16(device) else torch.float16
         if parameters(folder) < LARGE:
             return torch.float32
-        if library.is_fast() or multiplies_int8():
-            return torch.int8
-        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+        return torch.int8 if library.is_fast() or multiplies_int8() else without_int8(device)
     if name not in DTYPES:
         raise BadCheckpoint(f"DTYPE={name} is not known: auto, {', '.join(DTYPES)}")
     if name == "int8" and device.type != "cpu":
         raise BadCheckpoint("DTYPE=int8 is for CPUs; on CUDA use auto, bfloat16 or float16")
     return DTYPES[name]
+
+
+def without_int8(device: torch.device) -> torch.dtype:
+    """The fastest on a CPU after int8: the native step takes bfloat16 as it is stored."""
+    return torch.bfloat16 if library.is_fast() or computes_bfloat16(device) else torch.float32
 
 
 def computes_bfloat16(device: torch.device) -> bool:

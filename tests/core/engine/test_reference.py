@@ -11,6 +11,7 @@ import torch
 from core.engine import model_runner, weights
 from core.engine.base import BadCheckpoint
 from core.engine.model_runner import FAR, build, open_runner
+from core.engine.native import library
 from core.engine.reference import divergence, logits
 from tests.checkpoints import EMBEDDED, SHAPES, make_outlying
 from tests.core.engine import oracle
@@ -55,6 +56,19 @@ def test_auto_takes_int8_where_the_model_bears_it(
     assert "int8" in open_runner(outlying, None, "cpu", "int8", 1).model.how, "who asks for it gets it"
     monkeypatch.setattr(model_runner, "divergence", lambda model, checkpoint: float("nan"))
     assert "bfloat16" in open_runner(EMBEDDED, None, "cpu", "auto", 1).model.how
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_without_the_native_step_auto_takes_what_torch_computes_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_bfloat16: bool
+) -> None:
+    """bfloat16 that a processor does not have is dozens of times slower than float32 there."""
+    monkeypatch.setattr(library, "open_library", lambda: None)
+    monkeypatch.setattr(model_runner, "multiplies_int8", lambda: True)
+    monkeypatch.setattr(model_runner, "computes_bfloat16", lambda _: has_bfloat16)
+    name = "bfloat16" if has_bfloat16 else "float32"
+    assert f"{name}, torch" in open_runner(make_outlying(tmp_path, 60), None, "cpu", "auto", 1).model.how
+    assert f"DTYPE=auto takes {name}" in caplog.text
 
 
 def test_a_tokenizer_with_more_tokens_and_few_positions_are_no_hindrance(checkpoint: Make, tmp_path: Path) -> None:
