@@ -117,6 +117,7 @@ class Linear:
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
+    """One of `weights.ACTIVATIONS`; "" leaves y as it is."""
     if activation == "relu":
         return F.relu(y)
     if activation == "tanh":  # F.gelu(approximate="tanh") treats the last elements of a batch differently
@@ -176,8 +177,8 @@ def multiplies_int8() -> bool:
 
 
 class GPT2:
-    """The torch model, float32, bfloat16 or float16, to which products are rounded; int8, to which their
-    factors are. Residuals stay float32; on the CPU so do attention and KV."""
+    """The torch model. In float32, bfloat16 and float16 products are rounded to that, in int8 what is multiplied.
+    Residuals stay float32; on the CPU so do attention and KV."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, block: int = 0) -> None:
         """Takes the tensors out of `checkpoint` one by one, so that the originals are freed while it packs."""

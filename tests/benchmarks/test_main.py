@@ -184,7 +184,7 @@ def test_the_reason_is_the_exception() -> None:
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     """It waits for a message that comes in an hour; its engine is a process of its own."""
     folder = checkpoints.make("tiny", None, tmp_path)
-    turn = ("palaver-float32", str(folder), "A", "1", "1", "4", "3600")
+    turn = ("palaver-float32", str(folder), "A", "1", "1", "0.5", "3600")
     parent = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE).wait()"
     command = sys.executable, "-c", parent, sys.executable, "-m", "benchmarks.serve.child", *turn
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as started:

@@ -329,7 +329,7 @@ async def test_the_embedded_model_takes_a_turn(tmp_path: Path) -> None:
     name, files = "palaver-float32", sorted(folder.iterdir())
     assert (await child(name, folder))["seconds"] >= 0
     assert sorted(folder.iterdir()) == files, "it loads the checkpoint as it is"
-    found = await child(name, folder, "AC", "1", "1", "4", "0")
+    found = await child(name, folder, "AC", "1", "1", "0.5", "0")
     assert "float32" in found["how"] and found["A"]["mean_ms"] > 0
     assert len(found["A"]["asked"]) == 12 and len(found["C"]["asked"]) == 16
     assert max(length for length, _ in found["C"]["asked"]) <= 240

@@ -19,8 +19,8 @@ from tests.core.engine.oracle import prompts, reference
 pytestmark = pytest.mark.usefixtures("inference")
 Make = Callable[..., Path]
 CPU = torch.device("cpu")
-VNNI = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_vnni", "avx_vnni"))
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([torch.int8] if VNNI else [])]
+INT8 = multiplies_int8() or torch.cpu.get_capabilities().get("avx512_vnni", False)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, *([torch.int8] if INT8 else [])]
 """What torch computes in here."""
 
 
@@ -93,7 +93,7 @@ def test_products_of_int8_are_exact_sums(rows: int) -> None:
     of_x = torch.addcmul(torch.tensor(128.5), x, 127 / most).floor() - 128
     want = (of_x.double() @ quants.double().T) * scale.double() * most.double() / 127
     bias = torch.arange(70.0)
-    if VNNI:  # elsewhere a sum of two products may not fit its 16 bits
+    if INT8:  # elsewhere a sum of two products may not fit its 16 bits
         torch.testing.assert_close(Int8Linear(weight, bias)(x).double(), want + bias, rtol=1e-6, atol=1e-4)
     assert (quants.float() * scale[:, None] - weight).abs().max() <= scale.max() / 2
     x[0, 3] = float("nan")
@@ -103,7 +103,7 @@ def test_products_of_int8_are_exact_sums(rows: int) -> None:
 
 
 def test_int8_is_torchs_where_the_processor_has_it_and_its_sums_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert multiplies_int8() is VNNI
+    assert multiplies_int8() is INT8
     for able, product, so in (
         ({"avx512_vnni": True}, lambda _: torch.full((1, 32), 64.0), True),
         ({"avx_vnni": True}, lambda _: torch.full((1, 32), 64.0), True),
