@@ -142,20 +142,24 @@ def test_threads_that_help_go_with_the_one_that_asked(native: Any) -> None:
     weight, packed = torch.randn(64, 320), torch.empty(64, 320)
     here, seen = Path("/proc/self/task"), list[int]()
 
+    def threads_here(wanted: int) -> int:
+        """The kernel lets go of one a moment after it was joined."""
+        for _ in range(500):
+            if len(list(here.iterdir())) == wanted:
+                break
+            time.sleep(0.01)
+        return len(list(here.iterdir()))
+
     def ask() -> None:
         for threads in (4, 1, 3):
             native.palaver_pack(weight.data_ptr(), 0, 320, 1, 64, 320, packed.data_ptr(), None, 2, threads)
-            seen.append(len(list(here.iterdir())))
+            seen.append(threads_here(before + threads))
 
     before, thread = len(list(here.iterdir())), threading.Thread(target=ask)
     thread.start()
     thread.join()
     assert seen == [before + 4, before + 1, before + 3]
-    for _ in range(500):  # the kernel lets go of the last one a moment later
-        if len(list(here.iterdir())) == before:
-            return
-        time.sleep(0.01)
-    pytest.fail("threads are left")
+    assert threads_here(before) == before, "threads are left"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
