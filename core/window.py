@@ -2,8 +2,9 @@
 
 A prompt is `turn eos turn eos … turn eos` (DialoGPT, arXiv 1911.00536, section 2). GPT-2's positions are absolute, so a
 start that moves voids everything cached: it stands at the first turn of all as long as everything fits. Then it moves
-rarely, to a turn whose index is divisible by a power of two: the largest of which there always is one among the turns
-behind which the share `keep` of the budget is left. That depends on nothing but the turns.
+rarely, to a turn whose index is divisible by a power of two (or the next, where that one is missing): the largest of
+which there always is one among the turns behind which the share `keep` of the budget is left. That depends on nothing
+but the turns.
 
 A turn stands in a prompt again and again, and to spell and encode it costs more than all the rest here: its ids are
 remembered.
@@ -109,6 +110,7 @@ class Window:
             starts.append(i)
             left -= len(span)
         stride = 1 << max(0, len(starts).bit_length() - 1)
-        marks = (i for i in starts if fitting[i][0].index % stride == 0)
+        places = [turn.index // stride for turn, _ in fitting]  # an exchange may be missing: what follows stands for it
+        marks = (i for i in starts if (places[i] > places[i - 1] if i else fitting[0][0].index % stride == 0))
         start = 0 if whole else next(marks, 0)
         return [id for _, span in fitting[start:] for id in span]

@@ -327,7 +327,7 @@ def choose_dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
 
 
 def without_int8(device: torch.device) -> torch.dtype:
-    """The fastest on a CPU after int8: the native step takes bfloat16 as it is stored."""
+    """The fastest on a CPU after int8. The native step wants no instructions for bfloat16, torch does."""
     return torch.bfloat16 if library.is_fast() or computes_bfloat16(device) else torch.float32
 
 

@@ -60,6 +60,14 @@ def test_the_start_stands_at_indices_divisible_by_a_power_of_two() -> None:
     assert Window(encode, EOS, 12, keep=0).prompt(turns([1] * 9))[0] == 5  # of 3 to 7, one is divisible by 4
 
 
+def test_where_an_exchange_is_missing_the_next_turn_stands_for_it() -> None:
+    """One that failed, or was deleted. Else the start would move with every exchange until another is in reach."""
+    window, spoken = Window(encode, EOS, 40), turns([1] * 33)
+    spoken = [turn for turn in spoken if turn.index not in (8, 9, 16, 17)]
+    starts = [window.prompt(spoken[:end])[0] - 1 for end in range(1, len(spoken) + 1, 2)]
+    assert starts == [0] * 10 + [10] * 4 + [18]
+
+
 def test_a_talk_that_fits_is_whole_wherever_it_begins() -> None:
     """After a /reset the indices go on, and a first exchange may be deleted: then it begins at no mark."""
     window, spoken = Window(encode, EOS, 20), turns([1] * 11, first=2)
