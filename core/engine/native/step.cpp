@@ -182,8 +182,10 @@ Team &team() {
 #define PATH_VNNI
 #endif
 #define PATH avxvnni
+#define PATH_INT8
 #include "step.cpp"
 #undef PATH
+#undef PATH_INT8
 #undef PATH_AVX2
 #undef PATH_VNNI
 #pragma GCC pop_options
@@ -755,19 +757,22 @@ template <int M, int N> INLINE void multiply(F (&y)[M][N], const Linear &l, int 
 }
 /// W is float, or uint16_t for bfloat16.
 template <int M, int N, class W> INLINE void multiply(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows rows, int row, const Ahead &ahead, const W *w) {
-    constexpr int RUN = 256, STEPS = 32 / PER<W>;  // one long sum would lose more
-    const int k = 32 * l.blocks;
-    const Met<W> *x = (sizeof(Met<W>) == 4 ? (const Met<W> *)rows.x : (const Met<W> *)s.narrow) + (size_t)row * rows.stride;
-    w += (size_t)group * k * 32 + first * PER<W>;
-    for (int from = 0; from < k; from += RUN) {
+    constexpr int RUN = 8, AT_ONCE = 4;  // blocks of one sum, for a long one would lose more; numbers between two fetches
+    const Met<W> *x[M];
+    for (int m = 0; m < M; m++) x[m] = (sizeof(Met<W>) == 4 ? (const Met<W> *)rows.x : (const Met<W> *)s.narrow) + (size_t)(row + m) * rows.stride;
+    w += (size_t)group * l.blocks * 1024 + first * PER<W>;
+    for (int from = 0; from < l.blocks; from += RUN) {
         F part[M][N] = {};
-        for (int i = from; i < k && i < from + RUN; i += PER<W>, w += 32 * PER<W>) {
-            fetch(ahead, i / 32, i % 32 / PER<W>, STEPS);
-            decltype(words(w)) columns[N];
-            for (int j = 0; j < N; j++) columns[j] = words(w + LANES * PER<W> * j);
-            for (int m = 0; m < M; m++)
-                for (int j = 0; j < N; j++) part[m][j] = plus(part[m][j], columns[j], x + (size_t)m * rows.stride + i);
-        }
+        for (int b = from; b < l.blocks && b < from + RUN; b++)
+            for (int i = 0; i < 32; i += AT_ONCE) {
+                fetch(ahead, b, i / AT_ONCE, 32 / AT_ONCE);
+                for (int d = 0; d < AT_ONCE; d += PER<W>, w += 32 * PER<W>) {
+                    decltype(words(w)) columns[N];
+                    for (int j = 0; j < N; j++) columns[j] = words(w + LANES * PER<W> * j);
+                    for (int m = 0; m < M; m++)
+                        for (int j = 0; j < N; j++) part[m][j] = plus(part[m][j], columns[j], x[m] + 32 * b + i + d);
+                }
+            }
         for (int m = 0; m < M; m++)
             for (int j = 0; j < N; j++) y[m][j] += part[m][j];
     }
@@ -1063,7 +1068,7 @@ template <int Q, int D> INLINE void blend(const Head<int8_t> &h, int position, i
     finish<Q, D>(h, mixed, row, d, scale);
 }
 /// `Q` queries of one head, the first at `position` and row `row` of the span; each sees the keys up to its own.
-template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int row) {
+template <int Q, class K> static __attribute__((noinline)) void attend(const Head<K> &h, int position, int row) {
     constexpr int D = APART<Q>, T = sizeof(K) == 1 && D * Q > 8 ? 2 : D;
     const int end = padded(position + Q, 16);
     prepare<Q>(h, row);
@@ -1089,10 +1094,6 @@ template <int Q, class K> INLINE void attend(const Head<K> &h, int position, int
     int d = 0;
     for (; d + 16 * D <= h.width; d += 16 * D) blend<Q, D>(h, position, row, d, scale);
     for (; d < h.width; d += 16) blend<Q, 1>(h, position, row, d, scale);
-}
-template <int Q, class K> INLINE void queries_of(const Head<K> &h, const Span &span, int i) {
-    for (; i + Q <= span.count; i += Q) attend<Q>(h, span.start + i, i);
-    if constexpr (Q > 1) queries_of<Q - 1>(h, span, i);
 }
 /// A head's query, key and value of a row.
 template <class K> INLINE void fetch(const Head<K> &h, const float *row) {
@@ -1135,7 +1136,9 @@ template <class K> static void attention(Team &team, const Model &m, const Step 
             keep_row(h, h.qkv + (size_t)r * stride, span.start + r);
         }
         if (layer + 1 < m.n_layer) {
-            queries_of<QUERIES>(h, span, 0);
+            int r = 0;
+            for (; r + QUERIES <= span.count; r += QUERIES) attend<QUERIES>(h, span.start + r, r);
+            for (; r < span.count; r++) attend<1>(h, span.start + r, r);
             return;
         }
         for (int w = 0; w < s.n_wanted; w++)
@@ -1181,10 +1184,19 @@ template <class W, class K> static void forward(Team &team, const Model &m, cons
     });
 }
 static void run(Team &team, const Model &m, const Step &s) {
+#if defined(PATH_INT8)  // it has instructions of its own for these weights alone
+    if (m.weights != INT8) return avx2::run(team, m, s);
+#elif defined(PATH_BF16)
+    if (m.weights != BFLOAT16) return avx512vnni::run(team, m, s);
+    forward<uint16_t, uint16_t>(team, m, s);
+#else
     if (m.weights == FLOAT32) return forward<float, float>(team, m, s);
     if (m.weights == BFLOAT16) return forward<uint16_t, uint16_t>(team, m, s);
+#endif
+#if !defined(PATH_BF16)
     if (m.keys == INT8) return forward<uint8_t, int8_t>(team, m, s);
     m.keys == FLOAT32 ? forward<uint8_t, float>(team, m, s) : forward<uint8_t, uint16_t>(team, m, s);
+#endif
 }
 }}  // namespace
 #endif
