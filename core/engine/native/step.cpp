@@ -757,22 +757,23 @@ template <int M, int N> INLINE void multiply(F (&y)[M][N], const Linear &l, int 
 }
 /// W is float, or uint16_t for bfloat16.
 template <int M, int N, class W> INLINE void multiply(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows rows, int row, const Ahead &ahead, const W *w) {
-    constexpr int RUN = 8, AT_ONCE = 4;  // blocks of one sum, for a long one would lose more; numbers between two fetches
+    constexpr int RUN = 256;  // one long sum would lose more
+    const int k = 32 * l.blocks, apart = ahead.bytes / 32 * PER<W>;
+    const char *next = ahead.next;
     const Met<W> *x[M];
     for (int m = 0; m < M; m++) x[m] = (sizeof(Met<W>) == 4 ? (const Met<W> *)rows.x : (const Met<W> *)s.narrow) + (size_t)(row + m) * rows.stride;
-    w += (size_t)group * l.blocks * 1024 + first * PER<W>;
-    for (int from = 0; from < l.blocks; from += RUN) {
+    w += (size_t)group * k * 32 + first * PER<W>;
+    for (int from = 0; from < k; from += RUN) {
+        const int to = from + RUN < k ? from + RUN : k;
         F part[M][N] = {};
-        for (int b = from; b < l.blocks && b < from + RUN; b++)
-            for (int i = 0; i < 32; i += AT_ONCE) {
-                fetch(ahead, b, i / AT_ONCE, 32 / AT_ONCE);
-                for (int d = 0; d < AT_ONCE; d += PER<W>, w += 32 * PER<W>) {
-                    decltype(words(w)) columns[N];
-                    for (int j = 0; j < N; j++) columns[j] = words(w + LANES * PER<W> * j);
-                    for (int m = 0; m < M; m++)
-                        for (int j = 0; j < N; j++) part[m][j] = plus(part[m][j], columns[j], x[m] + 32 * b + i + d);
-                }
-            }
+        for (int i = from; i < to; i += PER<W>, w += 32 * PER<W>, next += apart) {
+            __builtin_prefetch(next, 0, 2);
+            if (apart > 64) __builtin_prefetch(next + 64, 0, 2);  // 128, where there is one pass
+            decltype(words(w)) columns[N];
+            for (int j = 0; j < N; j++) columns[j] = words(w + LANES * PER<W> * j);
+            for (int m = 0; m < M; m++)
+                for (int j = 0; j < N; j++) part[m][j] = plus(part[m][j], columns[j], x[m] + i);
+        }
         for (int m = 0; m < M; m++)
             for (int j = 0; j < N; j++) y[m][j] += part[m][j];
     }
