@@ -127,6 +127,8 @@ class Checkpoint:
     folder: Path
     config: Config
     tensors: Tensors
+    stored: torch.dtype
+    """Of the weights that products read; float32 where they differ."""
 
 
 def load(folder: Path) -> Checkpoint:
@@ -151,7 +153,10 @@ def load(folder: Path) -> Checkpoint:
         for name, tensor in tensors.items():
             _check_finite(name, tensor, source)
             found[name] = tensor
-    return Checkpoint(folder, config, found)
+    stored = {
+        tensors[name].dtype for name, shape in config.shapes().items() if len(shape) == 2 and name != "wpe.weight"
+    }
+    return Checkpoint(folder, config, found, stored.pop() if len(stored) == 1 else torch.float32)
 
 
 def read_config(path: Path) -> Config:

@@ -22,6 +22,10 @@ BLOCK = 32
 WEIGHTS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
 """step.cpp's number of each precision."""
 
+STORED = {torch.bfloat16: 1, torch.float16: 3}
+"""step.cpp's number of what float32 stays in where a checkpoint has it in 16 bits (as DialoGPT's have): half as much to
+read for the same numbers."""
+
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """step.cpp's number of what a checkpoint may store; anything else becomes float32 first."""
 
@@ -89,6 +93,9 @@ class NativeGPT2:
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.kv_dtype = kv_dtype if dtype is torch.int8 else dtype
+        is_short = dtype is torch.float32 and checkpoint.stored in STORED
+        self.stored = checkpoint.stored if is_short else dtype
+        self.kind = STORED[self.stored] if is_short else WEIGHTS[dtype]
         self.path: int = native.palaver_best_path() if path is None else path
         self.head_dim = config.n_embd // config.n_head
         scales = 4 * round_up(self.head_dim, 32) // 32 if self.kv_dtype is torch.int8 else 0  # float32 beside bytes
@@ -96,8 +103,8 @@ class NativeGPT2:
         self.token_bytes = self.kv_dtype.itemsize * 2 * config.n_layer * config.n_head * self.head_width
         self.width = round_up(config.n_embd, BLOCK)
         self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)
-        name = str(dtype).removeprefix("torch.")
-        self.how = f"cpu, {name}, native {c.PATHS[self.path]}"
+        name, kept = (str(of).removeprefix("torch.") for of in (dtype, self.stored))
+        self.how = f"cpu, {name}{f' from {kept}' if is_short else ''}, native {c.PATHS[self.path]}"
         self._arena = Arena()
         self._kept: list[Tensor] = []
         self._step = c.Step()
@@ -146,7 +153,7 @@ class NativeGPT2:
             config.n_embd,
             config.n_positions,
             ACTIVATION[config.activation],
-            WEIGHTS[dtype],
+            self.kind,
             WEIGHTS[self.kv_dtype],
             config.layer_norm_epsilon,
         )
@@ -208,7 +215,7 @@ class NativeGPT2:
         source = weight if weight.dtype in SOURCES else weight.float()
         groups, blocks = (round_up(size, BLOCK) // BLOCK for size in source.shape)
         is_int8 = self.dtype is torch.int8
-        packed = self._arena.empty((groups, blocks, 32 * 32), torch.uint8 if is_int8 else self.dtype)
+        packed = self._arena.empty((groups, blocks, 32 * 32), torch.uint8 if is_int8 else self.stored)
         scales = self._arena.empty((groups, blocks, 32), torch.bfloat16) if is_int8 else torch.empty(0)
         self.native.palaver_pack(
             source.data_ptr(),
@@ -217,7 +224,7 @@ class NativeGPT2:
             *source.shape,
             packed.data_ptr(),
             scales.data_ptr(),
-            WEIGHTS[self.dtype],
+            self.kind,
             torch.get_num_threads(),
         )
         return c.Linear(self._keep(packed), self._keep(scales), bias, blocks, groups)

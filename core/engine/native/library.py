@@ -18,7 +18,7 @@ ARM = platform.machine() in ("aarch64", "arm64")
 PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX-VNNI", "AVX512-VNNI", "AVX512-BF16"]
 """By number, the faster behind; `palaver_runs` says which ones this CPU can take."""
 
-LAYOUT = 10
+LAYOUT = 11
 """Goes up, here and in step.cpp, whenever a structure, a layout or a function changes."""
 
 

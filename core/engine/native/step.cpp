@@ -1,6 +1,7 @@
 // One step of GPT-2 on a CPU: rows of many sequences side by side. Weights are float32, bfloat16, or int8 in blocks of
 // 32, as then are the activations they meet; keys and values are as the weights, and beside int8 as another model's, too.
-// All other numbers are float32.
+// All other numbers are float32. Weights of 16 bits beside keys and values of float32 are a float32 model's that was stored
+// so: float16 or bfloat16, from which the same numbers are made, and the same bits.
 //
 // A row's numbers are the same bits alone, in any batch, with its prompt cut anyhow, on any number of threads: integers
 // add up exactly, and floats are added lane by lane in an order that only the row's own position decides. The paths
@@ -9,9 +10,9 @@
 // meets that. What is not finite stays so: in int8 a block with such a number gets the scale NaN, and so do all logits of
 // its row, and of its row alone.
 //
-// Layouts, all padded with zeros; a group of 32 columns is read in one run. PER numbers share 32 bits: 1 of float32, 2 of
-// bfloat16, 4 of int8:
-//   weight   [n / 32][k / PER][32 columns][PER]  float32 or bfloat16
+// Layouts, all padded with zeros; a group of 32 columns is read in one run. PER numbers stand together: 1 of float32 or
+// float16, 2 of bfloat16, 4 of int8:
+//   weight   [n / 32][k / PER][32 columns][PER]  float32, float16 or bfloat16
 //            [n / 32][k / 32][8][32 columns][4]  int8: w + 128 as uint8
 //   scale    [n / 32][k / 32][32 columns]        bfloat16, int8 only: w = (byte - 128) * scale
 //   kv       [layer][2][head][capacity][width]   width is head_dim rounded up to 16; keys stand transposed in tiles of 16
@@ -34,6 +35,7 @@
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -62,12 +64,20 @@ struct Draw { const float *x, *tops; uint64_t seed; double temperature, top_p; i
 }
 
 namespace {
-enum Weights { INT8, BFLOAT16, FLOAT32 };
+enum Weights { INT8, BFLOAT16, FLOAT32, FLOAT16 };
 enum After { STORE, ADD, RELU, TANH, ERF, LOGITS };
 constexpr int QUERIES = 4;
 constexpr float ROUND = 0x1.8p23f;  // added to a small number, it leaves the nearest whole one in the lowest bits
 constexpr int32_t ROUND_BITS = 0x4B400000;
+struct Half { uint16_t bits; };
 template <class K> constexpr int PER = 4 / sizeof(K);
+template <> constexpr int PER<Half> = 1;
+inline float one(const Half *p) {
+    const uint32_t bits = (uint32_t)(p->bits & 0x7FFF) << 13;
+    float v;
+    memcpy(&v, &bits, 4);
+    return (p->bits >> 15 ? -0x1p112f : 0x1p112f) * v;  // its exponent counts from elsewhere
+}
 
 /// Threads that do one job together, all the same code, and wait for each other at the end of each loop. Whoever waits is
 /// awake for a while, which saves waking up, and then sleeps, for it may have the core of the one it waits for: between
@@ -172,7 +182,7 @@ Team &team() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define PATHS 5
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define PATH avx2
 #define PATH_AVX2
 #include "step.cpp"
@@ -190,7 +200,7 @@ Team &team() {
 #undef PATH_VNNI
 #pragma GCC pop_options
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")
 #define PATH avx512vnni
 #define PATH_AVX512
 #include "step.cpp"
@@ -218,12 +228,12 @@ Team &team() {
 namespace {
 using portable::keep;
 using portable::one;
-struct Half { uint16_t bits; };
-float one(const Half *p) {
-    const uint32_t bits = (uint32_t)(p->bits & 0x7FFF) << 13;
-    float v;
-    memcpy(&v, &bits, 4);
-    return (p->bits >> 15 ? -0x1p112f : 0x1p112f) * v;  // its exponent counts from elsewhere
+/// A number that float16 has.
+void keep(Half *p, float v) {
+    const float size = fabsf(v) * 0x1p-112f;
+    uint32_t bits;
+    memcpy(&bits, &size, 4);
+    p->bits = (uint16_t)(bits >> 13 | (uint32_t)std::signbit(v) << 15);
 }
 /// A block of 32 numbers of 32 columns, x [number][column], as bytes of `fours`, and each column's scale: bfloat16, rounded up, so
 /// that no number is cut off.
@@ -258,6 +268,8 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
         }
         if (weights == INT8) pack_block(x, (uint32_t *)packed + at * 256, scales + at * 32);
         if (weights == FLOAT32) memcpy((float *)packed + at * 1024, x, sizeof x);
+        if (weights == FLOAT16)
+            for (int i = 0; i < 1024; i++) keep((Half *)packed + at * 1024 + i, x[i / 32][i % 32]);
         if (weights == BFLOAT16)
             for (int i = 0; i < 1024; i++) keep((uint16_t *)packed + at * 1024 + i, x[i / 64 * 2 + i % 2][i % 64 / 2]);
     };
@@ -268,14 +280,14 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 10; }
+int palaver_layout() { return 11; }
 
 /// Can this CPU take a path: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX512-VNNI, 4 AVX512-BF16; on Arm 1 is dotprod?
 bool palaver_runs(int path) {
 #if PATHS == 5
 #define HAS __builtin_cpu_supports
     __builtin_cpu_init();
-    if (path == 1) return HAS("avx2") && HAS("fma");
+    if (path == 1) return HAS("avx2") && HAS("fma");  // which F16C is older than
 #if __GNUC__ > 10
     if (path == 2) return palaver_runs(1) && HAS("avxvnni");
 #endif
@@ -297,7 +309,7 @@ int palaver_best_path() {
 }
 
 /// Pack a weight (n, k) of float32 (kind 0), bfloat16 (1) or float16 (2), all finite, whose number (i, j) stands at
-/// i * stride_n + j * stride_k, in a layout above; `scales` is for int8 alone.
+/// i * stride_n + j * stride_k, in a layout above; `scales` is for int8 alone, and float16 for numbers that it has.
 void palaver_pack(const void *source, int kind, int64_t stride_n, int64_t stride_k, int n, int k, void *packed, uint16_t *scales, int weights, int threads) {
     if (kind == 0) pack((const float *)source, stride_n, stride_k, n, k, packed, scales, weights, threads);
     if (kind == 1) pack((const uint16_t *)source, stride_n, stride_k, n, k, packed, scales, weights, threads);
@@ -450,6 +462,16 @@ template <> struct Meets<uint8_t> { typedef int8_t Number; };
 template <> struct Meets<int8_t> { typedef float Number; };
 INLINE F words(const float *p) { return *(const F *)p; }
 INLINE I words(const uint16_t *p) { return *(const I *)p; }
+#if defined(PATH_AVX512)
+INLINE F words(const Half *p) { return (F)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256((const __m256i *)p)); }
+#elif defined(PATH_AVX2)
+INLINE F words(const Half *p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+#else
+INLINE F words(const Half *p) {
+    const I bits = __builtin_convertvector(*(const H *)p, I);
+    return (F)((I)((F)((bits & 0x7FFF) << 13) * 0x1p112f) | (bits & 0x8000) << 16);
+}
+#endif
 INLINE F plus(F sum, F word, const float *x) { return fused(word, broadcast(*x), sum); }
 #if defined(PATH_BF16)
 template <> struct Meets<uint16_t> { typedef uint16_t Number; };
@@ -724,10 +746,10 @@ INLINE void fetch(const Ahead &ahead, int block, int step, int steps) {
     for (int i = 64 * step; i < ahead.bytes; i += 64 * steps) __builtin_prefetch(ahead.next + (size_t)block * ahead.bytes + i, 0, 2);
 }
 
-/// y += rows x columns `first`, first + 1, ... of a group.
+/// y += rows x columns `first`, first + 1, ... of a group, whose weights are at w.
 template <int M, int N> INLINE void multiply(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows, int row, const Ahead &ahead, const uint8_t *w) {
     const uint16_t *scale = l.scale + (size_t)group * l.blocks * 32 + first;
-    w += (size_t)group * l.blocks * 1024 + 4 * first;
+    w += 4 * first;
     for (int b = 0; b < l.blocks; b++, w += 1024, scale += 32) {
         const size_t at = (size_t)b * s.rows + row;
         const Block *x = (const Block *)s.narrow + at;
@@ -755,14 +777,14 @@ template <int M, int N> INLINE void multiply(F (&y)[M][N], const Linear &l, int 
         }
     }
 }
-/// W is float, or uint16_t for bfloat16.
-template <int M, int N, class W> INLINE void multiply(F (&y)[M][N], const Linear &l, int group, int first, const Step &s, Rows rows, int row, const Ahead &ahead, const W *w) {
+/// W is float, Half, or uint16_t for bfloat16.
+template <int M, int N, class W> INLINE void multiply(F (&y)[M][N], const Linear &l, int, int first, const Step &s, Rows rows, int row, const Ahead &ahead, const W *w) {
     constexpr int RUN = 256;  // one long sum would lose more
     const int k = 32 * l.blocks, apart = ahead.bytes / 32 * PER<W>;
     const char *next = ahead.next;
     const Met<W> *x[M];
     for (int m = 0; m < M; m++) x[m] = (sizeof(Met<W>) == 4 ? (const Met<W> *)rows.x : (const Met<W> *)s.narrow) + (size_t)(row + m) * rows.stride;
-    w += (size_t)group * k * 32 + first * PER<W>;
+    w += first * PER<W>;
     for (int from = 0; from < k; from += RUN) {
         const int to = from + RUN < k ? from + RUN : k;
         F part[M][N] = {};
@@ -779,7 +801,7 @@ template <int M, int N, class W> INLINE void multiply(F (&y)[M][N], const Linear
     }
 }
 /// `M` rows from `row` on times one group of 32 columns, to where `out` is.
-template <class W, int M> INLINE void tile(const Linear &l, int group, const Step &s, Rows in, int row, Ahead &ahead, float *out, int stride, int after) {
+template <int M, class W> INLINE void tile(const Linear &l, int group, const W *w, const Step &s, Rows in, int row, Ahead &ahead, float *out, int stride, int after) {
     constexpr int AT_ONCE = M == 1 ? 32 / LANES : 2;  // registers of columns; a single row takes its weights in one run
     for (int first = 0; first < 32; first += AT_ONCE * LANES) {
         F y[M][AT_ONCE];
@@ -787,7 +809,7 @@ template <class W, int M> INLINE void tile(const Linear &l, int group, const Ste
             for (F &of : of_row) of = F{};
         for (int m = 0; m < M; m++)  // the other threads' until now
             for (int i = first; i < first + AT_ONCE * LANES; i += 16) __builtin_prefetch(out + (size_t)m * stride + i, 1);
-        multiply(y, l, group, first, s, in, row, ahead, (const W *)l.weight);
+        multiply(y, l, group, first, s, in, row, ahead, w);
         ahead.next += (size_t)l.blocks * ahead.bytes;
         for (int j = 0; j < AT_ONCE; j++) {
             const int column = 32 * group + first + LANES * j;
@@ -799,9 +821,20 @@ template <class W, int M> INLINE void tile(const Linear &l, int group, const Ste
         }
     }
 }
-template <class W, int M> INLINE void rows_of(const Linear &l, int group, const Step &s, Rows in, int row, int rows, Ahead &ahead, float *out, int stride, int after) {
-    for (; row + M <= rows; row += M, out += (size_t)M * stride) tile<W, M>(l, group, s, in, row, ahead, out, stride, after);
-    if constexpr (M > 1) rows_of<W, M - 1>(l, group, s, in, row, rows, ahead, out, stride, after);
+template <int M, class W> INLINE void rows_of(const Linear &l, int group, const W *w, const Step &s, Rows in, int row, int rows, Ahead &ahead, float *out, int stride, int after) {
+    for (; row + M <= rows; row += M, out += (size_t)M * stride) tile<M>(l, group, w, s, in, row, ahead, out, stride, after);
+    if constexpr (M > 1) rows_of<M - 1>(l, group, w, s, in, row, rows, ahead, out, stride, after);
+}
+/// A group's weights, which stand near as floats where more than two tiles want them.
+template <class W> INLINE void each_tile(const Linear &l, int group, const W *w, const Step &s, Rows in, int row, int rows, Ahead &ahead, float *out, int stride, int after) {
+    if constexpr (std::is_same_v<W, Half>)
+        if (rows - row > 2 * ROWS) {
+            static thread_local std::vector<float> near;
+            near.resize((size_t)l.blocks * 1024);
+            for (size_t i = 0; i < near.size(); i += LANES) store(&near[i], words(w + i));
+            return rows_of<ROWS>(l, group, (const float *)near.data(), s, in, row, rows, ahead, out, stride, after);
+        }
+    rows_of<ROWS>(l, group, w, s, in, row, rows, ahead, out, stride, after);
 }
 static __attribute__((noinline)) void summarise_rows(const Step &s, int group, int row, int end, const float *x, int stride) {
     for (int groups = padded(stride / 32, 16); row < end; row++) {
@@ -815,19 +848,19 @@ template <class W> static void linear(Team &team, const Linear &l, const Step &s
     constexpr int HIGH = 16 * ROWS;  // rows at a time: so many stay near while the groups pass by
     const int n = (rows + HIGH - 1) / HIGH * l.groups;
     team.each_then(n, team.share(l.groups), [&](int i, int then) {
-        const auto weights = [&](int i) { return (const char *)((const W *)l.weight + (size_t)(i % l.groups) * l.blocks * 1024); };
+        const auto weights = [&](int i) { return (const W *)l.weight + (size_t)(i % l.groups) * l.blocks * 1024; };
         const int row = i / l.groups * HIGH, group = i % l.groups;
         const int end = row + HIGH < rows ? row + HIGH : rows, passes = end - row > 1 ? (end - row + ROWS - 1) / ROWS * PARTS : 1;
         const int bytes = passes == 1 || then < n ? padded(1024 * (int)sizeof(W) / passes, 64) : 0;
-        Ahead ahead{passes > 1 ? weights(then) : weights(i) + RUN_AHEAD, bytes};
+        Ahead ahead{passes > 1 ? (const char *)weights(then) : (const char *)weights(i) + RUN_AHEAD, bytes};
         if (sizeof(Met<W>) < 4 && (after == RELU || after == TANH || after == ERF)) {
             float x[HIGH * 32];
-            rows_of<W, ROWS>(l, group, s, in, row, end, ahead, x, 32, after);
+            each_tile(l, group, weights(i), s, in, row, end, ahead, x, 32, after);
             const Step next = behind<W>(s, l.blocks);
             for (int i = row; i < end; i++) narrow_block(x + 32 * (i - row), group, l.groups, next, i, (const Met<W> *)nullptr);
             return;
         }
-        rows_of<W, ROWS>(l, group, s, in, row, end, ahead, out + (size_t)row * stride + 32 * group, stride, after);
+        each_tile(l, group, weights(i), s, in, row, end, ahead, out + (size_t)row * stride + 32 * group, stride, after);
         if (after == LOGITS) summarise_rows(s, group, row, end, out, stride);
     });
 }
@@ -1188,11 +1221,12 @@ static void run(Team &team, const Model &m, const Step &s) {
 #if defined(PATH_INT8)  // it has instructions of its own for these weights alone
     if (m.weights != INT8) return avx2::run(team, m, s);
 #elif defined(PATH_BF16)
-    if (m.weights != BFLOAT16) return avx512vnni::run(team, m, s);
+    if (m.weights != BFLOAT16 || m.keys == FLOAT32) return avx512vnni::run(team, m, s);
     forward<uint16_t, uint16_t>(team, m, s);
 #else
     if (m.weights == FLOAT32) return forward<float, float>(team, m, s);
-    if (m.weights == BFLOAT16) return forward<uint16_t, uint16_t>(team, m, s);
+    if (m.weights == FLOAT16) return forward<Half, float>(team, m, s);
+    if (m.weights == BFLOAT16) return m.keys == FLOAT32 ? forward<uint16_t, float>(team, m, s) : forward<uint16_t, uint16_t>(team, m, s);
 #endif
 #if !defined(PATH_BF16)
     if (m.keys == INT8) return forward<uint8_t, int8_t>(team, m, s);

@@ -50,6 +50,19 @@ WRITTEN_OUT __m512i written_widen(unsigned short mask, __m256i v) {
     for (int i = 0; i < 16; i++) to[i] = mask >> i & 1 ? from[i] : 0;
     return written_loadu(to);
 }
+/// Sixteen numbers of float16 as floats, where `mask` has a bit.
+WRITTEN_OUT __m512 written_widen_halves(unsigned short mask, __m256i v) {
+    unsigned short from[16];
+    __m512 to;
+    __builtin_memcpy(from, &v, 32);
+    for (int i = 0; i < 16; i++) {
+        unsigned bits = (unsigned)(from[i] & 0x7FFF) << 13;
+        float size;
+        __builtin_memcpy(&size, &bits, 4);
+        to[i] = mask >> i & 1 ? (from[i] >> 15 ? -0x1p112f : 0x1p112f) * size : 0;
+    }
+    return to;
+}
 /// Thirty-two bytes, signed, as numbers of 16 bits.
 WRITTEN_OUT __m512i written_widen_bytes(__m256i v) {
     signed char from[32];
@@ -100,6 +113,7 @@ WRITTEN_OUT __m256i written_half(__m512i v) {
 #define _mm512_dpbf16_ps written_dpbf16
 #define _mm512_cvtneps_pbh written_narrow
 #define _mm512_maskz_cvtepu16_epi32 written_widen
+#define _mm512_maskz_cvtph_ps written_widen_halves
 #define _mm512_fmadd_ps written_fmadd
 #define _mm512_dpbusd_epi32 written_dpbusd
 #define _mm512_loadu_si512 written_loadu

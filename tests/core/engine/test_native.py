@@ -20,13 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core.engine import model_runner, weights
 from core.engine.base import BadCheckpoint
 from core.engine.model import GPT2, Batch, Model, Rows, multiplies_int8
 from core.engine.native import library
-from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
+from core.engine.native.gpt2 import SOURCES, STORED, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
 from core.engine.native.memory import ARENA, Arena, zeros
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
@@ -80,10 +81,10 @@ def paths(native: Any, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[A
         compiled(SOURCE, folder / "step.so", "-fsyntax-only")  # what the install compiled has had no -Werror
         return own
     text = SOURCE.read_text()
-    for target in ("avxvnni", "avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni", "avx512bf16"):
+    for target in ("avxvnni", "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni", "avx512bf16"):
         parts = text.split(f'target("{target}")')
         assert len(parts) == 2, "only the path's target names its instructions"
-        text = 'target("avx2,fma")'.join(parts)
+        text = 'target("avx2,fma,f16c")'.join(parts)
     parts = text.split("{ return a * b + c; }")
     assert len(parts) == 2, "only the portable path's fused multiply-add is none"
     text = "{ for (int i = 0; i < LANES; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]); return c; }".join(parts)
@@ -302,6 +303,40 @@ def test_the_sum_of_many_equal_values_is_not_too_large(checkpoint: Make, paths: 
         assert float((exact - near).std() / exact.std()) < 0.01
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_float32_stays_in_the_16_bits_it_was_stored_in_and_computes_the_same(
+    checkpoint: Make, tmp_path: Path, paths: list[tuple[Any, int]], shape: str, stored: torch.dtype
+) -> None:
+    """In steps that read every weight once, that pass over it twice, and that make it to floats first."""
+    short = checkpoint(shape, dtype=stored, head="own")
+    shutil.copytree(short, tmp_path / "long")
+    tensors = {name: tensor.float() for name, tensor in load_file(short / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "long/model.safetensors")
+    for native, path in paths:
+        long = NativeGPT2(weights.load(tmp_path / "long"), native, torch.float32, path)
+        model = NativeGPT2(weights.load(short), native, torch.float32, path)
+        name = str(stored).removeprefix("torch.")
+        assert (model.stored, long.stored) == (stored, torch.float32)
+        assert model.how.startswith(f"cpu, float32 from {name}, native") and "from" not in long.how
+        [ids] = prompts([70], model.config.vocab_size)
+        for counts in ([1] * 3, [5, 16], [70]):
+            ids_now = ids[: sum(counts)]
+            assert torch.equal(run(model, ids_now, counts), run(long, ids_now, counts))
+
+
+def test_weights_that_are_stored_in_several_types_become_float32(checkpoint: Make, tmp_path: Path, native: Any) -> None:
+    shutil.copytree(checkpoint("inner", dtype=torch.float16), tmp_path / "mixed")
+    tensors = load_file(tmp_path / "mixed/model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"] = tensors["transformer.h.1.mlp.c_fc.weight"].bfloat16()
+    save_file(tensors, tmp_path / "mixed/model.safetensors")
+    [ids] = prompts([9], 333)
+    model = NativeGPT2(weights.load(tmp_path / "mixed"), native, torch.float32)
+    assert model.stored is torch.float32
+    want = reference(tmp_path / "mixed")(torch.tensor([ids])).logits[0]
+    assert float((run(model, ids, [9]) - want).abs().max() / want.std()) < 1e-5
+
+
 def test_a_head_of_its_own(checkpoint: Make, native: Any) -> None:
     folder = checkpoint("plain", head="own")
     [ids] = prompts([30], 384)
@@ -334,13 +369,16 @@ def test_weights_are_packed_as_torch_would(native: Any, n: int, k: int, stored: 
     columns = whole(weight).view(groups, 32, blocks, 32).permute(0, 2, 3, 1)
     pairs = whole(weight).bfloat16().view(groups, 32, blocks, 16, 2).permute(0, 2, 3, 1, 4)
     want = {torch.int8: bytes_, torch.bfloat16: pairs, torch.float32: columns}
+    kinds = dict(WEIGHTS)
+    if stored is torch.float16:
+        want[stored], kinds[stored] = columns.half(), STORED[stored]
     for source in (weight, weight.T.contiguous().T):
         for dtype, packed in want.items():
             got = torch.empty(packed.shape, dtype=packed.dtype)
             scales = torch.empty(groups, blocks, 32, dtype=torch.bfloat16)
             native.palaver_pack(
                 *(source.data_ptr(), SOURCES[stored], *source.stride(), n, k),
-                *(got.data_ptr(), scales.data_ptr(), WEIGHTS[dtype], 2),
+                *(got.data_ptr(), scales.data_ptr(), kinds[dtype], 2),
             )
             assert torch.equal(got, packed)
             if dtype is torch.int8:
