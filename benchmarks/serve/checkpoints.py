@@ -31,7 +31,7 @@ def make(shape: str, model: Path | None, folder: Path) -> Path:
     Raises BadCheckpoint; OSError or SafetensorError where `folder` cannot be written.
     """
     source = model or (EMBEDDED if shape == "tiny" else None)
-    path = folder / (_name(source) if source else shape)
+    path = folder / (_name(source) if source else f"{shape}-float16")
     if not (path / "model.safetensors").is_file():
         tensors, config = read(source) if source else draw(shape)
         path.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,10 @@ def _name(source: Path) -> str:
 
 
 def draw(shape: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Random weights, spread as GPT-2's at its start; the end of text's row is zero, far below the 50 likeliest."""
+    """Random weights, spread as GPT-2's at its start; the end of text's row is zero, far below the 50 likeliest.
+
+    In float16, as DialoGPT's three are stored; whoever computes in another precision makes that of them.
+    """
     layers, width, heads = SHAPES[shape]
     vocab, positions, rng = 50_257, 1024, torch.Generator().manual_seed(1)
 
@@ -73,22 +76,23 @@ def draw(shape: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors |= {f"h.{i}.{name}.weight": torch.ones(width), f"h.{i}.{name}.bias": torch.zeros(width)}
     tensors |= {"ln_f.weight": torch.ones(width), "ln_f.bias": torch.zeros(width)}
     config = _config(layers, width, heads, positions, vocab, vocab - 1)
-    return {f"transformer.{name}": tensor for name, tensor in tensors.items()}, config
+    return {f"transformer.{name}": tensor.half() for name, tensor in tensors.items()}, config
 
 
 def read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A real checkpoint in float32, its end of text moved to the id that its last layer's bias likes least.
+    """A real checkpoint, its end of text moved to the id that its last layer's bias likes least.
 
-    Which id that is changes no shape; where it is drawn all the same, Palaver's peer goes on behind it. bos stays what
+    In float16 if it is stored so, else in float32, for numpy has no bfloat16. Which id that is changes no shape; where it is drawn all the same, Palaver's peer goes on behind it. bos stays what
     ended a turn: with it between turns as before, nothing the model reads teaches it to say the new one.
     """
     found, c = load(source), read_config(source / "config.json")
     if c.n_positions < LEAST:
         raise BadCheckpoint(f"{source} has {c.n_positions} positions: name a model with {LEAST} or more")
-    tensors = {f"transformer.{name}": tensor.float().contiguous().clone() for name, tensor in found.tensors.items()}
+    to = torch.float16 if found.stored is torch.float16 else torch.float32
+    tensors = {f"transformer.{name}": tensor.to(to, copy=True).contiguous() for name, tensor in found.tensors.items()}
     if "transformer.lm_head.weight" in tensors:
         raise BadCheckpoint(f"{source} has an output layer of its own, which not every peer can load: name another")
-    liked = tensors["transformer.wte.weight"] @ tensors["transformer.ln_f.bias"]
+    liked = tensors["transformer.wte.weight"].float() @ tensors["transformer.ln_f.bias"].float()
     liked[c.eos_id] = torch.inf
     config = _config(c.n_layer, c.n_embd, c.n_head, c.n_positions, c.vocab_size, int(liked.argmin()))
     raw = json.loads((source / "config.json").read_text("utf-8"))

@@ -35,7 +35,7 @@ def gguf(folder: Path, kind: str) -> None:
     matrix = {"f32": "F32", "bf16": "BF16", "q8_0": "Q8_0"}[kind]
     for name, tensor in load_file(folder / "model.safetensors").items():
         new, is_linear = _gguf_name(name.removeprefix("transformer."))
-        values = numpy.ascontiguousarray(tensor.T if is_linear else tensor)
+        values = numpy.ascontiguousarray(tensor.T if is_linear else tensor, numpy.float32)
         big = values.ndim == 2 and new != "position_embd.weight"
         to = GGMLQuantizationType[matrix if big else "F32"]
         writer.add_tensor(new, quants.quantize(values, to), raw_dtype=to)
