@@ -82,14 +82,17 @@ def draw(shape: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A real checkpoint, its end of text moved to the id that its last layer's bias likes least.
 
-    In float16 if it is stored so, else in float32, for numpy has no bfloat16. Which id that is changes no shape; where it is drawn all the same, Palaver's peer goes on behind it. bos stays what
-    ended a turn: with it between turns as before, nothing the model reads teaches it to say the new one.
+    In float16 if it is stored so, else in float32, for numpy has no bfloat16. Which id that is changes no shape; where
+    it is drawn all the same, Palaver's peer goes on behind it. bos stays what ended a turn: with it between turns as
+    before, nothing the model reads teaches it to say the new one.
     """
     found, c = load(source), read_config(source / "config.json")
     if c.n_positions < LEAST:
         raise BadCheckpoint(f"{source} has {c.n_positions} positions: name a model with {LEAST} or more")
-    to = torch.float16 if found.stored is torch.float16 else torch.float32
-    tensors = {f"transformer.{name}": tensor.to(to, copy=True).contiguous() for name, tensor in found.tensors.items()}
+    tensors = {
+        f"transformer.{name}": (tensor if tensor.dtype is torch.float16 else tensor.float()).contiguous().clone()
+        for name, tensor in found.tensors.items()
+    }
     if "transformer.lm_head.weight" in tensors:
         raise BadCheckpoint(f"{source} has an output layer of its own, which not every peer can load: name another")
     liked = tensors["transformer.wte.weight"].float() @ tensors["transformer.ln_f.bias"].float()

@@ -127,8 +127,6 @@ class Checkpoint:
     folder: Path
     config: Config
     tensors: Tensors
-    stored: torch.dtype
-    """Of the weights that products read; float32 where they differ."""
 
 
 def load(folder: Path) -> Checkpoint:
@@ -153,10 +151,7 @@ def load(folder: Path) -> Checkpoint:
         for name, tensor in tensors.items():
             _check_finite(name, tensor, source)
             found[name] = tensor
-    stored = {
-        tensors[name].dtype for name, shape in config.shapes().items() if len(shape) == 2 and name != "wpe.weight"
-    }
-    return Checkpoint(folder, config, found, stored.pop() if len(stored) == 1 else torch.float32)
+    return Checkpoint(folder, config, found)
 
 
 def read_config(path: Path) -> Config:

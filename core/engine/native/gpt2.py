@@ -22,9 +22,9 @@ BLOCK = 32
 WEIGHTS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
 """step.cpp's number of each precision."""
 
-STORED = {torch.bfloat16: 1, torch.float16: 3}
-"""step.cpp's number of what float32 stays in where a checkpoint has it in 16 bits (as DialoGPT's have): half as much to
-read for the same numbers."""
+SHORT = {torch.float16: 3, torch.bfloat16: 1}
+"""step.cpp's number of what float32 is kept in where a checkpoint's numbers are of 16 bits, as DialoGPT's are: half as
+much to read for the same."""
 
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """step.cpp's number of what a checkpoint may store; anything else becomes float32 first."""
@@ -93,9 +93,8 @@ class NativeGPT2:
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.kv_dtype = kv_dtype if dtype is torch.int8 else dtype
-        is_short = dtype is torch.float32 and checkpoint.stored in STORED
-        self.stored = checkpoint.stored if is_short else dtype
-        self.kind = STORED[self.stored] if is_short else WEIGHTS[dtype]
+        self.kept = kept_in(checkpoint) if dtype is torch.float32 else dtype
+        self.kind = WEIGHTS[dtype] if self.kept is dtype else SHORT[self.kept]
         self.path: int = native.palaver_best_path() if path is None else path
         self.head_dim = config.n_embd // config.n_head
         scales = 4 * round_up(self.head_dim, 32) // 32 if self.kv_dtype is torch.int8 else 0  # float32 beside bytes
@@ -103,8 +102,8 @@ class NativeGPT2:
         self.token_bytes = self.kv_dtype.itemsize * 2 * config.n_layer * config.n_head * self.head_width
         self.width = round_up(config.n_embd, BLOCK)
         self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)
-        name, kept = (str(of).removeprefix("torch.") for of in (dtype, self.stored))
-        self.how = f"cpu, {name}{f' from {kept}' if is_short else ''}, native {c.PATHS[self.path]}"
+        names = dict.fromkeys(str(of).removeprefix("torch.") for of in (dtype, self.kept))  # one, or two
+        self.how = f"cpu, {' kept in '.join(names)}, native {c.PATHS[self.path]}"
         self._arena = Arena()
         self._kept: list[Tensor] = []
         self._step = c.Step()
@@ -215,7 +214,7 @@ class NativeGPT2:
         source = weight if weight.dtype in SOURCES else weight.float()
         groups, blocks = (round_up(size, BLOCK) // BLOCK for size in source.shape)
         is_int8 = self.dtype is torch.int8
-        packed = self._arena.empty((groups, blocks, 32 * 32), torch.uint8 if is_int8 else self.stored)
+        packed = self._arena.empty((groups, blocks, 32 * 32), torch.uint8 if is_int8 else self.kept)
         scales = self._arena.empty((groups, blocks, 32), torch.bfloat16) if is_int8 else torch.empty(0)
         self.native.palaver_pack(
             source.data_ptr(),
@@ -232,6 +231,18 @@ class NativeGPT2:
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def kept_in(checkpoint: Checkpoint) -> torch.dtype:
+    """The type of 16 bits that has every number of the products' weights, or float32. (What was loaded from 16 bits is
+    often saved in 32. Of other weights, a few rows of the first tell.)"""
+    names = [name for name, shape in checkpoint.config.shapes().items() if len(shape) == 2 and name != "wpe.weight"]
+
+    def has(tensor: Tensor, to: torch.dtype) -> bool:
+        parts = (tensor[i : i + 1024] for i in range(0, len(tensor), 1024))
+        return tensor.dtype is to or all(torch.equal(part.to(to).to(part.dtype), part) for part in parts)
+
+    return next((to for to in SHORT if all(has(checkpoint.tensors[name], to) for name in names)), torch.float32)
 
 
 def padded(vector: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ from torch import Tensor
 from core.engine import model_runner, weights
 from core.engine.base import BadCheckpoint
 from core.engine.model import GPT2, Batch, Model, Rows, multiplies_int8
-from core.engine.native import library
-from core.engine.native.gpt2 import SOURCES, STORED, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
+from core.engine.native import gpt2, library
+from core.engine.native.gpt2 import SHORT, SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
 from core.engine.native.memory import ARENA, Arena, zeros
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
@@ -305,34 +305,42 @@ def test_the_sum_of_many_equal_values_is_not_too_large(checkpoint: Make, paths: 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32_stays_in_the_16_bits_it_was_stored_in_and_computes_the_same(
-    checkpoint: Make, tmp_path: Path, paths: list[tuple[Any, int]], shape: str, stored: torch.dtype
+def test_float32_is_kept_in_the_16_bits_its_numbers_have_and_computes_the_same(
+    checkpoint: Make, tmp_path: Path, paths: list[tuple[Any, int]], shape: str, stored: torch.dtype, monkeypatch: Any
 ) -> None:
-    """In steps that read every weight once, that pass over it twice, and that make it to floats first."""
+    """In steps that read every weight once, that pass over it twice, and that make it to floats first. Also where they
+    are saved in 32 bits."""
     short = checkpoint(shape, dtype=stored, head="own")
     shutil.copytree(short, tmp_path / "long")
     tensors = {name: tensor.float() for name, tensor in load_file(short / "model.safetensors").items()}
     save_file(tensors, tmp_path / "long/model.safetensors")
     for native, path in paths:
-        long = NativeGPT2(weights.load(tmp_path / "long"), native, torch.float32, path)
-        model = NativeGPT2(weights.load(short), native, torch.float32, path)
-        name = str(stored).removeprefix("torch.")
-        assert (model.stored, long.stored) == (stored, torch.float32)
-        assert model.how.startswith(f"cpu, float32 from {name}, native") and "from" not in long.how
-        [ids] = prompts([70], model.config.vocab_size)
-        for counts in ([1] * 3, [5, 16], [70]):
-            ids_now = ids[: sum(counts)]
-            assert torch.equal(run(model, ids_now, counts), run(long, ids_now, counts))
+        models = [NativeGPT2(weights.load(at), native, torch.float32, path) for at in (short, tmp_path / "long")]
+        with monkeypatch.context() as patch:
+            patch.setattr(gpt2, "kept_in", lambda _: torch.float32)
+            plain = NativeGPT2(weights.load(short), native, torch.float32, path)
+        assert "kept" not in plain.how
+        [ids] = prompts([70], plain.config.vocab_size)
+        for model in models:
+            assert model.how.startswith(f"cpu, float32 kept in {str(stored).removeprefix('torch.')}, native")
+            for counts in ([1] * 3, [5, 16], [70]):
+                some = ids[: sum(counts)]
+                assert torch.equal(run(model, some, counts), run(plain, some, counts))
 
 
-def test_weights_that_are_stored_in_several_types_become_float32(checkpoint: Make, tmp_path: Path, native: Any) -> None:
-    shutil.copytree(checkpoint("inner", dtype=torch.float16), tmp_path / "mixed")
+@pytest.mark.parametrize("name", ["wte", "h.1.mlp.c_fc", "lm_head"])
+def test_float32_that_needs_its_32_bits_somewhere_has_them(
+    checkpoint: Make, tmp_path: Path, native: Any, name: str
+) -> None:
+    shutil.copytree(checkpoint("inner", dtype=torch.float16, head="own"), tmp_path / "mixed")
     tensors = load_file(tmp_path / "mixed/model.safetensors")
-    tensors["transformer.h.1.mlp.c_fc.weight"] = tensors["transformer.h.1.mlp.c_fc.weight"].bfloat16()
+    name = name if name == "lm_head" else f"transformer.{name}"
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float()
+    tensors[f"{name}.weight"][-1, -1] = 1.0001
     save_file(tensors, tmp_path / "mixed/model.safetensors")
     [ids] = prompts([9], 333)
     model = NativeGPT2(weights.load(tmp_path / "mixed"), native, torch.float32)
-    assert model.stored is torch.float32
+    assert model.kept is torch.float32
     want = reference(tmp_path / "mixed")(torch.tensor([ids])).logits[0]
     assert float((run(model, ids, [9]) - want).abs().max() / want.std()) < 1e-5
 
@@ -371,7 +379,7 @@ def test_weights_are_packed_as_torch_would(native: Any, n: int, k: int, stored: 
     want = {torch.int8: bytes_, torch.bfloat16: pairs, torch.float32: columns}
     kinds = dict(WEIGHTS)
     if stored is torch.float16:
-        want[stored], kinds[stored] = columns.half(), STORED[stored]
+        want[stored], kinds[stored] = columns.half(), SHORT[stored]
     for source in (weight, weight.T.contiguous().T):
         for dtype, packed in want.items():
             got = torch.empty(packed.shape, dtype=packed.dtype)
