@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from core.engine.base import BadCheckpoint
 from core.engine.kv_cache import round_up
 from core.engine.sampler import Summary, summarise
 from core.engine.weights import Checkpoint, Config
@@ -194,11 +193,7 @@ class GPT2:
         tensors = checkpoint.tensors
 
         def take(name: str, to: torch.dtype = torch.float32) -> Tensor:
-            tensor = tensors.pop(name).to(device, to, copy=True)  # a view would keep the whole file mapped
-            if to is torch.float16 and not tensor.isfinite().all():
-                what = f"{checkpoint.folder}: {name} holds numbers beyond float16's 65504"
-                raise BadCheckpoint(f"{what}: DTYPE=bfloat16 or float32 takes them")
-            return tensor
+            return checkpoint.take(name, to, device)
 
         def product(weight: Tensor, bias: Tensor | None, activation: str = "") -> Linear:
             if dtype is torch.int8:

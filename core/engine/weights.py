@@ -128,6 +128,14 @@ class Checkpoint:
     config: Config
     tensors: Tensors
 
+    def take(self, name: str, to: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """A tensor in another type, out of `tensors`. Raises BadCheckpoint where that has no such numbers."""
+        tensor = self.tensors.pop(name).to(device, to, copy=True)  # a view would keep the whole file mapped
+        if to is torch.float16 and not tensor.isfinite().all():
+            what = f"{self.folder}: {name} holds numbers beyond float16's 65504"
+            raise BadCheckpoint(f"{what}: DTYPE=bfloat16 or float32 takes them")
+        return tensor
+
 
 def load(folder: Path) -> Checkpoint:
     """Check the checkpoint, its numbers excepted: they are when they are read. Raises BadCheckpoint, one line that

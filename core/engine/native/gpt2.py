@@ -19,12 +19,12 @@ from core.engine.weights import Checkpoint
 BLOCK = 32
 """Columns of a group; in int8 also the numbers along a row that share a scale."""
 
-WEIGHTS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2}
-"""step.cpp's number of each precision."""
+WEIGHTS = {torch.int8: 0, torch.bfloat16: 1, torch.float32: 2, torch.float16: 3}
+"""step.cpp's number of each type. float16's weights are multiplied as float32."""
 
-SHORT = {torch.float16: 3, torch.bfloat16: 1}
-"""step.cpp's number of what float32 is kept in where a checkpoint's numbers are of 16 bits, as DialoGPT's are: half as
-much to read for the same."""
+SHORT = torch.float16, torch.bfloat16
+"""What float32 is kept in where a checkpoint's numbers are of 16 bits, as DialoGPT's are: half as much to read for the
+same."""
 
 SOURCES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """step.cpp's number of what a checkpoint may store; anything else becomes float32 first."""
@@ -92,9 +92,8 @@ class NativeGPT2:
         self.native = native
         self.device = torch.device("cpu")
         self.dtype = dtype
-        self.kv_dtype = kv_dtype if dtype is torch.int8 else dtype
+        self.kv_dtype = {torch.int8: kv_dtype, torch.float16: torch.float32}.get(dtype, dtype)
         self.kept = kept_in(checkpoint) if dtype is torch.float32 else dtype
-        self.kind = WEIGHTS[dtype] if self.kept is dtype else SHORT[self.kept]
         self.path: int = native.palaver_best_path() if path is None else path
         self.head_dim = config.n_embd // config.n_head
         scales = 4 * round_up(self.head_dim, 32) // 32 if self.kv_dtype is torch.int8 else 0  # float32 beside bytes
@@ -116,14 +115,18 @@ class NativeGPT2:
         def vector(name: str) -> Any:
             return self._keep(padded(tensors.pop(name)))
 
+        def weight(name: str) -> Tensor:
+            name = f"{name}.weight"
+            return checkpoint.take(name, dtype) if dtype is torch.float16 else tensors.pop(name)
+
         def linear(name: str) -> c.Linear:
-            return self._linear(tensors.pop(f"{name}.weight").T, vector(f"{name}.bias"))
+            return self._linear(weight(name).T, vector(f"{name}.bias"))
 
         def norm(name: str) -> c.Norm:
             return c.Norm(vector(f"{name}.weight"), vector(f"{name}.bias"))
 
-        wte = self._linear(tensors.pop("wte.weight"))
-        head = self._linear(tensors.pop("lm_head.weight")) if "lm_head.weight" in tensors else wte
+        wte = self._linear(weight("wte"))
+        head = self._linear(weight("lm_head")) if "lm_head.weight" in tensors else wte
         beyond = torch.zeros(BLOCK * head.groups)
         beyond[config.vocab_size :] = BEYOND
         scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
@@ -152,7 +155,7 @@ class NativeGPT2:
             config.n_embd,
             config.n_positions,
             ACTIVATION[config.activation],
-            self.kind,
+            WEIGHTS[self.kept],
             WEIGHTS[self.kv_dtype],
             config.layer_norm_epsilon,
         )
@@ -223,7 +226,7 @@ class NativeGPT2:
             *source.shape,
             packed.data_ptr(),
             scales.data_ptr(),
-            self.kind,
+            WEIGHTS[self.kept],
             torch.get_num_threads(),
         )
         return c.Linear(self._keep(packed), self._keep(scales), bias, blocks, groups)

@@ -287,7 +287,7 @@ bool palaver_runs(int path) {
 #if PATHS == 5
 #define HAS __builtin_cpu_supports
     __builtin_cpu_init();
-    if (path == 1) return HAS("avx2") && HAS("fma");  // which F16C is older than
+    if (path == 1) return HAS("avx2") && HAS("fma");  // and so F16C, which is older
 #if __GNUC__ > 10
     if (path == 2) return palaver_runs(1) && HAS("avxvnni");
 #endif

@@ -27,7 +27,7 @@ from core.engine import model_runner, weights
 from core.engine.base import BadCheckpoint
 from core.engine.model import GPT2, Batch, Model, Rows, multiplies_int8
 from core.engine.native import gpt2, library
-from core.engine.native.gpt2 import SHORT, SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
+from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
 from core.engine.native.memory import ARENA, Arena, zeros
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
@@ -328,6 +328,26 @@ def test_float32_is_kept_in_the_16_bits_its_numbers_have_and_computes_the_same(
                 assert torch.equal(run(model, some, counts), run(plain, some, counts))
 
 
+def test_float16_is_float32_of_rounded_weights(checkpoint: Make, tmp_path: Path, native: Any) -> None:
+    shutil.copytree(checkpoint("odd", head="own"), tmp_path / "rounded")
+    tensors = load_file(tmp_path / "rounded/model.safetensors")
+    save_file(
+        {name: tensor.half().float() if is_product(name) else tensor for name, tensor in tensors.items()},
+        tmp_path / "rounded/model.safetensors",
+    )
+    ids = prompts([20], 301)[0]
+    model = NativeGPT2(weights.load(checkpoint("odd", head="own")), native, torch.float16)
+    rounded = NativeGPT2(weights.load(tmp_path / "rounded"), native, torch.float32)
+    assert model.how.startswith("cpu, float16, native") and rounded.kept is torch.float16
+    assert torch.equal(run(model, ids, [9, 11]), run(rounded, ids, [20]))
+    exact = NativeGPT2(weights.load(checkpoint("odd", head="own")), native, torch.float32)
+    assert exact.kept is torch.float32 and not torch.equal(run(model, ids, [20]), run(exact, ids, [20]))
+
+
+def is_product(name: str) -> bool:
+    return name.endswith(("wte.weight", "lm_head.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
 @pytest.mark.parametrize("name", ["wte", "h.1.mlp.c_fc", "lm_head"])
 def test_float32_that_needs_its_32_bits_somewhere_has_them(
     checkpoint: Make, tmp_path: Path, native: Any, name: str
@@ -377,16 +397,15 @@ def test_weights_are_packed_as_torch_would(native: Any, n: int, k: int, stored: 
     columns = whole(weight).view(groups, 32, blocks, 32).permute(0, 2, 3, 1)
     pairs = whole(weight).bfloat16().view(groups, 32, blocks, 16, 2).permute(0, 2, 3, 1, 4)
     want = {torch.int8: bytes_, torch.bfloat16: pairs, torch.float32: columns}
-    kinds = dict(WEIGHTS)
     if stored is torch.float16:
-        want[stored], kinds[stored] = columns.half(), SHORT[stored]
+        want[stored] = columns.half()
     for source in (weight, weight.T.contiguous().T):
         for dtype, packed in want.items():
             got = torch.empty(packed.shape, dtype=packed.dtype)
             scales = torch.empty(groups, blocks, 32, dtype=torch.bfloat16)
             native.palaver_pack(
                 *(source.data_ptr(), SOURCES[stored], *source.stride(), n, k),
-                *(got.data_ptr(), scales.data_ptr(), kinds[dtype], 2),
+                *(got.data_ptr(), scales.data_ptr(), WEIGHTS[dtype], 2),
             )
             assert torch.equal(got, packed)
             if dtype is torch.int8:
