@@ -149,9 +149,11 @@ def cut(name: str, keep: int | float) -> Callable[[Path], None]:
     return edit
 
 
-def poison(value: float) -> Callable[[Path], None]:
+def poison(value: float, dtype: torch.dtype = torch.float32) -> Callable[[Path], None]:
     def put(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] = value
+        name = "transformer.h.1.mlp.c_fc.weight"
+        tensors[name] = tensors[name].to(dtype)
+        tensors[name][3, 4] = value
 
     return edit_tensors(put)
 
@@ -257,6 +259,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong vocabulary": (edit_config(vocab_size=400), r"wte.weight has shape \(384, 64\)"),
     "NaN": (poison(float("nan")), "h.1.mlp.c_fc.weight holds NaN or infinity"),
     "infinity": (poison(float("inf")), "h.1.mlp.c_fc.weight holds NaN or infinity"),
+    "NaN in float16": (poison(float("nan"), torch.float16), "h.1.mlp.c_fc.weight holds NaN or infinity"),
+    "infinity in bfloat16": (poison(-float("inf"), torch.bfloat16), "h.1.mlp.c_fc.weight holds NaN or infinity"),
     "NaN in an old bin": (
         then(poison(float("nan")), resave("bin-old")),
         "pytorch_model.bin: h.1.mlp.c_fc.weight holds NaN or infinity",
