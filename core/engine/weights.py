@@ -323,9 +323,7 @@ def _check(tensors: dict[str, Tensor], config: Config, source: Path) -> None:
 
 
 def _check_finite(name: str, tensor: Tensor, source: Path) -> None:
-    ends = torch.aminmax(
-        tensor if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.float()
-    )  # NaN where one is
+    ends = torch.aminmax(tensor if tensor.itemsize == 2 else tensor.float())  # NaN where one is
     if not all(map(math.isfinite, ends)):
         raise BadCheckpoint(f"{source}: {name} holds NaN or infinity (in float32): the file is damaged, fetch it again")
 

@@ -14,7 +14,7 @@ from core.engine.model import TILE, Batch
 from core.engine.native import library as c
 from core.engine.native.memory import Arena, zeros
 from core.engine.sampler import Summary
-from core.engine.weights import Checkpoint
+from core.engine.weights import Checkpoint, Config
 
 BLOCK = 32
 """Columns of a group; in int8 also the numbers along a row that share a scale."""
@@ -61,11 +61,9 @@ def whole(weight: Tensor) -> Tensor:
 
 def rounded(checkpoint: Checkpoint) -> Checkpoint:
     """The same model with the weights that int8 leaves of it, for torch."""
-    for name, tensor in checkpoint.tensors.items():
-        if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
-            checkpoint.tensors[name] = dequantised(tensor.T).T
-        elif name in ("wte.weight", "lm_head.weight"):
-            checkpoint.tensors[name] = dequantised(tensor)
+    for name in products(checkpoint.config):
+        tensor = checkpoint.tensors[name]
+        checkpoint.tensors[name] = dequantised(tensor.T).T if name.startswith("h.") else dequantised(tensor)
     return checkpoint
 
 
@@ -236,16 +234,23 @@ class NativeGPT2:
         return tensor.data_ptr()
 
 
+def products(config: Config) -> list[str]:
+    """The names of the weights that products read."""
+    return [name for name, shape in config.shapes().items() if len(shape) == 2 and name != "wpe.weight"]
+
+
 def kept_in(checkpoint: Checkpoint) -> torch.dtype:
     """The type of 16 bits that has every number of the products' weights, or float32. (What was loaded from 16 bits is
     often saved in 32. Of other weights, a few rows of the first tell.)"""
-    names = [name for name, shape in checkpoint.config.shapes().items() if len(shape) == 2 and name != "wpe.weight"]
 
     def has(tensor: Tensor, to: torch.dtype) -> bool:
         parts = (tensor[i : i + 1024] for i in range(0, len(tensor), 1024))
         return tensor.dtype is to or all(torch.equal(part.to(to).to(part.dtype), part) for part in parts)
 
-    return next((to for to in SHORT if all(has(checkpoint.tensors[name], to) for name in names)), torch.float32)
+    return next(
+        (to for to in SHORT if all(has(checkpoint.tensors[name], to) for name in products(checkpoint.config))),
+        torch.float32,
+    )
 
 
 def padded(vector: Tensor) -> Tensor:

@@ -331,10 +331,10 @@ def test_float32_is_kept_in_the_16_bits_its_numbers_have_and_computes_the_same(
 def test_float16_is_float32_of_rounded_weights(checkpoint: Make, tmp_path: Path, native: Any) -> None:
     shutil.copytree(checkpoint("odd", head="own"), tmp_path / "rounded")
     tensors = load_file(tmp_path / "rounded/model.safetensors")
-    save_file(
-        {name: tensor.half().float() if is_product(name) else tensor for name, tensor in tensors.items()},
-        tmp_path / "rounded/model.safetensors",
-    )
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and not name.endswith("wpe.weight"):
+            tensors[name] = tensor.half().float()
+    save_file(tensors, tmp_path / "rounded/model.safetensors")
     ids = prompts([20], 301)[0]
     model = NativeGPT2(weights.load(checkpoint("odd", head="own")), native, torch.float16)
     rounded = NativeGPT2(weights.load(tmp_path / "rounded"), native, torch.float32)
@@ -342,10 +342,6 @@ def test_float16_is_float32_of_rounded_weights(checkpoint: Make, tmp_path: Path,
     assert torch.equal(run(model, ids, [9, 11]), run(rounded, ids, [20]))
     exact = NativeGPT2(weights.load(checkpoint("odd", head="own")), native, torch.float32)
     assert exact.kept is torch.float32 and not torch.equal(run(model, ids, [20]), run(exact, ids, [20]))
-
-
-def is_product(name: str) -> bool:
-    return name.endswith(("wte.weight", "lm_head.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
 @pytest.mark.parametrize("name", ["wte", "h.1.mlp.c_fc", "lm_head"])
