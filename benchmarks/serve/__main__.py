@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 
 from benchmarks.serve import checkpoints, machine, report
 from benchmarks.serve.peers import PEERS
-from benchmarks.serve.workloads import WORKLOADS
+from benchmarks.serve.workloads import LENGTHS, WORKLOADS
 from core.engine.base import BadCheckpoint
 from core.engine.machine import cores
 from core.engine.model_runner import SHARED, parameters
@@ -57,6 +57,7 @@ class Found:
 def main() -> None:
     wanted = arguments()
     try:
+        checkpoints.check(wanted.shape, wanted.model, *wanted.lengths)
         folder = checkpoints.make(wanted.shape, wanted.model, wanted.work)
         config = json.loads((folder / "config.json").read_text("utf-8"))
         text = quotes(wanted.tokenizer, wanted.work, config["vocab_size"])
@@ -79,7 +80,7 @@ def main() -> None:
         sys.exit(code or 1)
     baseline = next(name for name in (*BASELINE, *runs) if name in runs)
     table = report.summary(runs, baseline)
-    roofline = report.roofline(runs, config, found.limits)
+    roofline = report.roofline(runs, config, found.limits, wanted.lengths[1])
     result = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.serve", *sys.argv[1:]]),
@@ -88,6 +89,7 @@ def main() -> None:
         "threads": wanted.threads,
         "keep": wanted.keep,
         "pause": wanted.pause,
+        "lengths": wanted.lengths,
         "limits": found.limits,
         "roofline": roofline,
         "absent": found.absent,
@@ -118,7 +120,7 @@ def measure(folder: Path, text: Path | None, wanted: argparse.Namespace, found: 
             found.loads.append(os.getloadavg()[0])
             began = time.monotonic()
             turn = wanted.workloads, wanted.seconds, threads(name, folder, wanted), wanted.keep, wanted.pause
-            answer = ask(name, folder, wanted, *turn, *filter(None, [text]))
+            answer = ask(name, folder, wanted, *turn, *wanted.lengths, *filter(None, [text]))
             if not left_out(name, answer, found.absent, f"in round {number} "):
                 found.runs.setdefault(name, []).append(answer)
                 print(f"round {number}: {name} took {time.monotonic() - began:.0f} s  {brief(answer)}", flush=True)
@@ -146,6 +148,8 @@ def arguments() -> argparse.Namespace:
     keep = Settings.model_fields["history_keep"].default
     parser.add_argument("--keep", type=float, default=keep, help="what stays of a full window, as HISTORY_KEEP")
     parser.add_argument("--pause", type=float, default=0, help="seconds a single user waits before each message")
+    lengths: dict[str, Any] = {"nargs": 2, "type": int, "metavar": ("MESSAGE", "REPLY"), "default": LENGTHS}
+    parser.add_argument("--lengths", **lengths, help="ids of each message and of each reply")
     parser.add_argument("--limit", type=float, default=600, help="seconds a peer may take for its turn")
     parser.add_argument("--work", type=Path, default=Path("runs/serve"), help="where the checkpoints are kept")
     parser.add_argument("--out", type=Path, default=Path("runs/serve/results"))
@@ -158,6 +162,8 @@ def arguments() -> argparse.Namespace:
     for name, least in (("rounds", 1), ("threads", 0), ("pause", 0)):
         if not least <= getattr(wanted, name) < math.inf:
             raise SystemExit(f"--{name} {getattr(wanted, name)}: it must be {least} or more")
+    if min(wanted.lengths) < 1:
+        raise SystemExit(f"--lengths {' '.join(map(str, wanted.lengths))}: each must be 1 or more")
     if not 0 <= wanted.keep <= 1:
         raise SystemExit(f"--keep {wanted.keep}: it must be from 0 to 1")
     for name in ("seconds", "limit"):

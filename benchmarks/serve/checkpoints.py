@@ -14,15 +14,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.serve.workloads import REPLY, USER
 from core.engine.base import BadCheckpoint
 from core.engine.hub import EMBEDDED
 from core.engine.weights import load, read_config
 
 SHAPES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}
-"""DialoGPT's three: layers, width, heads; 50,257 ids, 1,024 positions."""
-LEAST = 2 * (USER + 1 + REPLY + 1) + REPLY
-"""Positions: two exchanges, each turn with its end, and a reply."""
+"""DialoGPT's three: layers, width, heads; 50,257 ids, `POSITIONS` positions."""
+POSITIONS = 1024
+
+
+def check(shape: str, model: Path | None, message: int, reply: int) -> None:
+    """Raises BadCheckpoint where there is no room for two exchanges, each turn with its end, and a reply."""
+    source = _source(shape, model)
+    positions = read_config(source / "config.json").n_positions if source else POSITIONS
+    least = 2 * (message + 1 + reply + 1) + reply
+    if positions < least:
+        raise BadCheckpoint(
+            f"{source or shape} has {positions} positions: name a model with {least} or more, or shorter --lengths"
+        )
 
 
 def make(shape: str, model: Path | None, folder: Path) -> Path:
@@ -30,7 +39,7 @@ def make(shape: str, model: Path | None, folder: Path) -> Path:
 
     Raises BadCheckpoint; OSError or SafetensorError where `folder` cannot be written.
     """
-    source = model or (EMBEDDED if shape == "tiny" else None)
+    source = _source(shape, model)
     path = folder / (_name(source) if source else f"{shape}-float16")
     if not (path / "model.safetensors").is_file():
         tensors, config = read(source) if source else draw(shape)
@@ -40,6 +49,10 @@ def make(shape: str, model: Path | None, folder: Path) -> Path:
         save_file(tensors, path / "model.safetensors.part", {"format": "pt"})
         (path / "model.safetensors.part").rename(path / "model.safetensors")
     return path
+
+
+def _source(shape: str, model: Path | None) -> Path | None:
+    return model or (EMBEDDED if shape == "tiny" else None)
 
 
 def _name(source: Path) -> str:
@@ -56,7 +69,7 @@ def draw(shape: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     In float16, as DialoGPT's three are stored; whoever computes in another precision makes that of them.
     """
     layers, width, heads = SHAPES[shape]
-    vocab, positions, rng = 50_257, 1024, torch.Generator().manual_seed(1)
+    vocab, positions, rng = 50_257, POSITIONS, torch.Generator().manual_seed(1)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=rng) * 0.02
@@ -87,8 +100,6 @@ def read(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     before, nothing the model reads teaches it to say the new one.
     """
     found, c = load(source), read_config(source / "config.json")
-    if c.n_positions < LEAST:
-        raise BadCheckpoint(f"{source} has {c.n_positions} positions: name a model with {LEAST} or more")
     tensors = {
         f"transformer.{name}": (tensor if tensor.dtype is torch.float16 else tensor.float()).contiguous().clone()
         for name, tensor in found.tensors.items()

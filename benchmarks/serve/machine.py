@@ -88,11 +88,17 @@ def _seconds(run: Callable[[], object], device: str) -> float:
 
 
 def least_seconds(
-    config: dict[str, Any], machine: dict[str, float], precision: str, asked: Sequence[tuple[int, int]], together: int
+    config: dict[str, Any],
+    machine: dict[str, float],
+    precision: str,
+    asked: Sequence[tuple[int, int]],
+    reply: int,
+    together: int,
 ) -> float:
     """The mean seconds per reply when nothing costs but reading and multiplying, each prefix computed only once.
 
-    `asked`: (prompt length, its new ids) of each reply; `together`: how many replies share one reading of the weights.
+    `asked`: (prompt length, its new ids) of each reply, which has `reply` ids; `together`: how many replies share one
+    reading of the weights.
     """
     width, layers, vocab = (int(config[name]) for name in ("n_embd", "n_layer", "vocab_size"))
     blocks, head = layers * width * (4 * width + 2 * (config.get("n_inner") or 4 * width)), vocab * width
@@ -104,9 +110,9 @@ def least_seconds(
         read: float = weights / together / machine["read_gb_s"]
         prefill = 2 * (blocks * new + head) / 1e9 / rate
         step = 2 * (blocks + head) / 1e9 / rate
-        keys = sum(length + i for i in range(1, 16)) * token / machine["read_gb_s"]
+        keys = sum(length + i for i in range(1, reply)) * token / machine["read_gb_s"]
         if together > 1:  # prefill and decode rows of different replies share steps
-            return max(16 * read + keys, prefill + 15 * step)
-        return max(read, prefill) + 15 * max(read, step) + keys
+            return max(reply * read + keys, prefill + (reply - 1) * step)
+        return max(read, prefill) + (reply - 1) * max(read, step) + keys
 
     return sum(one(*pair) for pair in asked) / len(asked)

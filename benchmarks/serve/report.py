@@ -67,7 +67,7 @@ def summary(runs: Runs, baseline: str) -> dict[str, dict[str, dict[str, float]]]
     return table
 
 
-def roofline(runs: Runs, config: dict[str, Any], machine: dict[str, float]) -> dict[str, dict[str, float]]:
+def roofline(runs: Runs, config: dict[str, Any], machine: dict[str, float], reply: int) -> dict[str, dict[str, float]]:
     """precision -> measure -> what the limits of memory and arithmetic allow for the prompts that were asked."""
     table: dict[str, dict[str, float]] = {}
     for precision in ("float32", "bfloat16", "int8"):
@@ -75,7 +75,7 @@ def roofline(runs: Runs, config: dict[str, Any], machine: dict[str, float]) -> d
             letter, _, more = MEASURES[title]
             asked = next((run[letter]["asked"] for rounds in runs.values() for run in rounds if letter in run), None)
             if asked:
-                seconds = least_seconds(config, machine, precision, asked, together)
+                seconds = least_seconds(config, machine, precision, asked, reply, together)
                 table.setdefault(precision, {})[title] = 1 / seconds if more else 1e3 * seconds
     return table
 

@@ -1,4 +1,4 @@
-"""What is asked of a peer, the same ids and the same window for all: talks of user turns (12 ids) and replies (16).
+"""What is asked of a peer, the same ids and the same window for all: talks of messages and replies of fixed lengths.
 
 Everything goes through `Peer.reply`. A talk's ids depend on its number alone, so every peer gets the same questions.
 """
@@ -24,7 +24,8 @@ from core.evaluation.load import GOAL, family, percentile, poisson
 from core.messages import Turn
 from core.window import Window
 
-USER, REPLY = 12, 16
+LENGTHS = 12, 16
+"""Ids of a message and of a reply, when nothing else is said."""
 CYCLE = 12
 """Exchanges until a channel of B and E starts anew: so the mix of short and long histories stays the same."""
 SILENCE, LEAVES = 12.0, 8
@@ -44,12 +45,15 @@ class Script:
     """Stands after each turn."""
     window: int
     keep: float
+    message: int = LENGTHS[0]
+    reply: int = LENGTHS[1]
+    """Ids of each."""
     pause: float = 0.0
     """Seconds a single user takes before each message."""
     text: Sequence[int] = ()
     """A long text's ids that people quote from; without it, ids are drawn from the vocabulary."""
 
-    def message(self, rng: random.Random, count: int) -> list[int]:
+    def say(self, rng: random.Random, count: int) -> list[int]:
         if self.text:
             start = rng.randrange(len(self.text) - count)
             return list(self.text[start : start + count])
@@ -90,22 +94,24 @@ class Talk:
     def start_anew(self, age: int = 0) -> None:
         self.session, self.before, self.turns = f"{self.number}-{self.rng.random()}", [], []
         for _ in range(age):
-            self._add("user", self.script.message(self.rng, USER))
-            self._add("assistant", self.script.message(self.rng, REPLY))
+            self._add("user", self.script.say(self.rng, self.script.message))
+            self._add("assistant", self.script.say(self.rng, self.script.reply))
 
     async def say(self, peer: Peer, candidates: int = 1) -> Said:
         """The next message and its reply."""
         if self.cycle and len(self.turns) >= 2 * self.cycle:
             self.start_anew()
-        self._add("user", self.script.message(self.rng, USER))
+        self._add("user", self.script.say(self.rng, self.script.message))
         window = Window(_ids, self.script.end, self.script.window, self.script.keep)
         prompt = window.prompt(self.turns)
         known = common_prefix(self.before, prompt)
         began = time.perf_counter()
-        replies = await peer.reply(prompt, self.session, candidates, REPLY)
+        replies = await peer.reply(prompt, self.session, candidates, self.script.reply)
         done = time.perf_counter()
-        if len(replies) != candidates or any(len(ids) != REPLY for ids in replies):
-            raise RuntimeError(f"asked for {candidates} of {REPLY} ids, got {[len(ids) for ids in replies]}")
+        if len(replies) != candidates or any(len(ids) != self.script.reply for ids in replies):
+            raise RuntimeError(
+                f"asked for {candidates} of {self.script.reply} ids, got {[len(ids) for ids in replies]}"
+            )
         self._add("assistant", replies[0])
         ahead = window.ahead(self.turns)
         if ahead and ahead[: len(prompt)] != prompt:  # as core.voice does
@@ -168,7 +174,7 @@ async def a_user(peer: Peer, script: Script, seconds: float) -> dict[str, Any]:
 
 async def long_window(peer: Peer, script: Script, seconds: float) -> dict[str, Any]:
     """C: one user whose long window is full; as many turns as its start takes to move on twice."""
-    return await single(peer, script, turns=16, age=1 + script.window // (USER + REPLY + 2))
+    return await single(peer, script, turns=16, age=1 + script.window // (script.message + script.reply + 2))
 
 
 async def candidates(peer: Peer, script: Script, seconds: float) -> dict[str, Any]:

@@ -127,6 +127,9 @@ def test_interrupted_before_anything_was_measured(run: Run, tmp_path: Path) -> N
         (("--seconds", 0), "it must be above 0"),
         (("--seconds", "inf"), "it must be above 0"),
         (("--limit", 0), "it must be above 0"),
+        (("--lengths", 0, 16), "--lengths 0 16: each must be 1 or more"),
+        (("--lengths", 30, 90), "has 256 positions: name a model with 334 or more, or shorter --lengths"),
+        (("--shape", "small", "--lengths", 200, 300), "small has 1024 positions: name a model with 1304 or more"),
         (("--name", "../x"), "--name ../x: it must be a file's name"),
         (("--model", "{}/nowhere"), "nowhere/config.json cannot be read"),
         (("--model", "{}/file"), "file/config.json cannot be read"),
@@ -184,7 +187,7 @@ def test_the_reason_is_the_exception() -> None:
 def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     """It waits for a message that comes in an hour; its engine is a process of its own."""
     folder = checkpoints.make("tiny", None, tmp_path)
-    turn = ("palaver-float32", str(folder), "A", "1", "1", "0.5", "3600")
+    turn = ("palaver-float32", str(folder), "A", "1", "1", "0.5", "3600", "12", "16")
     parent = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE).wait()"
     command = sys.executable, "-c", parent, sys.executable, "-m", "benchmarks.serve.child", *turn
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as started:

@@ -22,7 +22,7 @@ from benchmarks.serve import __main__ as serve
 from benchmarks.serve import checkpoints, machine, peers, report, workloads
 from benchmarks.serve.palaver import Palaver
 from benchmarks.serve.peers import Absent, Asked, Batcher, refuse_unusual
-from benchmarks.serve.workloads import REPLY, USER, Script, Talk, crowd, single, thousand
+from benchmarks.serve.workloads import Script, Talk, crowd, single, thousand
 from core.engine.base import Completion, Failed, ModelInfo, QueueFull, SamplingParams
 from core.engine.weights import load
 from tests.checkpoints import make_checkpoint
@@ -88,7 +88,7 @@ async def test_one_user_grows_then_slides_and_the_prefix_stays() -> None:
     parrot = Parrot()
     found = await single(parrot, SCRIPT, turns=12)
     prompts = [prompt for prompt, _ in parrot.asked]
-    assert len(prompts[0]) == USER + 1 and len(prompts[1]) == 2 * (USER + 1) + REPLY + 1
+    assert len(prompts[0]) == 13 and len(prompts[1]) == 13 + 17 + 13
     assert prompts[1][: len(prompts[0])] == prompts[0] and prompts[0][-1] == SCRIPT.end
     assert max(map(len, prompts)) <= 256
     assert not any(SCRIPT.eos in prompt for prompt in prompts)
@@ -96,6 +96,13 @@ async def test_one_user_grows_then_slides_and_the_prefix_stays() -> None:
     assert new[1:9] == [14] * 8  # the reply's end, the message and its end
     assert new[9:] == [163, 14, 14]
     assert len({session for _, session in parrot.asked}) == 1
+
+
+async def test_messages_and_replies_of_other_lengths() -> None:
+    parrot = Parrot()
+    found = await single(parrot, replace(SCRIPT, message=30, reply=5), turns=3)
+    assert [len(prompt) for prompt, _ in parrot.asked] == [31, 31 + 6 + 31, 31 + 6 + 31 + 6 + 31]
+    assert [new for _, new in found["asked"]] == [31, 32, 32]
 
 
 async def test_every_peer_gets_the_same_questions() -> None:
@@ -250,7 +257,7 @@ async def test_other_formats_are_written(tmp_path: Path, name: str, library: str
     for left in ("model.bin", "vocabulary.json"):
         (folder / "ctranslate2-float32" / left).write_text("[")
     assert (await child(name, folder))["seconds"] > 0
-    assert len((await child(name, folder, "A", "1", "1", "0.5", "0"))["A"]["asked"]) == 12
+    assert len((await child(name, folder, "A", "1", "1", "0.5", "0", "12", "16"))["A"]["asked"]) == 12
 
 
 def test_medians_ratios_and_limits() -> None:
@@ -267,17 +274,21 @@ def test_medians_ratios_and_limits() -> None:
     assert "A sliding p50 ms" not in table["other"]
     config = {"n_embd": 768, "n_layer": 12, "vocab_size": 50_257}
     fast = {"read_gb_s": 32.0, "float32": 137.0, "bfloat16": 366.0, "int8": 541.0}
-    limits = report.roofline(runs, config, fast)
+    twice = report.roofline(runs, config, fast, 32)
+    limits = report.roofline(runs, config, fast, 16)
     # 16 readings of 494 MB at 32 GB/s, 73,728 bytes of keys and values per token of 101 to 115
     assert limits["float32"]["A mean ms"] == pytest.approx(16 * 494.0 / 32 + 15 * 108 * 0.0737 / 32, rel=0.02)
+    assert twice["float32"]["A mean ms"] == pytest.approx(2 * limits["float32"]["A mean ms"], rel=0.02)
     assert limits["int8"]["A mean ms"] < limits["bfloat16"]["A mean ms"] < limits["float32"]["A mean ms"]
     slow = dict.fromkeys(fast, 1e9) | {"read_gb_s": 1.0}  # nothing but reading
     small = {"n_embd": 10, "n_layer": 2, "vocab_size": 100, "n_inner": 20}
-    read = 16 * (2 * 10 * (4 * 10 + 2 * 20) + 100 * 10) / 1e9
-    keys = sum(range(101, 116)) * 2 * 2 * 10 / 1e9
-    for precision, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
-        seconds = machine.least_seconds(small, slow, precision, [(100, 14)], 1)
-        assert seconds == pytest.approx(size * (read + keys))
+    for reply in (16, 32):
+        read = reply * (2 * 10 * (4 * 10 + 2 * 20) + 100 * 10) / 1e9
+        keys = sum(range(101, 100 + reply)) * 2 * 2 * 10 / 1e9
+        for precision, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
+            for together in (1, 16):
+                seconds = machine.least_seconds(small, slow, precision, [(100, 14)], reply, together)
+                assert seconds == pytest.approx(size * (read / together + keys))
     shown = report.markdown(table, limits, "palaver-int8", {"other": "broke", "third": "not there"})
     assert "| palaver-int8 | 11.0 ±9 % |" in shown
     assert "| other (left out) | 22.0 (2.0 ×) | 22.0 (2.0 ×) | 3.00 (3.0 ×) | 1.00 (1.0 ×) |" in shown, (
@@ -329,7 +340,7 @@ async def test_the_embedded_model_takes_a_turn(tmp_path: Path) -> None:
     name, files = "palaver-float32", sorted(folder.iterdir())
     assert (await child(name, folder))["seconds"] >= 0
     assert sorted(folder.iterdir()) == files, "it loads the checkpoint as it is"
-    found = await child(name, folder, "AC", "1", "1", "0.5", "0")
+    found = await child(name, folder, "AC", "1", "1", "0.5", "0", "12", "16")
     assert "float32" in found["how"] and found["A"]["mean_ms"] > 0
     assert len(found["A"]["asked"]) == 12 and len(found["C"]["asked"]) == 16
     assert max(length for length, _ in found["C"]["asked"]) <= 240
