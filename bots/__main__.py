@@ -230,7 +230,7 @@ async def _bench(settings: Settings, seconds: float, as_json: bool) -> int:
     tell(f"asking {settings.engine}" if elsewhere else f"loading {settings.model}")
     async with open_voice(settings) as voice:
         loading, info = time.monotonic() - began, voice.engine.info
-        found = await load.measure(voice, seconds, settings.queue.running or info.at_once, tell)
+        found = await load.measure(voice, seconds, settings.queue.running or voice.at_once, tell)
         memory = 0 if elsewhere else load.resident_bytes()
     how = f"{info.how}, at {settings.engine}" if elsewhere else info.how
     if as_json:

@@ -209,8 +209,8 @@ class App:
             await asyncio.sleep(wait)
 
     async def _beat(self) -> None:
-        """Until cancelled: measure how late the event loop wakes, feed the watchdog, see that the engine has the model
-        we know and the journal's file is in its place, back it up hourly."""
+        """Until cancelled: measure how late the event loop wakes, feed the watchdog, see that the engine has not
+        ended and the journal's file is in its place, back it up hourly."""
         backup_at, look_at = time.monotonic() + BACKUP_EVERY, 0.0
         backup: asyncio.Task[None] | None = None
         while True:
@@ -218,8 +218,8 @@ class App:
             await asyncio.sleep(BEAT)
             metrics.loop_lag_seconds.observe(max(0.0, time.monotonic() - began - BEAT))
             systemd.notify("WATCHDOG=1")
-            if (other := self.chat.voice.engine.other) and not self.stopping.is_set():
-                log.critical("%s; this process ends here, the next start learns it", other)
+            if (why := self.chat.voice.engine.ended) and not self.stopping.is_set():
+                log.critical("%s; only a new process helps, so this one ends", why)
                 self._code = os.EX_TEMPFAIL
                 self.stop()
             if time.monotonic() >= look_at:

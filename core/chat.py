@@ -66,7 +66,7 @@ class Chat:
         self._courier = courier
         self.voice = voice
         self._limits = limits
-        self._running = max(1, limits.running or voice.engine.info.at_once)
+        self._running = limits.running or voice.at_once
         self._clock = clock
         self._now = now
         self._answering: dict[int, asyncio.Task[None]] = {}

@@ -34,6 +34,11 @@ class Voice:
         self.engine, self.tokenizer, self.params, self.spaced = engine, tokenizer, params, spaced
         self.window = Window(tokenizer.encode, tokenizer.eos_id, min(budget, room), keep, self._spelled)
 
+    @property
+    def at_once(self) -> int:
+        """Answers for which the engine computes at a time; more would wait there, out of their order."""
+        return max(1, self.engine.info.at_once // self.params.n)
+
     def hears(self, text: str) -> bool:
         """Does anything of `text` reach the model? If not, there is nothing to answer. Punctuation alone, as DialoGPT's
         spelling leaves it of other alphabets, is nothing."""

@@ -110,7 +110,7 @@ class ModelInfo:
     how: str
     """One line for people: device, precision, which path runs."""
     at_once: int = 32
-    """Replies under way at a time; more would wait."""
+    """Sequences under way at a time, each candidate of a reply one; more would wait."""
 
     def check(self, ids: Sequence[int]) -> None:
         """ValueError where they are no prompt: none, or one outside the vocabulary."""
@@ -125,9 +125,10 @@ class Engine(Protocol):
     def info(self) -> ModelInfo: ...
 
     @property
-    def other(self) -> str:
-        """The line that says so, once the engine has another model than at the start: only a new process helps."""
-        return ""
+    def ended(self) -> str:
+        """The line that says why only a new process helps: it died in this one, or has another model than at the start.
+        "" as long as it answers, or will again."""
+        ...
 
     async def generate(
         self,

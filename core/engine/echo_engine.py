@@ -22,7 +22,7 @@ from core.engine.hub import EMBEDDED
 
 
 class EchoEngine:
-    other = ""
+    ended = ""
 
     def __init__(self, folder: Path = EMBEDDED) -> None:
         """`folder`: a checkpoint's config.json and tokenizer; no weights are read. Raises BadCheckpoint."""

@@ -21,6 +21,8 @@ class PrivateFolder:
 
     def __init__(self) -> None:
         """Raises EngineClosed, one line."""
+        self._lock = -1
+        made: Path | None = None
         try:
             above = Path(tempfile.gettempdir())
             above = above if len(os.fsencode(above)) <= _LONGEST else Path("/tmp")
@@ -31,6 +33,10 @@ class PrivateFolder:
             # locked before another's sweep sees it
             self.path = made.rename(made.with_name(made.name.removeprefix(".")))
         except OSError as error:
+            if made:  # no sweep looks for it
+                shutil.rmtree(made, ignore_errors=True)
+            if self._lock >= 0:
+                os.close(self._lock)
             reason = error.strerror or error
             raise EngineClosed(f"no temporary folder can be made ({reason}): set TMPDIR to one with room") from error
 

@@ -15,7 +15,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,7 +74,7 @@ class HttpEngine:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0),
             raise_for_status=False,
         )
-        self.other = ""
+        self.ended = ""
         self._info: ModelInfo | None = None
         self._files: PrivateFolder | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -89,6 +89,7 @@ class HttpEngine:
         try:
             if self.process:
                 self._info = await self.process.open()
+                await self._ask_info()  # whose ids they are: should its folder change, the next child refuses them
                 self._spawn(self._probe(self.process))
             else:
                 self._info = await self._ask_info()
@@ -174,9 +175,11 @@ class HttpEngine:
         """The answer, sent again as often as it takes; `body` is asked anew each time. Raises EngineError."""
         tries = deaths = 0
         lost_at: float | None = None
-        while not self._closed:
+        while True:
             # A suspect's turn begins with a child that is up and ends with one: what others broke is not its fault.
-            async with self._suspects if deaths >= SUSPECT else contextlib.nullcontext():
+            async with self._alone(end) if deaths >= SUSPECT else contextlib.nullcontext():
+                if self._closed:
+                    raise EngineClosed("the engine is closed")
                 generation = self.process.generation if self.process else 0
                 try:
                     return await self._once(method, path, body, end)
@@ -189,7 +192,19 @@ class HttpEngine:
                 deaths, tries, lost_at = deaths + 1, 0, None
             if deaths >= MOST_DEATHS:
                 raise Failed(f"the engine process died {deaths} times while it answered this")
-        raise EngineClosed("the engine is closed")
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, end: float | None) -> AsyncIterator[None]:
+        """A suspect's turn. Cancelled where it does not come before `end`."""
+        try:
+            async with asyncio.timeout(None if end is None else end - time.monotonic()):
+                await self._suspects.acquire()
+        except TimeoutError:
+            raise Cancelled("no answer within the deadline") from None
+        try:
+            yield
+        finally:
+            self._suspects.release()
 
     async def _wait(self, tries: int, why: str, end: float) -> None:
         """Until it is worth another try. EngineClosed at `end`."""
@@ -223,11 +238,11 @@ class HttpEngine:
                 done, asked = await asyncio.wait(
                     asked, timeout=None if bound == math.inf else bound, return_when=asyncio.FIRST_COMPLETED
                 )
-                for exchange in done:
-                    if exchange.cancelled():
-                        raise EngineClosed("the engine is closed")
-                    if not exchange.exception() or not asked:  # what fails beside another is not the last word
-                        return exchange.result()
+                if any(exchange.cancelled() for exchange in done):
+                    raise EngineClosed("the engine is closed")
+                answered = [exchange for exchange in done if not exchange.exception()]
+                if answered or not asked:  # what fails beside another is not the last word
+                    return (answered or [*done])[0].result()
             if self.process and asked:
                 self._spawn(self._overdue(self.process, asked.pop(), max(time.monotonic() - began, self.mercy)))
             raise Cancelled("no answer within the deadline")
@@ -276,7 +291,7 @@ class HttpEngine:
                 self.process.kill(str(refusal))
             raise Unreachable(str(refusal))
         if isinstance(refusal, OtherModel):
-            self.other = f"{self.address}: {refusal}"
+            self.ended = f"{self.address}: {refusal}"
         raise refusal
 
     def _unreachable(self, error: BaseException) -> str:

@@ -28,7 +28,7 @@ def cores() -> int:
 def free_memory() -> int:
     """Bytes that this process may still take, those counted in that hold files' pages; a container's limit counts."""
     free = UNKNOWN
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         [kibibytes] = re.findall(r"^MemAvailable: +(\d+) kB$", MEMORY.read_text("ascii"), re.MULTILINE)
         free = 1024 * int(kibibytes)
     with contextlib.suppress(OSError, ValueError):

@@ -68,6 +68,8 @@ class Model(Protocol):
 
     config: Config
     device: torch.device
+    dtype: torch.dtype
+    """Of the weights that products read."""
     how: str
     """Device, precision and path, for people."""
     token_bytes: int
@@ -185,7 +187,8 @@ class GPT2:
         """Takes the tensors out of `checkpoint` one by one, so that the originals are freed while it packs."""
         self.config = config = checkpoint.config
         self.device, self.block, self.min_rows = device, block, 1 if dtype is torch.int8 else MIN_ROWS
-        self.dtype = whole = torch.float32 if dtype is torch.int8 else dtype
+        self.dtype = dtype
+        self.whole = whole = torch.float32 if dtype is torch.int8 else dtype
         self.kv_dtype = torch.float32 if device.type == "cpu" else dtype
         self.min_queries = MIN_ROWS if device.type == "cpu" else TILE
         self.head_dim = config.n_embd // config.n_head
@@ -292,10 +295,10 @@ class GPT2:
                     scale=self.scales[layer],
                 )
                 out[first : first + count] = mixed[0, :, :count].transpose(0, 1)
-        return out.flatten(1).to(self.dtype)
+        return out.flatten(1).to(self.whole)
 
     def _norm(self, x: Tensor, ln: tuple[Tensor, Tensor]) -> Tensor:
-        return F.layer_norm(x, x.shape[1:], *ln, self.config.layer_norm_epsilon).to(self.dtype)
+        return F.layer_norm(x, x.shape[1:], *ln, self.config.layer_norm_epsilon).to(self.whole)
 
     def _padded(self, values: list[int]) -> Tensor:
         """With zeros, up to the number of rows that the products are made with."""

@@ -178,11 +178,14 @@ def choose(folder: Path, device: torch.device, dtype: str, cache_bytes: int) -> 
     precision = choose_dtype(dtype, device, folder)
     model = build(folder, device, precision, cache_bytes)
     if dtype == "auto" and precision is torch.int8:
-        far = divergence(model, weights.load(folder))
-        if not far <= FAR:  # it may be NaN
+        why = ""
+        if model.dtype is not torch.int8:
+            why = "this machine's products of int8 depend on the batch"
+        elif not (far := divergence(model, weights.load(folder))) <= FAR:  # it may be NaN
+            why = f"this model bears int8 badly ({far:.2f} nats from float32)"
+        if why:
             precision = without_int8(device)
-            name = str(precision).removeprefix("torch.")
-            log.warning("this model bears int8 badly (%.2f nats from float32): DTYPE=auto takes %s", far, name)
+            log.warning("%s: DTYPE=auto takes %s", why, str(precision).removeprefix("torch."))
             del model
             model = build(folder, device, precision, cache_bytes)
     return model

@@ -189,12 +189,12 @@ class Scheduler:
         return count
 
     def _admit(self) -> Sequence | None:
-        """The first waiting sequence that can start, now running. Candidates wait until their first has the prompt."""
+        """The first waiting sequence that can start, now running. Candidates wait while one computes the prompt."""
         for sequence in self.waiting:
-            leader = sequence.request.sequences[0]
-            if leader is not sequence and not leader.finish_reason and leader.computed < leader.prompt_len:
+            others = [] if sequence.retried else [s for s in sequence.request.sequences if s.slot]
+            sibling = next((s.slot for s in others if s.computed >= s.prompt_len - 1), None)
+            if others and sibling is None:
                 continue
-            sibling = None if sequence.retried or leader is sequence else leader.slot
             need = min(sequence.prompt_len + sequence.max_new, self.max_positions)
             session = "" if sequence.retried else sequence.request.session
             slot = self.cache.acquire(session, sequence.tokens, need, sibling)

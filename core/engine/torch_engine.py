@@ -89,8 +89,6 @@ class Core:
 class TorchEngine:
     """Satisfies `core.engine.base.Engine`. Made by `open_torch_engine`."""
 
-    other = ""
-
     def __init__(self, open_core: Callable[[], tuple[Core, ModelInfo]]) -> None:
         self.info: ModelInfo
         self.core: Core
@@ -103,6 +101,11 @@ class TorchEngine:
         self._end: EngineError | None = None
         self._under_way: set[asyncio.Future[list[Completion]]] = set()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    @property
+    def ended(self) -> str:
+        """As core.engine.base says: who stands in its process goes with it."""
+        return str(self._end) if self._end else ""
 
     async def start(self) -> None:
         """Load the model and warm it up. Raises BadCheckpoint."""
@@ -143,7 +146,7 @@ class TorchEngine:
                 self._inbox.put(lambda scheduler: scheduler.prepare(session, mine))
 
     async def ready(self) -> str:
-        return str(self._end) if self._end else ""
+        return self.ended
 
     async def forget(self, session: str) -> None:
         done: asyncio.Future[None] = self._loop.create_future()

@@ -36,7 +36,7 @@ async def until(what: Callable[[], object], seconds: float = 20.0) -> None:
 class Says:
     """Answers "you said" and the question, as long as `gate` is open; `prompts` are the turns it was given."""
 
-    other = ""
+    ended = ""
 
     def __init__(self) -> None:
         self.words = Words()

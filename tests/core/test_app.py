@@ -8,9 +8,10 @@ import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from pydantic import SecretStr
 
 from bots.base import Bot
@@ -18,7 +19,8 @@ from core import app as module
 from core.app import App, open_app
 from core.chat import Chat
 from core.delivery import Unservable
-from core.engine.base import Completion
+from core.engine.base import Completion, EngineClosed, SamplingParams
+from core.engine.torch_engine import TorchEngine
 from core.messages import Author, Channel, Message
 from core.settings import Settings
 from tests.faults.burst import Board
@@ -142,6 +144,26 @@ async def test_every_bot_that_cannot_serve_is_named_and_the_others_go_on(tmp_pat
 async def test_with_no_bot_left_the_process_ends_as_failed(tmp_path: Path) -> None:
     async with open_app(settings(tmp_path)) as app:
         assert await asyncio.wait_for(app.run([Player("one", Unservable("a bad token"))]), 30) == 1
+
+
+async def test_an_engine_in_this_process_that_died_ends_the_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For another to start: no request would be answered here any more."""
+    here = settings(tmp_path).model_copy(update={"engine": "inprocess", "threads": 1})
+    async with open_app(here) as app:
+        engine = cast("TorchEngine", app.chat.voice.engine)
+        task = await running(app, Player("one"))
+        engine.core.runner.run = lost  # type: ignore[method-assign]
+        await app.journal.receive(said("one"), deadline=60)
+        with pytest.raises(EngineClosed, match="the engine died: AcceleratorError"):
+            await engine.generate([5], SamplingParams())
+        assert await asyncio.wait_for(task, 30) == 75
+    assert "the engine died: AcceleratorError; only a new process helps" in caplog.text
+
+
+def lost(spans: object) -> Any:
+    raise torch.AcceleratorError("lost", 1)
 
 
 @pytest.mark.parametrize("part", ["chat", "beat"])

@@ -216,6 +216,13 @@ async def test_a_reply_longer_than_the_positions_leaves_room_for_a_prompt(voice:
     assert 1 <= len(speaker.prompt([user("hello " * 400)])) <= speaker.engine.info.max_positions // 2
 
 
+@pytest.mark.parametrize(("n", "want"), [(1, 32), (5, 6), (8, 4), (64, 1)])
+async def test_candidates_share_what_the_engine_computes_at_a_time(
+    voice: Callable[..., Voice], n: int, want: int
+) -> None:
+    assert voice(n=n).at_once == want
+
+
 async def test_what_the_engine_refuses_is_raised(voice: Callable[..., Voice]) -> None:
     speaker = voice()
     await speaker.engine.aclose()

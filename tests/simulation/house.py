@@ -71,7 +71,7 @@ class ScriptedPlatform:
 class ScriptedEngine:
     """Says "re" and the question after `seconds`; raises what `script` holds first."""
 
-    other = ""
+    ended = ""
 
     def __init__(self, words: Words) -> None:
         self.info = ModelInfo("scripted", 1024, 50000, 0, "", "")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from core.engine.base import EngineClosed
 from core.engine.folder import PrivateFolder
 
 ROOT = Path(__file__).parents[3]
@@ -48,6 +51,19 @@ def test_nowhere_to_be_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 75 and "Traceback" not in done.stderr
     assert "no temporary folder can be made (No usable temporary directory found" in done.stderr.splitlines()[-1]
     assert "set TMPDIR" in done.stderr
+
+
+def test_what_cannot_be_locked_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def refuse(lock: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(EngineClosed, match="No locks available"):
+        PrivateFolder()
+    assert not list(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == before
 
 
 def test_what_a_killed_process_left_is_swept_and_what_lives_is_not() -> None:

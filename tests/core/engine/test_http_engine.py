@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from core.engine.base import (
     Engine,
     EngineClosed,
     Failed,
+    OtherModel,
     PromptTooLong,
     QueueFull,
     SamplingParams,
@@ -423,6 +425,59 @@ async def test_a_request_that_kills_is_given_up_and_the_others_live(
         for i, end in enumerate([*ends, last]):
             assert i == 13 or (isinstance(end, list) and end[0].token_ids == [i])
         assert restarts() == http_engine.MOST_DEATHS
+
+
+async def test_a_suspects_turn_is_waited_for_until_its_deadline_or_the_end(
+    checkpoint: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, restarts: Callable[[], float]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(POISON)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with asyncio.timeout(60), spawned(checkpoint(), is_echo=True) as engine:
+        await engine._suspects.acquire()  # another suspect is at work
+        with pytest.raises(Cancelled, match="within the deadline"):
+            await engine.generate([13, 256], LONG, deadline=4)
+        assert restarts() == 2
+        asked = asyncio.create_task(engine.generate([13, 256], LONG))
+        await until(lambda: restarts() == 4)
+        await engine.aclose()
+        engine._suspects.release()
+        with pytest.raises(EngineClosed, match="the engine is closed"):
+            await asked
+
+
+async def test_what_failed_and_what_answered_in_the_same_moment_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_engine, "SILENCE", 0.01)
+    engine = http_engine.HttpEngine("http://127.0.0.1:1")
+    sent: list[asyncio.Event] = []
+
+    async def exchange(method: str, path: str, body: object, number: str) -> dict[str, Any]:
+        sent.append(asyncio.Event())
+        if len(sent) % 2:
+            await sent[-1].wait()
+            raise http_engine.Unreachable("the wire broke")
+        sent[-2].set()
+        return {}
+
+    monkeypatch.setattr(engine, "_exchange", exchange)
+    for _ in range(20):
+        assert await engine._once("POST", "/generate", dict, time.monotonic() + 60) == {}
+    assert len(sent) == 40
+    await engine.aclose()
+
+
+async def test_a_child_that_finds_another_model_in_its_folder_is_not_asked(checkpoint: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(), folder)
+    async with spawned(folder, is_echo=True) as engine:
+        assert await engine.generate([5, 256], LONG, deadline=60)
+        os.kill(pid(engine), signal.SIGKILL)
+        assert await engine.generate([5, 256], LONG, deadline=60) and engine.ended == ""
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+        os.kill(pid(engine), signal.SIGKILL)
+        with pytest.raises(OtherModel, match="the engine has another model now"):
+            await engine.generate([5, 256], LONG, deadline=60)
+        assert "another model" in engine.ended and "another model" in await engine.ready()
 
 
 # -- its start and its end ----------------------------------------------------------------------------------------

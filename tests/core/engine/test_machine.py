@@ -36,6 +36,8 @@ def test_memory_that_holds_files_is_free_and_a_containers_limit_counts(
     monkeypatch.setattr(machine, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(machine, "GROUP", tmp_path)
     assert free_memory() == machine.UNKNOWN
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree:         10 kB\n")  # of another system
+    assert free_memory() == machine.UNKNOWN
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree:         10 kB\nMemAvailable:    5000 kB\n")
     assert free_memory() == 5000 * 1024
     (tmp_path / "memory.current").write_text("3000000\n")

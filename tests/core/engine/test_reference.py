@@ -58,6 +58,21 @@ def test_auto_takes_int8_where_the_model_bears_it(
     assert "bfloat16" in open_runner(EMBEDDED, None, "cpu", "auto", 1).model.how
 
 
+def test_auto_takes_no_int8_that_is_only_rounded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where torch's products of int8 depend on the batch, DTYPE=int8 is float32 of rounded weights."""
+    monkeypatch.setattr(library, "open_library", lambda: None)
+    monkeypatch.setattr(model_runner, "multiplies_int8", lambda: True)
+    monkeypatch.setattr(model_runner, "computes_bfloat16", lambda _: False)
+    agree = model_runner.rows_agree
+    monkeypatch.setattr(model_runner, "rows_agree", lambda model: model.dtype is not torch.int8 and agree(model))
+    assert "rounded to int8" in open_runner(EMBEDDED, None, "cpu", "int8", 1).model.how
+    assert caplog.text == ""
+    assert "float32, torch" in (how := open_runner(EMBEDDED, None, "cpu", "auto", 1).model.how) and "int8" not in how
+    assert "products of int8 depend on the batch: DTYPE=auto takes float32" in caplog.text
+
+
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_without_the_native_step_auto_takes_what_torch_computes_fast(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_bfloat16: bool

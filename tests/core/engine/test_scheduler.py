@@ -483,12 +483,17 @@ def test_phrases_take_bounded_room_and_the_newest_stay() -> None:
     assert phrases.after(said(MOST, MOST + 1, MOST + 2), 1) == []
 
 
+@pytest.mark.parametrize("session", ["", "s"])
+@pytest.mark.parametrize("running", [1, 2, 8])
+@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("n", [1, 2, 7])
-def test_candidates_prefill_their_prompt_once(n: int) -> None:
-    scheduler = make_scheduler(total=20 * ROUND)
+def test_candidates_prefill_their_prompt_once(n: int, tokens: int, running: int, session: str) -> None:
+    """Also where the first is through when the others start, if its session keeps what it computed."""
+    scheduler = make_scheduler(total=20 * ROUND, max_running=running)
     client = Client(scheduler)
-    client.ask([1] * 40, n=n, max_tokens=3)
+    client.ask([1] * 40, session, n=n, max_tokens=tokens)
     rows = 0
     while spans := step(scheduler):
         rows += sum(s.count for s in spans)
-    assert rows <= 40 + n * 3
+    alone = n if not session and (running == 1 or tokens == 1) else 1
+    assert rows <= alone * 40 + n * tokens

@@ -275,6 +275,9 @@ async def test_candidates_are_the_same_as_each_alone(engine: Open) -> None:
         got = await e.generate(prompt, dataclasses.replace(SAMPLED, n=5), session="s")
         assert [(c.token_ids, c.logprob) for c in got] == [(w.token_ids, w.logprob) for w in want]
         assert [c.cached_tokens for c in got] == [0, 69, 69, 69, 69]
+        short = dataclasses.replace(SAMPLED, n=5, max_tokens=1)  # whoever is first is through before another starts
+        got = await e.generate([*prompt, 5], short, session="t")
+        assert [c.cached_tokens for c in got] == [0, 70, 70, 70, 70]
     chosen = [*prompt, *want[3].token_ids, 256, 5, 6]
     assert (await ask(many, chosen, session="s")).cached_tokens >= 70 + len(want[3].token_ids) - 1
 
@@ -606,7 +609,7 @@ async def test_a_dead_engine_says_so(engine: Open) -> None:
     Faulty(e, lambda batch: torch.AcceleratorError("lost", 1) if 9 in batch.ids else None)
     with pytest.raises(EngineClosed, match="the engine died: AcceleratorError"):
         await ask(e, [9])
-    assert await e.ready()
+    assert await e.ready() == e.ended == "the engine died: AcceleratorError"
     with pytest.raises(EngineClosed):
         await ask(e, [1])
 

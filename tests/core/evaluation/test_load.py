@@ -19,7 +19,7 @@ from core.voice import Voice
 class Slow:
     """Answers `lanes` requests at once, each in `seconds`; refuses when more than `most` are there."""
 
-    other = ""
+    ended = ""
 
     def __init__(self, tokenizer: Tokenizer, seconds: float, lanes: int, most: int = 1000) -> None:
         self.info = ModelInfo("slow", 256, len(tokenizer), tokenizer.eos_id, "", "slow")

@@ -19,7 +19,7 @@ from core.voice import Voice
 class Scripted:
     """An engine whose reply is a function of the prompt's text and the seed."""
 
-    other = ""
+    ended = ""
 
     def __init__(self, tokenizer: Tokenizer, say: Callable[[str, int], str]) -> None:
         self.tokenizer, self.say = tokenizer, say
