@@ -32,7 +32,7 @@ from benchmarks.serve.peers import PEERS
 from benchmarks.serve.workloads import LENGTHS, WORKLOADS
 from core.engine.base import BadCheckpoint
 from core.engine.machine import cores
-from core.engine.model_runner import SHARED, parameters
+from core.engine.model_runner import THREADED, parameters
 from core.evaluation.selfchat import OPENERS
 from core.settings import Settings
 from core.tokenizer import Tokenizer
@@ -129,7 +129,7 @@ def measure(folder: Path, text: Path | None, wanted: argparse.Namespace, found: 
 
 def threads(name: str, folder: Path, wanted: argparse.Namespace) -> int:
     """--threads, or with how many the peer is fastest: as Palaver chooses for itself, every core or one."""
-    alone = name.startswith(ALONE) and parameters(folder) < SHARED
+    alone = name.startswith(ALONE) and parameters(folder) < THREADED
     return wanted.threads or (1 if alone else cores())
 
 

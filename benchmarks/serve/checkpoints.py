@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.engine.base import BadCheckpoint
+from core.engine.config import read_config
 from core.engine.hub import EMBEDDED
-from core.engine.weights import load, read_config
+from core.engine.weights import load
 
 SHAPES = {"small": (12, 768, 12), "medium": (24, 1024, 16), "large": (36, 1280, 20)}
 """DialoGPT's three: layers, width, heads; 50,257 ids, `POSITIONS` positions."""

@@ -5,12 +5,10 @@ Its tokenizer is the embedded model's. A reply is the last turn of the prompt, c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from core.engine.base import (
-    BadCheckpoint,
     Cancelled,
     Completion,
     EngineClosed,
@@ -18,6 +16,7 @@ from core.engine.base import (
     PromptTooLong,
     SamplingParams,
 )
+from core.engine.config import read_config
 from core.engine.hub import EMBEDDED
 
 
@@ -26,19 +25,15 @@ class EchoEngine:
 
     def __init__(self, folder: Path = EMBEDDED) -> None:
         """`folder`: a checkpoint's config.json and tokenizer; no weights are read. Raises BadCheckpoint."""
-        config = folder / "config.json"
-        try:
-            said = json.loads(config.read_text("utf-8"))
-            self._info = ModelInfo(
-                name="echo",
-                max_positions=int(said.get("n_positions", 1024)),
-                vocab_size=int(said["vocab_size"]),
-                eos_id=int(said["eos_token_id"]),
-                path=str(folder),
-                how="says it back, no model",
-            )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise BadCheckpoint(f"{config} cannot be read ({type(error).__name__}): fetch the file again") from error
+        config = read_config(folder / "config.json")
+        self._info = ModelInfo(
+            name="echo",
+            max_positions=config.n_positions,
+            vocab_size=config.vocab_size,
+            eos_id=config.eos_id,
+            path=str(folder),
+            how="says it back, no model",
+        )
         self._closed = False
 
     @property

@@ -25,7 +25,7 @@ from core.engine.sampler import Summary
 
 log = logging.getLogger(__name__)
 
-MOST = 256
+MOST_ROWS = 256
 """Rows that are taken at once."""
 
 SCRATCH = 0
@@ -38,7 +38,7 @@ a multiple of the second."""
 TURNS = 10
 """In as many a product's weights may all come before the kernel waits: more have no room beside other kernels'."""
 
-SHARED = 32
+SHARED_ROWS = 32
 """Rows of a step below which several programs share a row's head."""
 
 VOCAB, PART = 64, 1024
@@ -102,19 +102,19 @@ class GraphedGPT2:
         self._free = list(range(pages - 1, SCRATCH, -1))
         self.pool = self._new(c.n_layer, 2, pages * TILE, c.n_embd, dtype=self.dtype)
         self._columns = 4 + window // TILE
-        self._table = self._new(MOST, self._columns, dtype=torch.int32)
-        self._x, self._parts = self._new(MOST, c.n_embd), self._new(SPLIT, MOST, c.n_embd)
-        self._normed, self._q, self._mixed = (self._new(MOST, c.n_embd, dtype=self.dtype) for _ in range(3))
-        self._inner = self._new(MOST, c.n_inner, dtype=self.dtype)
+        self._table = self._new(MOST_ROWS, self._columns, dtype=torch.int32)
+        self._x, self._parts = self._new(MOST_ROWS, c.n_embd), self._new(SPLIT, MOST_ROWS, c.n_embd)
+        self._normed, self._q, self._mixed = (self._new(MOST_ROWS, c.n_embd, dtype=self.dtype) for _ in range(3))
+        self._inner = self._new(MOST_ROWS, c.n_inner, dtype=self.dtype)
         d = power(eager.head_dim)  # what several programs found of a row's head, and how many have
-        self._seen = self._new(SHARED * c.n_head * -(-window // keys(d)) * (d + 2))
-        self._arrived = self._new(SHARED * c.n_head, dtype=torch.int32)
-        self._sums = self._new(MOST, -(-c.vocab_size // PART))
+        self._seen = self._new(SHARED_ROWS * c.n_head * -(-window // keys(d)) * (d + 2))
+        self._arrived = self._new(SHARED_ROWS * c.n_head, dtype=torch.int32)
+        self._sums = self._new(MOST_ROWS, -(-c.vocab_size // PART))
         self._words = -(-c.vocab_size // 32)
         # A row: logits, maxima of each 32 of them, log(sum(e^x)).
-        self._found = self._new(MOST, round_up(33 * self._words + 1, 32))
+        self._found = self._new(MOST_ROWS, round_up(33 * self._words + 1, 32))
         self._filled = self._answers = torch.empty(0)
-        self._make_room(MOST, MOST)
+        self._make_room(MOST_ROWS, MOST_ROWS)
         nvidia = self.cuda and torch.version.hip is None
         self.capability = torch.cuda.get_device_capability(self.device) if nvidia else (8, 0)
         self.early = not plain and self.capability >= (9, 0)
@@ -139,15 +139,15 @@ class GraphedGPT2:
         self.pool.index_copy_(2, new, self.pool.index_select(2, old))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Rows in order, MOST at a time: what a row needs of the ones before it is there or made beside it."""
+        """Rows in order, MOST_ROWS at a time: what a row needs of the ones before it is there or made beside it."""
         table, wanted = self._filled_in(batch), np.array(batch.wanted, np.int32)
         self._make_room(len(table), len(wanted))
         answers = self._answers[: len(wanted)]
         try:
-            for begin in range(0, len(table), MOST):
-                first, behind = np.searchsorted(wanted, (begin, begin + MOST))
+            for begin in range(0, len(table), MOST_ROWS):
+                first, behind = np.searchsorted(wanted, (begin, begin + MOST_ROWS))
                 picked = wanted[first:behind] - begin
-                self._run(begin, table[begin : begin + MOST], picked, answers[first:behind])
+                self._run(begin, table[begin : begin + MOST_ROWS], picked, answers[first:behind])
         finally:  # what is on its way to the device or from it stays as it is until it is there
             if self.cuda:
                 torch.cuda.current_stream(self.device).synchronize()
@@ -179,9 +179,9 @@ class GraphedGPT2:
     def _make_room(self, rows: int, wanted: int) -> None:
         """On the host, for a step's table and for what is found."""
         if rows > len(self._filled):
-            self._filled = self._pinned(round_up(rows, MOST), self._columns, dtype=torch.int32)
+            self._filled = self._pinned(round_up(rows, MOST_ROWS), self._columns, dtype=torch.int32)
         if wanted > len(self._answers):
-            self._answers = self._pinned(round_up(wanted, MOST), self._found.shape[1])
+            self._answers = self._pinned(round_up(wanted, MOST_ROWS), self._found.shape[1])
 
     def _filled_in(self, batch: Batch) -> Numbers:
         """(rows, columns)"""
@@ -283,7 +283,7 @@ def keys(d: int) -> int:
 
 def shares(rows: int) -> int:
     """Programs that share the keys of a row's head, so that few rows give work to all of the GPU."""
-    return max(1, min(8, SHARED // rows))
+    return max(1, min(8, SHARED_ROWS // rows))
 
 
 def power(number: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Ids
 from core.engine.sequence import Sequence
 
 CONTEXT = 3
-MOST = 1 << 16
+MOST_CONTEXTS = 1 << 16
 """Contexts that are remembered."""
 PROBE = 64
 """While guesses are bad, one of so many is made nevertheless, to see whether that is still so."""
@@ -45,12 +45,10 @@ class Guesses(ABC):
         """So many tokens of a guess were right."""
         self.right += 0.1 * (right / guessed - self.right)
 
-    @abstractmethod
-    def learn(self, ids: Ids[int]) -> None:
+    def learn(self, ids: Ids[int]) -> None:  # noqa: B027 (who guesses without memory has nothing to do)
         """This was said."""
 
-    @abstractmethod
-    def clear(self) -> None:
+    def clear(self) -> None:  # noqa: B027
         """Forget what was said."""
 
 
@@ -67,7 +65,7 @@ class Phrases(Guesses):
             context = tuple(ids[i - CONTEXT : i])
             self._next.pop(context, None)
             self._next[context] = ids[i]
-        while len(self._next) > MOST:
+        while len(self._next) > MOST_CONTEXTS:
             del self._next[next(iter(self._next))]
 
     def after(self, sequence: Sequence, most: int) -> list[int]:

@@ -57,12 +57,8 @@ def _fetch(name: str, revision: str | None) -> Path:
 
     try:
         for weights in WEIGHT_FILES:
-            ignore = ["*/*", "training_args*", "optimizer*"]
-            folder = Path(
-                snapshot_download(
-                    name, revision=revision, allow_patterns=[*SMALL_FILES, weights], ignore_patterns=ignore
-                )
-            )
+            wanted = [*SMALL_FILES, weights]
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
             if any(folder.glob(weights)):
                 break
     except RevisionNotFoundError as error:

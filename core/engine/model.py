@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
+from core.engine.config import Config
 from core.engine.kv_cache import round_up
 from core.engine.sampler import Summary, summarise
-from core.engine.weights import Checkpoint, Config
+from core.engine.weights import Checkpoint
 
 TILE = 64
 """Positions that attention takes together; on a GPU a page of keys and values has as many."""
@@ -118,7 +119,7 @@ class Linear:
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
-    """One of `weights.ACTIVATIONS`; "" leaves y as it is."""
+    """One of `config.ACTIVATIONS`; "" leaves y as it is."""
     if activation == "relu":
         return F.relu(y)
     if activation == "tanh":  # F.gelu(approximate="tanh") treats the last elements of a batch differently

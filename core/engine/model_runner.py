@@ -20,7 +20,8 @@ from torch import Tensor
 
 from core.engine import hub, weights
 from core.engine.base import BadCheckpoint
-from core.engine.graphs import MOST, GraphedGPT2, check, lost, shapes
+from core.engine.config import read_config
+from core.engine.graphs import MOST_ROWS, GraphedGPT2, check, lost, shapes
 from core.engine.kv_cache import ROUND, Slot, round_up
 from core.engine.machine import cores, free_memory
 from core.engine.model import GPT2, TILE, Batch, Model, Rows, multiplies_int8
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 LARGE = 1_000_000
 """Parameters from which on int8 is worth what it rounds off: the embedded model has 4 million, DialoGPT-small 124."""
-SHARED = 30_000_000
+THREADED = 30_000_000
 """Parameters from which on threads share a step; below, they would wait for each other longer than they compute."""
 DRAFTED = 30_000_000
 """Parameters from which on a step of one row is as long as its weights take to read, and a copy in int8 saves time."""
@@ -95,7 +96,7 @@ class ModelRunner:
         """Run the shapes that come in life, so that nobody waits for them: on a GPU every one, on a CPU a single row
         and a few. (There long prompts gain nothing by it.)"""
         on_gpu = self.model.device.type == "cuda"
-        some = min(self.model.config.n_positions, MOST if on_gpu else 8)
+        some = min(self.model.config.n_positions, MOST_ROWS if on_gpu else 8)
         kv = self.model.new_kv(some)
         for count, wanted in shapes(some) if on_gpu else [(1, 1), (some, 1)]:
             count = min(count, some)
@@ -157,7 +158,7 @@ def open_runner(
     folder = hub.resolve(model, revision)
     place = choose_device(device)
     if place.type == "cpu":
-        torch.set_num_threads(threads or (cores() if parameters(folder) >= SHARED else 1))
+        torch.set_num_threads(threads or (cores() if parameters(folder) >= THREADED else 1))
     else:
         torch.cuda.set_device(place.index or 0)  # of this thread: kernels are launched where it is
         torch.set_num_threads(threads or min(8, cores()))  # for draws
@@ -343,7 +344,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 def parameters(folder: Path) -> int:
     """Of a checkpoint that is not loaded yet."""
-    return weights.read_config(folder / "config.json").parameters
+    return read_config(folder / "config.json").parameters
 
 
 def cache_tokens(model: Model, cache_bytes: int) -> int:

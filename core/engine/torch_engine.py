@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = {"cpu": (32, 256), "cuda": (256, 1024)}
 """Sequences that run and rows of a step, where nobody says otherwise."""
-TALK = 3 * ROUND
+TOKENS_EACH = 3 * ROUND
 """Tokens that a sequence takes in the cache, usually: more of them than there is room for are not promised."""
 
 
@@ -252,7 +252,7 @@ async def open_torch_engine(
             eos_id=config.eos_id,
             path=str(runner.folder),
             how=runner.model.how,
-            at_once=max(1, min(max_running or running, scheduler.cache.total // TALK)),
+            at_once=max(1, min(max_running or running, scheduler.cache.total // TOKENS_EACH)),
         )
         return Core(runner, scheduler), info
 

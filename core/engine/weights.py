@@ -17,69 +17,19 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.engine.base import BadCheckpoint
-
-ACTIVATIONS = {
-    "gelu_new": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-    "gelu_fast": "tanh",
-    "gelu": "none",
-    "relu": "relu",
-}
-"""What config.json calls it -> how GELU is approximated, or relu."""
+from core.engine.config import Config, read_config
 
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|.*\.rotary_emb\..*")
 """Constants that old versions stored beside the weights."""
 
-MOST, MOST_LAYERS = 1 << 24, 1 << 10
-"""Beyond these a size is a mistake: nobody should wait for a list of a billion names."""
 REMAP = 16 << 20
 """Bytes read of a mapped file count as this process's memory; after so many it is mapped anew and they are not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What config.json says, in its own names. `activation` is a value of ACTIVATIONS."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    n_inner: int
-    n_positions: int
-    vocab_size: int
-    eos_id: int
-    layer_norm_epsilon: float
-    activation: str
-    tied: bool
-    scale_attn_weights: bool
-    scale_attn_by_inverse_layer_idx: bool
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the model has."""
-        return sum(map(math.prod, self.shapes().values()))
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model; linear layers stand (in, out), as GPT-2 stores them."""
-        e, inner = self.n_embd, self.n_inner
-        layer: dict[str, tuple[int, ...]] = {
-            "ln_1.weight": (e,), "ln_1.bias": (e,),
-            "attn.c_attn.weight": (e, 3 * e), "attn.c_attn.bias": (3 * e,),
-            "attn.c_proj.weight": (e, e), "attn.c_proj.bias": (e,),
-            "ln_2.weight": (e,), "ln_2.bias": (e,),
-            "mlp.c_fc.weight": (e, inner), "mlp.c_fc.bias": (inner,),
-            "mlp.c_proj.weight": (inner, e), "mlp.c_proj.bias": (e,),
-        }  # fmt: skip
-        whole: dict[str, tuple[int, ...]] = {"wte.weight": (self.vocab_size, e), "wpe.weight": (self.n_positions, e)}
-        whole |= {f"h.{i}.{name}": shape for i in range(self.n_layer) for name, shape in layer.items()}
-        whole |= {"ln_f.weight": (e,), "ln_f.bias": (e,)}
-        return whole if self.tied else whole | {"lm_head.weight": (self.vocab_size, e)}
 
 
 class Tensors(MutableMapping[str, Tensor]):
@@ -160,67 +110,6 @@ def load(folder: Path) -> Checkpoint:
             _check_finite(name, tensor, source)
             found[name] = tensor
     return Checkpoint(folder, config, found)
-
-
-def read_config(path: Path) -> Config:
-    """Raises BadCheckpoint where it is not a GPT-2 configuration that this engine computes exactly."""
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path} cannot be read ({error}): fetch the file again") from error
-    kind = raw.get("model_type", "gpt2")
-    if kind != "gpt2":
-        raise BadCheckpoint(f"{path}: model_type is {kind!r}; Palaver runs the GPT-2 family (DialoGPT) only")
-    if _flag(raw, "add_cross_attention", False, path):
-        raise BadCheckpoint(f"{path}: add_cross_attention is on; Palaver runs decoder-only GPT-2 models")
-    activation = ACTIVATIONS.get(str(raw.get("activation_function", "gelu_new")))
-    if activation is None:
-        raise BadCheckpoint(
-            f"{path}: activation_function {raw['activation_function']!r} is not one of {', '.join(ACTIVATIONS)}"
-        )
-    sizes = {name: _size(raw, name, path) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    n_positions = _size(raw, "n_positions" if "n_positions" in raw else "n_ctx", path)
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise BadCheckpoint(f"{path}: n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
-    eos_id = raw.get("eos_token_id", 50256)
-    if not isinstance(eos_id, int) or isinstance(eos_id, bool) or not 0 <= eos_id < sizes["vocab_size"]:
-        raise BadCheckpoint(
-            f"{path}: eos_token_id {eos_id!r} is not in the vocabulary of {sizes['vocab_size']}: "
-            "write the right one there"
-        )
-    epsilon = raw.get("layer_norm_epsilon", 1e-5)
-    if not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
-        raise BadCheckpoint(f"{path}: layer_norm_epsilon is {epsilon!r}, not a small number above 0 (GPT-2's is 1e-5)")
-    return Config(
-        **sizes,
-        n_inner=_size(raw, "n_inner", path) if raw.get("n_inner") else 4 * sizes["n_embd"],
-        n_positions=n_positions,
-        eos_id=eos_id,
-        layer_norm_epsilon=float(epsilon),
-        activation=activation,
-        tied=_flag(raw, "tie_word_embeddings", True, path),
-        scale_attn_weights=_flag(raw, "scale_attn_weights", True, path),
-        scale_attn_by_inverse_layer_idx=_flag(raw, "scale_attn_by_inverse_layer_idx", False, path),
-    )
-
-
-def _flag(raw: dict[str, Any], name: str, default: bool, path: Path) -> bool:
-    value = raw.get(name, default)
-    if not isinstance(value, bool):
-        raise BadCheckpoint(f"{path}: {name} is {value!r}, neither true nor false: write one of them there")
-    return value
-
-
-def _size(raw: dict[str, Any], name: str, path: Path) -> int:
-    value = raw.get(name)
-    most = MOST_LAYERS if name == "n_layer" else MOST
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise BadCheckpoint(
-            f"{path}: {name} is {value!r}, not a whole number from 1 to {most}: this is not a GPT-2 configuration"
-        )
-    return value
 
 
 def _weight_files(folder: Path) -> tuple[Path, list[Path]]:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.engine.config import Config
 from core.engine.kv_cache import round_up
 from core.engine.model import TILE, Batch
 from core.engine.native import library as c
 from core.engine.native.memory import Arena, zeros
 from core.engine.sampler import Summary
-from core.engine.weights import Checkpoint, Config
+from core.engine.weights import Checkpoint
 
 BLOCK = 32
 """Columns of a group; in int8 also the numbers along a row that share a scale."""
@@ -33,7 +34,7 @@ BEYOND = -3e38
 """A logit beyond the vocabulary: finite, and e to it too small to count beside any other."""
 
 ACTIVATION = {"relu": 2, "tanh": 3, "none": 4}
-"""step.cpp's number of each value of `weights.ACTIVATIONS`; "none" is the exact GELU."""
+"""step.cpp's number of each value of `config.ACTIVATIONS`; "none" is the exact GELU."""
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ EOS = 256
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    config = {"vocab_size": 300, "eos_token_id": EOS, "n_positions": 12}
+    config = {"vocab_size": 300, "eos_token_id": EOS, "n_positions": 12, "n_layer": 1, "n_head": 1, "n_embd": 8}
     (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     return tmp_path
 
@@ -59,6 +59,14 @@ async def test_it_refuses_like_any_engine(folder: Path) -> None:
     assert await engine.ready()
     with pytest.raises(EngineClosed):
         await engine.generate([1], SamplingParams())
+
+
+def test_it_knows_of_a_config_what_a_model_would(tmp_path: Path) -> None:
+    """DialoGPT's first files name no end of text, and older ones `n_ctx` alone."""
+    config = {"vocab_size": 50257, "n_ctx": 512, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    info = EchoEngine(tmp_path).info
+    assert (info.eos_id, info.max_positions) == (50256, 512)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"vocab_size": 3}', '{"vocab_size": null, "eos_token_id": 1}'])

@@ -144,7 +144,7 @@ def test_weights_that_come_all_at_once_make_the_same_numbers(checkpoint: Make, m
 def test_a_step_of_more_rows_than_a_graph_has_is_cut(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sequences that stand on both sides of a cut, and of more than there was room for so far."""
     whole = opened(checkpoint("one-head"))
-    monkeypatch.setattr(graphs, "MOST", 4)
+    monkeypatch.setattr(graphs, "MOST_ROWS", 4)
     cut = opened(checkpoint("one-head"))
     ids = prompts([10], 290)[0]
     wanted = [0, 3, 4, 7, 8, 9]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from core.engine import model_runner, weights
 from core.engine.base import BadCheckpoint
+from core.engine.config import read_config
 from core.engine.model import GPT2, Batch, Model, Rows, multiplies_int8
 from core.engine.native import gpt2, library
 from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
@@ -256,7 +257,7 @@ def test_logits_are_close_to_transformers_and_to_torch_with_the_same_weights(
 ) -> None:
     """Relative to the spread of the logits. Random weights forgive least: nothing in them is redundant."""
     folder = checkpoint(shape)
-    config = weights.read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     [ids] = prompts([min(150, config.n_positions)], config.vocab_size)
     got = run(NativeGPT2(weights.load(folder), native), ids, [len(ids)])
     want = reference(folder)(torch.tensor([ids])).logits[0]
@@ -274,7 +275,7 @@ def test_keys_and_values_in_int8_are_nearly_those_in_float32(
     checkpoint: Make, paths: list[tuple[Any, int]], shape: str
 ) -> None:
     folder = checkpoint(shape)
-    config = weights.read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     [ids] = prompts([min(300, config.n_positions)], config.vocab_size)
     for native, path in paths:
         exact, near = (

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from core.engine.base import Cancelled, Completion, EngineError, Failed, QueueFull, SamplingParams
-from core.engine.guesses import MOST, PROBE, Phrases
+from core.engine.guesses import MOST_CONTEXTS, PROBE, Phrases
 from core.engine.kv_cache import ROUND, KVCache, common_prefix
 from core.engine.scheduler import GUESS, PIECE, Drawn, Scheduler
 from core.engine.sequence import Request, Sequence, Span
@@ -476,11 +476,11 @@ def test_bad_guesses_are_given_up_and_tried_again_now_and_then() -> None:
 
 def test_phrases_take_bounded_room_and_the_newest_stay() -> None:
     phrases = Phrases()
-    phrases.learn(range(MOST + 100))
+    phrases.learn(range(MOST_CONTEXTS + 100))
     assert phrases.after(said(0, 1, 2), 1) == []
-    assert phrases.after(said(MOST, MOST + 1, MOST + 2), 1) == [MOST + 3]
+    assert phrases.after(said(MOST_CONTEXTS, MOST_CONTEXTS + 1, MOST_CONTEXTS + 2), 1) == [MOST_CONTEXTS + 3]
     phrases.clear()
-    assert phrases.after(said(MOST, MOST + 1, MOST + 2), 1) == []
+    assert phrases.after(said(MOST_CONTEXTS, MOST_CONTEXTS + 1, MOST_CONTEXTS + 2), 1) == []
 
 
 @pytest.mark.parametrize("session", ["", "s"])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from core.engine import weights
 from core.engine.base import BadCheckpoint
+from core.engine.config import read_config
 from core.engine.torch_engine import TorchEngine
 from tests.checkpoints import make_checkpoint, save_tensors
 from tests.core.engine.oracle import ask, greedy, prompts
@@ -68,7 +69,7 @@ def test_dialogpts_own_config_has_defaults(tmp_path: Path) -> None:
     sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "n_positions": 1024, "n_ctx": 1024}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(sizes | {"layer_norm_epsilon": 1e-5, "initializer_range": 0.02}), "utf-8")
-    config = weights.read_config(path)
+    config = read_config(path)
     assert (config.eos_id, config.n_inner, config.activation, config.tied) == (50256, 3072, "tanh", True)
 
 
@@ -77,7 +78,7 @@ def test_only_what_somebody_holds_takes_memory(checkpoint: Make, monkeypatch: py
     monkeypatch.setattr(weights, "REMAP", 1 << 20)
     folder = checkpoint("plain", n_layer=8, n_embd=256, vocab_size=3000, form=form)
     tensors = weights.load(folder).tensors
-    sizes = [4 * math.prod(shape) for shape in weights.read_config(folder / "config.json").shapes().values()]
+    sizes = [4 * math.prod(shape) for shape in read_config(folder / "config.json").shapes().values()]
     biggest = max(sizes)
     assert sum(sizes) > biggest + (16 << 20)
     weights.trim()  # what made the file
