@@ -95,8 +95,9 @@ class NativeGPT2:
         self.kept = kept_in(checkpoint) if dtype is torch.float32 else dtype
         self.path: int = native.palaver_best_path() if path is None else path
         self.head_dim = config.n_embd // config.n_head
-        scales = 4 * round_up(self.head_dim, 32) // 32 if self.kv_dtype is torch.int8 else 0  # float32 beside bytes
-        self.head_width = round_up(self.head_dim, 16) + scales
+        self.head_width = round_up(self.head_dim, 32)
+        if self.kv_dtype is torch.int8:
+            self.head_width += self.head_width // 8  # a float32 scale for each 32 bytes
         self.token_bytes = self.kv_dtype.itemsize * 2 * config.n_layer * config.n_head * self.head_width
         self.width = round_up(config.n_embd, BLOCK)
         self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)

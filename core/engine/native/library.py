@@ -18,7 +18,7 @@ ARM = platform.machine() in ("aarch64", "arm64")
 PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX-VNNI", "AVX512-VNNI", "AVX512-BF16"]
 """By number, the faster behind; `palaver_runs` says which ones this CPU can take."""
 
-LAYOUT = 11
+LAYOUT = 12
 """Goes up, here and in step.cpp, whenever a structure, a layout or a function changes."""
 
 
@@ -85,6 +85,8 @@ def load(file: Path) -> Any:
     library = ctypes.CDLL(str(file))
     if library.palaver_layout() != LAYOUT:
         raise OSError("it was built from another version of step.cpp")
+    library.palaver_runs.argtypes = [c_int32]
+    library.palaver_runs.restype = ctypes.c_bool
     library.palaver_pack.argtypes = [
         c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32,
     ]  # fmt: skip

@@ -1,5 +1,5 @@
 // One step of GPT-2 on a CPU: rows of many sequences side by side. Weights are float32, bfloat16, or int8 in blocks of
-// 32, as then are the activations they meet; keys and values are as the weights, and beside int8 as another model's, too.
+// 32, as are the activations that int8 meets; keys and values are as the weights, and beside int8 as another model's, too.
 // All other numbers are float32. Weights of 16 bits beside keys and values of float32 are a float32 model's that was stored
 // so: float16 or bfloat16, from which the same numbers are made, and the same bits.
 //
@@ -15,12 +15,12 @@
 //   weight   [n / 32][k / PER][32 columns][PER]  float32, float16 or bfloat16
 //            [n / 32][k / 32][8][32 columns][4]  int8: w + 128 as uint8
 //   scale    [n / 32][k / 32][32 columns]        bfloat16, int8 only: w = (byte - 128) * scale
-//   kv       [layer][2][head][capacity][width]   width is head_dim rounded up to 16; keys stand transposed in tiles of 16
+//   kv       [layer][2][head][capacity][width]   width is head_dim rounded up to 32; keys stand transposed in tiles of 16
 //                                                positions ([capacity / 16][width / PER][16][PER]), values as
 //                                                [capacity / PER][width][PER]
 //            [layer][2][head][capacity / 16]     int8: a tile of keys, each + 128 as uint8, or of values, [8][width][2], and
-//            [16][width + 4 * blocks]            behind it its scales [blocks][16] float32, blocks = (width + 31) / 32: one
-//                                                for each 32 numbers of a key, one for a value
+//            [16][width + width / 8]             behind it its scales [width / 32][16] float32: one for each 32 numbers
+//                                                of a key, one for a value
 //
 // The lower half of the file is compiled once for each path, by including itself; `PATH` names the path.
 #ifndef PATH
@@ -34,6 +34,7 @@
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -84,23 +85,24 @@ inline float one(const Half *p) {
 /// steps that is long enough for a token to be drawn, within them, where there are a hundred loops, it is short.
 class Team {
     using Clock = std::chrono::steady_clock;
-    static constexpr std::chrono::microseconds LOOP{30}, STEP{1000};
+    static constexpr std::chrono::microseconds LOOP{30}, LONG_LOOP{150}, STEP{1000};
 
   public:
     ~Team() { resize(1); }
-    /// job() on so many threads, this one among them.
-    void run(int threads, const std::function<void()> &all_do) {
+    /// job() on so many threads, this one among them. Where loops take long, so does waiting for the last one of each.
+    void run(int threads, const std::function<void()> &all_do, bool are_long = false) {
         resize(threads);
         job = &all_do;
-        meet(LOOP);
+        loop = are_long ? LONG_LOOP : LOOP;
+        meet(loop);
         all_do();
-        meet(LOOP);
+        meet(loop);
     }
     /// To be called by all together: body(i) once for each i below n, so many at a time.
     template <class F> void each(int n, int chunk, F body) {
         for (int from; (from = take(chunk)) < n;)
             for (int i = from; i < n && i < from + chunk; i++) body(i);
-        meet(LOOP);
+        meet(loop);
     }
     /// body(i, then): this thread's next will be `then`, n or more where none is left.
     template <class F> void each_then(int n, int chunk, F body) {
@@ -109,7 +111,7 @@ class Team {
             const int end = std::min(n, from + chunk);
             for (int i = from; i < end; i++) body(i, i + 1 < end ? i + 1 : then);
         }
-        meet(LOOP);
+        meet(loop);
     }
     /// Shares of a loop that are even and yet leave nobody waiting long.
     int share(int n) const { return n / (8 * size) + 1; }
@@ -119,20 +121,25 @@ class Team {
   private:
     int take(int chunk) { return next.fetch_add(chunk, std::memory_order_relaxed); }
     void resize(int threads) {
-        if (threads == size) return;
+        if (threads == asked) return;
+        asked = threads;
         job = nullptr;
         meet(LOOP);
         for (auto &helper : helpers) helper.join();
         helpers.clear();
         size = threads;
-        for (int i = 1; i < size; i++)
-            helpers.emplace_back([this, i] {
-                number = i;
-                for (meet(STEP); job; meet(STEP)) {
-                    (*job)();
-                    meet(LOOP);
-                }
-            });
+        try {
+            for (int i = 1; i < threads; i++)
+                helpers.emplace_back([this, i] {
+                    number = i;
+                    for (meet(STEP); job; meet(STEP)) {
+                        (*job)();
+                        meet(loop);
+                    }
+                });
+        } catch (const std::system_error &) {  // no more are to be had: those that are there do it
+            size = 1 + (int)helpers.size();
+        }
     }
     void meet(Clock::duration awake) {
         const unsigned now = round;
@@ -160,10 +167,11 @@ class Team {
 #endif
     }
 
-    int size = 1;
+    int asked = 1;
     std::vector<std::thread> helpers;
     const std::function<void()> *job = nullptr;
-    std::atomic<int> next{0}, arrived{0}, asleep{0};
+    Clock::duration loop = LOOP;
+    std::atomic<int> size{1}, next{0}, arrived{0}, asleep{0};
     std::atomic<unsigned> round{0};
     std::mutex bed;
     std::condition_variable wake;
@@ -280,16 +288,18 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 11; }
+int palaver_layout() { return 12; }
 
 /// Can this CPU take a path: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX512-VNNI, 4 AVX512-BF16; on Arm 1 is dotprod?
 bool palaver_runs(int path) {
 #if PATHS == 5
 #define HAS __builtin_cpu_supports
     __builtin_cpu_init();
-    if (path == 1) return HAS("avx2") && HAS("fma");  // and so F16C, which is older
-#if __GNUC__ > 10
+#if __GNUC__ > 10  // the first that knows the last of each
+    if (path == 1) return HAS("avx2") && HAS("fma") && HAS("f16c");
     if (path == 2) return palaver_runs(1) && HAS("avxvnni");
+#else
+    if (path == 1) return HAS("avx2") && HAS("fma");  // and so F16C, but on a virtual machine that was told to hide it
 #endif
     if (path == 3) return palaver_runs(1) && HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512vnni");
     if (path == 4) return palaver_runs(3) && HAS("avx512bf16");
@@ -326,7 +336,7 @@ void palaver_pack(const void *source, int kind, int64_t stride_n, int64_t stride
 /// Write the rows' keys and values, and the logits of `wanted` rows.
 void palaver_step(const Model *model, const Step *step, int path) {
     Team &all = team();
-    all.run(step->threads, [&] { ON(path, run(all, *model, *step)); });
+    all.run(step->threads, [&] { ON(path, run(all, *model, *step)); }, step->rows > 64);
 }
 
 /// For each row of x [rows][stride] log(sum(e^x)) of its first n numbers; NaN where one of them is not finite. A step has its
@@ -535,8 +545,9 @@ INLINE int32_t total(I v) {
 }
 /// e^x, relative error below 2e-7 (Cephes' polynomial); NaN stays NaN.
 INLINE F exp(F x) {
-    x = x < -87.0f ? broadcast(-87.0f) : x;
-    x = x > 88.0f ? broadcast(88.0f) : x;
+    const F least = broadcast(-87.0f), most = broadcast(88.0f);
+    x = least > x ? least : x;  // one instruction so, and NaN stays
+    x = most < x ? most : x;
     const F shifted = fused(x, broadcast(1.44269504f), broadcast(ROUND)), n = shifted - ROUND;  // n in its lowest bits
     const F r = fused(n, broadcast(2.12194440e-4f), fused(n, broadcast(-0.693359375f), x));
     F p = broadcast(1.9875691500e-4f);
@@ -821,8 +832,13 @@ template <int M, class W> INLINE void tile(const Linear &l, int group, const W *
         }
     }
 }
+/// The height of the first tile of so many rows: all are as high as one another, or one less.
+INLINE int even(int rows, int most) {
+    const int tiles = (rows + most - 1) / most;
+    return tiles ? (rows + tiles - 1) / tiles : 0;
+}
 template <int M, class W> INLINE void rows_of(const Linear &l, int group, const W *w, const Step &s, Rows in, int row, int rows, Ahead &ahead, float *out, int stride, int after) {
-    for (; row + M <= rows; row += M, out += (size_t)M * stride) tile<M>(l, group, w, s, in, row, ahead, out, stride, after);
+    for (; even(rows - row, ROWS) == M; row += M, out += (size_t)M * stride) tile<M>(l, group, w, s, in, row, ahead, out, stride, after);
     if constexpr (M > 1) rows_of<M - 1>(l, group, w, s, in, row, rows, ahead, out, stride, after);
 }
 /// A group's weights, which stand near as floats where more than two tiles want them.
@@ -830,8 +846,9 @@ template <class W> INLINE void each_tile(const Linear &l, int group, const W *w,
     if constexpr (std::is_same_v<W, Half>)
         if (rows - row > 2 * ROWS) {
             static thread_local std::vector<float> near;
-            near.resize((size_t)l.blocks * 1024);
-            for (size_t i = 0; i < near.size(); i += LANES) store(&near[i], words(w + i));
+            const size_t count = (size_t)l.blocks * 1024;
+            if (near.size() < count) near.resize(count);
+            for (size_t i = 0; i < count; i += LANES) store(&near[i], words(w + i));
             return rows_of<ROWS>(l, group, (const float *)near.data(), s, in, row, rows, ahead, out, stride, after);
         }
     rows_of<ROWS>(l, group, w, s, in, row, rows, ahead, out, stride, after);
@@ -842,15 +859,16 @@ static __attribute__((noinline)) void summarise_rows(const Step &s, int group, i
         summarise(x + (size_t)row * stride + 32 * group, s.tops + at, s.sums + at);
     }
 }
+constexpr int HIGH = 16 * ROWS;  // rows at a time: so many stay near while the groups pass by
 /// out (rows, stride) = after(in x weight + bias); an activation leaves it `behind`, if the next product reads that. All of the
 /// team call it together, as all that takes a team.
 template <class W> static void linear(Team &team, const Linear &l, const Step &s, Rows in, int rows, float *out, int stride, int after) {
-    constexpr int HIGH = 16 * ROWS;  // rows at a time: so many stay near while the groups pass by
+    const int high = padded(even(rows, HIGH), ROWS);
     const int n = (rows + HIGH - 1) / HIGH * l.groups;
     team.each_then(n, team.share(l.groups), [&](int i, int then) {
         const auto weights = [&](int i) { return (const W *)l.weight + (size_t)(i % l.groups) * l.blocks * 1024; };
-        const int row = i / l.groups * HIGH, group = i % l.groups;
-        const int end = row + HIGH < rows ? row + HIGH : rows, passes = end - row > 1 ? (end - row + ROWS - 1) / ROWS * PARTS : 1;
+        const int row = i / l.groups * high, group = i % l.groups;
+        const int end = row + high < rows ? row + high : rows, passes = end - row > 1 ? (end - row + ROWS - 1) / ROWS * PARTS : 1;
         const int bytes = passes == 1 || then < n ? padded(1024 * (int)sizeof(W) / passes, 64) : 0;
         Ahead ahead{passes > 1 ? (const char *)weights(then) : (const char *)weights(i) + RUN_AHEAD, bytes};
         if (sizeof(Met<W>) < 4 && (after == RELU || after == TANH || after == ERF)) {
@@ -920,17 +938,17 @@ template <class W> static void embed(Team &team, const Model &m, const Step &s) 
 
 /// One head of a sequence. `keys_at`: how far behind its query a row's key stands, and its value behind that. A query has
 /// `room` floats of scratch, for its scores and then its weights; behind all queries' stand they themselves as they are
-/// multiplied, `wide` floats for each.
-template <class K> struct Head { const float *qkv; K *keys, *values; float *out, *scratch; int stride, keys_at, dim, width, wide, deep, out_stride, room; float scale; };
+/// multiplied, `width` floats for each.
+template <class K> struct Head { const float *qkv; K *keys, *values; float *out, *scratch; int stride, keys_at, dim, width, deep, out_stride, room; float scale; };
 
 /// In int8, of keys or values: the scales of the tile that begins at position t.
 INLINE float *scales(const Head<int8_t> &h, int8_t *of, int t) { return (float *)(of + (size_t)t * h.deep + 16 * h.width); }
 /// Where the first block of query q is.
-INLINE Block *blocks(const Head<int8_t> &h, int q) { return (Block *)(h.scratch + QUERIES * h.room) + q * h.wide / 32; }
+INLINE Block *blocks(const Head<int8_t> &h, int q) { return (Block *)(h.scratch + QUERIES * h.room) + q * h.width / 32; }
 /// A head's numbers with zeros behind them, in the place of query q.
 INLINE float *whole(const Head<int8_t> &h, const float *x, int q) {
-    float *to = h.scratch + QUERIES * h.room + q * h.wide;
-    for (int d = 0; d < h.wide; d += LANES) store(to + d, load(x + d, h.dim - d));
+    float *to = h.scratch + QUERIES * h.room + q * h.width;
+    for (int d = 0; d < h.width; d += LANES) store(to + d, load(x + d, h.dim - d));
     return to;
 }
 
@@ -976,7 +994,7 @@ template <int Q, class K> INLINE void prepare(const Head<K> &h, int row) {
 template <int Q> INLINE void prepare(const Head<int8_t> &h, int row) {
     for (int q = 0; q < Q; q++) {
         const float *query = whole(h, h.qkv + (size_t)(row + q) * h.stride, QUERIES - 1);  // blocks do not reach so far
-        for (int b = 0; b < h.wide / 32; b++) {
+        for (int b = 0; b < h.width / 32; b++) {
             Block &block = blocks(h, q)[b];
             quantise(query + 32 * b, 32, block.x, &block.scale, &block.offset);
         }
@@ -1002,7 +1020,7 @@ template <int Q, int T> INLINE void dots(const Head<int8_t> &h, int t, F (&sums)
         for (int i = 0; i < T; i++)
             for (int q = 0; q < Q; q++)
                 for (I &of : of_block[i][q]) of = dots_from(blocks(h, q)[b].offset);
-        for (int d = 0; d < 32 && 32 * b + d < h.width; d += 4)
+        for (int d = 0; d < 32; d += 4)
             for (int q = 0; q < Q; q++) {
                 int32_t four;
                 memcpy(&four, blocks(h, q)[b].x + d, 4);
@@ -1031,26 +1049,28 @@ template <int Q, int T, class K> INLINE void score(const Head<K> &h, int positio
             }
 }
 
+/// Keep weights for the keys from t on, in int8 each times its value's scale; `top` is the largest of them, and `bad` is 0, or NaN
+/// where one is.
+template <class K> INLINE void keep_weights(const Head<K> &, float *weights, int, int t, F weight, F &, F &) {
+    put((Met<K> *)weights + t, weight);  // it may be half as wide as its score, whose place it takes
+}
+INLINE void keep_weights(const Head<int8_t> &h, float *weights, int position, int t, F weight, F &top, F &bad) {
+    weight *= load(scales(h, h.values, t / 16 * 16) + t % 16);
+    weight = iota(t) <= position ? weight : F{};
+    store(weights + t, weight);
+    top = weight > top ? weight : top;
+    bad += weight - weight;
+}
 /// Weights of floats are blended as they are.
-template <class K> INLINE float narrow_weights(const Head<K> &, float *, int, int) { return 1; }
-/// The weights of a query at `position`, each times its value's scale, behind themselves as int16, zeros up to `end`; what 1
-/// of them is. So large that no sum of so many is too much for 32 bits.
-INLINE float narrow_weights(const Head<int8_t> &h, float *weights, int position, int end) {
+template <class K> INLINE float narrow_weights(const Head<K> &, float *, int, int, const F *, const F *) { return 1; }
+/// The weights of a query at `position` as int16 behind themselves, zeros up to `end`; what 1 of them is. So large that no sum of
+/// so many is too much for 32 bits.
+INLINE float narrow_weights(const Head<int8_t> &h, float *weights, int position, int end, const F *tops, const F *bad) {
     const int most = 0x7FFFFFFF / 127 / (position + 1), unit = most < 0x7FFF ? most : 0x7FFF;
-    F tops[PARTS] = {}, bad{};
-    for (int t = 0; t < end; t += LANES) {
-        F weight = load(weights + t) * load(scales(h, h.values, t / 16 * 16) + t % 16);
-        weight = iota(t) <= position ? weight : F{};
-        store(weights + t, weight);
-        F &top = tops[t / LANES % PARTS];
-        top = weight > top ? weight : top;
-        bad += weight - weight;  // 0, or NaN
-    }
     const float top = max(tops), inverse = top > 1e-30f ? (float)unit / top : 0.0f;
     for (int t = 0; t < end; t += LANES)
         *(S *)((int16_t *)(weights + h.room / 2) + t) = __builtin_convertvector((I)(load(weights + t) * inverse + ROUND) - ROUND_BITS, S);
-    for (int i = 1; i < LANES; i++) bad[0] += bad[i];
-    return top / (float)unit + bad[0];
+    return top / (float)unit + sum(bad);
 }
 template <int Q, int D, class K> INLINE void finish(const Head<K> &h, const F (&mixed)[Q][D][PARTS], int row, int d, const float (&scale)[Q]) {
     for (int q = 0; q < Q; q++)
@@ -1116,14 +1136,15 @@ template <int Q, class K> static __attribute__((noinline)) void attend(const Hea
     for (int q = 0; q < Q; q++) {
         const float top = max(best[q]);
         float *weights = h.scratch + q * h.room;
-        F total[PARTS] = {};
-        for (t = 0; t < end; t += LANES) {  // a weight may be half as wide as its score, whose place it takes
+        F total[PARTS] = {}, tops[PARTS] = {}, bad[PARTS] = {};
+        for (t = 0; t < end; t += LANES) {
+            const int j = t / LANES % PARTS;
             F weight = exp(load(weights + t) - top);
             weight = iota(t) <= position + q ? weight : F{};
-            put((Met<K> *)weights + t, weight);
-            total[t / LANES % PARTS] += weight;
+            total[j] += weight;
+            keep_weights(h, weights, position + q, t, weight, tops[j], bad[j]);
         }
-        scale[q] = narrow_weights(h, weights, position + q, end) / sum(total);
+        scale[q] = narrow_weights(h, weights, position + q, end, tops, bad) / sum(total);
     }
     int d = 0;
     for (; d + 16 * D <= h.width; d += 16 * D) blend<Q, D>(h, position, row, d, scale);
@@ -1134,7 +1155,7 @@ template <class K> INLINE void fetch(const Head<K> &h, const float *row) {
     for (int j = 0; j < 3; j++)
         for (int d = 0; d < h.dim; d += 16) __builtin_prefetch(row + j * h.keys_at + d);
 }
-/// What a head of a sequence reads first, and what it writes to, at position p.
+/// The numbers, not the scales, that a head of a sequence reads first, and what it writes to, at position p.
 template <class K> INLINE void fetch(const Head<K> &h, int p) {
     const size_t tile = sizeof(K) * 16 * h.deep, last = p / 16 * tile;
     fetch(h, h.qkv);
@@ -1147,10 +1168,10 @@ template <class K> INLINE void fetch(const Head<K> &h, int p) {
 /// Write keys and values of every sequence, then attend, in the last layer for `wanted` rows alone; a head of a sequence is
 /// one thread's.
 template <class K> static void attention(Team &team, const Model &m, const Step &s, int layer) {
-    const int e = m.n_embd, dim = e / m.n_head, width = padded(dim, 16), wide = padded(dim, 32), room = 2 * padded(m.n_positions, 16);
-    const int deep = sizeof(K) == 1 ? width + wide / 8 : width;
+    const int e = m.n_embd, dim = e / m.n_head, width = padded(dim, 32), room = 2 * padded(m.n_positions, 16);
+    const int deep = sizeof(K) == 1 ? width + width / 8 : width;
     const int stride = padded(3 * e, 32), out_stride = padded(e, 32);
-    float *scratch = s.scratch + (size_t)team.number * QUERIES * (room + wide);
+    float *scratch = s.scratch + (size_t)team.number * QUERIES * (room + width);
     const auto head_of = [&](int i) {
         const int head = i % m.n_head;
         const Span &span = s.spans[i / m.n_head];
@@ -1158,7 +1179,7 @@ template <class K> static void attention(Team &team, const Model &m, const Step 
         K *keys = (K *)span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
         const float *qkv = s.wide + (size_t)span.row * stride + head * dim;
         float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
-        return Head<K>{qkv, keys, values, out, scratch, stride, e, dim, width, wide, deep, out_stride, room, m.layers[layer].attention_scale};
+        return Head<K>{qkv, keys, values, out, scratch, stride, e, dim, width, deep, out_stride, room, m.layers[layer].attention_scale};
     };
     const int n = s.n_spans * m.n_head;
     team.each_then(n, 1, [&](int i, int then) {

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import threading
 import time
@@ -162,6 +163,31 @@ def test_threads_that_help_go_with_the_one_that_asked(native: Any) -> None:
     thread.join()
     assert seen == [before + 4, before + 1, before + 3]
     assert threads_here(before) == before, "threads are left"
+
+
+FEW_THREADS = """
+import ctypes, re, resource, sys
+from pathlib import Path
+from core.engine.native.library import load
+
+library = load(Path(sys.argv[1]))
+x, totals = (ctypes.c_float * 6400)(), (ctypes.c_double * 64)()
+
+def sums(threads):
+    library.palaver_logsumexp(x, 64, 100, 100, totals, threads, 0)
+    return [round(total, 3) for total in totals] == [4.605] * 64, len(list(Path("/proc/self/task").iterdir()))
+
+size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+resource.setrlimit(resource.RLIMIT_AS, (size + 3 * stack // 2, -1))  # of one thread more
+print(sums(8), sums(8), sums(2), sums(1))
+"""
+
+
+def test_threads_that_are_not_to_be_had_are_done_without(native: Any) -> None:
+    command = ["bash", "-c", 'ulimit -s 65536; exec "$@"', "-", sys.executable, "-c", FEW_THREADS, native._name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "(True, 2) (True, 2) (True, 2) (True, 1)\n", done.stderr
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
