@@ -11,7 +11,6 @@ On a device without CUDA a step is not captured but called again, on the same bu
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from core.engine.kv_cache import ROUND, round_up
+from core.engine.kv_cache import ROUND, Pages, round_up
 from core.engine.model import GPT2, TILE, Batch, Linear, Rows
 from core.engine.sampler import Summary
 
@@ -64,15 +63,17 @@ def lost(error: Exception) -> bool:
     return isinstance(error, torch.AcceleratorError) and code != 2 and not 900 <= code < 910
 
 
-class Pages:
-    """A sequence's pages in the pool; given back when nobody holds this any more."""
+class PoolPages(Pages[int]):
+    """A sequence's pages in the pool, by number."""
 
-    def __init__(self, free: list[int], count: int) -> None:
-        if count > len(free):
-            raise torch.OutOfMemoryError(f"{count} pages wanted, {len(free)} free")
-        numbers = [free.pop() for _ in range(count)]
-        self.numbers = np.array(numbers, np.int32)
-        weakref.finalize(self, free.extend, numbers)
+    def __init__(self, free: list[int]) -> None:
+        super().__init__(free, none_left)
+        self.numbers = np.array([], np.int32)
+
+    def grow(self, count: int) -> None:
+        """To so many. Raises torch.OutOfMemoryError."""
+        super().grow(count)
+        self.numbers = np.array(self.pages, np.int32)
 
     def slots(self, start: int, count: int) -> Numbers:
         """Where positions start, start + 1, … stand in the pool."""
@@ -80,8 +81,12 @@ class Pages:
         return self.numbers[positions // TILE] * TILE + positions % TILE
 
 
+def none_left() -> int:
+    raise torch.OutOfMemoryError("no page of keys and values is free")
+
+
 class GraphedGPT2:
-    """Satisfies `core.engine.model.Model`. KV is `Pages`."""
+    """Satisfies `core.engine.model.Model`. KV is `PoolPages`."""
 
     def __init__(self, eager: GPT2, tokens: int, *, plain: bool = False) -> None:
         """Shares the weights of `eager`. `tokens`: the room that sequences may take together. With `plain`, products
@@ -97,7 +102,7 @@ class GraphedGPT2:
         self._capture: Callable[[Step], Step] = Capture(self.device) if self.cuda else uncaptured
         self._graphs: dict[tuple[int, int], Step] = {}
         self._last = torch.empty(0)
-        window = round_up(c.n_positions, ROUND)  # a slot that moves stands in two places until it is copied
+        window = round_up(c.n_positions, ROUND)  # what a slot is copied from may not be counted any more
         pages = 1 + (tokens + 2 * window) // TILE
         self._free = list(range(pages - 1, SCRATCH, -1))
         self.pool = self._new(c.n_layer, 2, pages * TILE, c.n_embd, dtype=self.dtype)
@@ -131,10 +136,14 @@ class GraphedGPT2:
         """On the host, where the device copies from and to."""
         return torch.zeros(shape, dtype=dtype, pin_memory=self.cuda)
 
-    def new_kv(self, capacity: int) -> Pages:
-        return Pages(self._free, -(-capacity // TILE))
+    def new_kv(self, capacity: int) -> PoolPages:
+        return self.grow_kv(PoolPages(self._free), capacity, 0)
 
-    def copy_kv(self, source: Pages, target: Pages, count: int) -> None:
+    def grow_kv(self, kv: PoolPages, capacity: int, count: int) -> PoolPages:
+        kv.grow(-(-capacity // TILE))
+        return kv
+
+    def copy_kv(self, source: PoolPages, target: PoolPages, count: int) -> None:
         old, new = (torch.from_numpy(kv.slots(0, count)).to(self.device) for kv in (source, target))
         self.pool.index_copy_(2, new, self.pool.index_select(2, old))
 

@@ -7,23 +7,42 @@ shared: a fork copies the prefix into a slot of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 ROUND = 128
-"""Capacities are multiples of this, so that a channel's slot has to move only every few turns."""
+"""Capacities are multiples of this, so that a channel's slot has to grow only every few turns."""
+PageT = TypeVar("PageT")
+
+
+class Pages(Generic[PageT]):
+    """What a sequence's KV stands in, where that can grow in its place; given back when nobody holds this any more."""
+
+    def __init__(self, free: list[PageT], another: Callable[[], PageT]) -> None:
+        """They come from `free` and go back there; `another` makes one where there is none."""
+        self.pages: list[PageT] = []
+        self._free, self._another = free, another
+        weakref.finalize(self, free.extend, self.pages)
+
+    def grow(self, count: int) -> None:
+        """To so many."""
+        while len(self.pages) < count:
+            self.pages.append(self._free.pop() if self._free else self._another())
 
 
 class Slot:
-    """Room for `capacity` tokens' KV; `tokens` are those written. `kv` is the model's, made when first used."""
+    """Room for `capacity` tokens' KV; `tokens` are those written. `kv` is the model's, made when first used, and has
+    room for `made` so far."""
 
-    __slots__ = ("capacity", "copy_from", "kv", "session", "tokens")
+    __slots__ = ("capacity", "copy_from", "kv", "made", "session", "tokens")
 
     def __init__(self, session: str, capacity: int) -> None:
         self.session = session
         self.capacity = capacity
         self.tokens: list[int] = []
         self.kv: Any = None
+        self.made = 0
         self.copy_from: Slot | None = None
         """Where the first len(tokens) KV rows have to be copied from before the slot is used."""
 
@@ -60,17 +79,20 @@ class KVCache:
         """
         left = list(self.kept.get(session, []))
         best = max(left, key=lambda s: common_prefix(s.tokens, prompt), default=None)
-        source = sibling or best
-        in_place = source is not None and source is best and source.capacity >= need
-        slot = source if source is not None and in_place else Slot(session, round_up(need, ROUND))
-        if self.busy + slot.capacity > self.total:
+        source, capacity = sibling or best, round_up(need, ROUND)
+        if best and source is best:
+            slot, capacity = best, max(best.capacity, capacity)
+        else:
+            slot = Slot(session, capacity)
+        if self.busy + capacity > self.total:
             return None
         for idle in left:
             self._drop(idle)
-        while self.used + slot.capacity > self.total:
+        slot.capacity = capacity
+        while self.used + capacity > self.total:
             self._drop(self._victim())
         prefix = min(common_prefix(source.tokens, prompt), len(prompt) - 1) if source else 0
-        slot.copy_from = source if prefix and not in_place else None
+        slot.copy_from = source if prefix and source is not slot else None
         slot.tokens = list(prompt[:prefix])
         self._run(slot)
         return slot

@@ -77,7 +77,11 @@ class Model(Protocol):
     """Bytes of KV for one token."""
 
     def new_kv(self, capacity: int) -> Any:
-        """Room for `capacity` tokens, finite numbers in it."""
+        """Room for `capacity` tokens."""
+        ...
+
+    def grow_kv(self, kv: Any, capacity: int, count: int) -> Any:
+        """`kv`, or one in its place that has its first `count` tokens, with room for `capacity`."""
         ...
 
     def copy_kv(self, source: Any, target: Any, count: int) -> None:
@@ -244,10 +248,15 @@ class GPT2:
         return model
 
     def new_kv(self, capacity: int) -> Any:
-        """(layer, key/value, head, position, head_dim)"""
+        """(layer, key/value, head, position, head_dim); zeros, for what is not written yet weighs 0, if it is finite"""
         c = self.config
         shape = c.n_layer, 2, c.n_head, round_up(capacity, TILE), self.head_dim
         return torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
+
+    def grow_kv(self, kv: Any, capacity: int, count: int) -> Any:
+        larger = self.new_kv(capacity)
+        self.copy_kv(kv, larger, count)
+        return larger
 
     def copy_kv(self, source: Any, target: Any, count: int) -> None:
         target[:, :, :, :count] = source[:, :, :, :count]

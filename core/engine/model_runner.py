@@ -133,10 +133,13 @@ class ModelRunner:
         return Batch(ids, rows, wanted)
 
     def _furnish(self, slot: Slot | None) -> None:
-        """Give a new slot its tensor, with the prefix it was forked from."""
+        """Give a slot the room it is to have, with the prefix it was forked from."""
         assert slot
         if slot.kv is None:
             slot.kv = self.model.new_kv(slot.capacity)
+        elif slot.made < slot.capacity:
+            slot.kv = self.model.grow_kv(slot.kv, slot.capacity, len(slot.tokens))
+        slot.made = slot.capacity
         if slot.copy_from is not None:
             self.model.copy_kv(slot.copy_from.kv, slot.kv, len(slot.tokens))
             slot.copy_from = None

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from core.engine.config import Config
-from core.engine.kv_cache import round_up
-from core.engine.model import TILE, Batch
+from core.engine.kv_cache import Pages, round_up
+from core.engine.model import Batch
 from core.engine.native import library as c
-from core.engine.native.memory import Arena, zeros
+from core.engine.native.memory import Arena
 from core.engine.sampler import Summary
 from core.engine.weights import Checkpoint
+
+PAGE = 128
+"""Positions that a page of keys and values has room for."""
 
 BLOCK = 32
 """Columns of a group; in int8 also the numbers along a row that share a scale."""
@@ -74,6 +77,16 @@ def dequantised(weight: Tensor) -> Tensor:
     return (quants * scale.float()).view(len(quants), -1)[:n, :k]
 
 
+class KV(Pages[Tensor]):
+    """Pages (layer, key/value, head, PAGE, head_width); step.cpp says how keys stand in them. Stale numbers are there,
+    which nothing reads."""
+
+    def grow(self, count: int) -> None:
+        """To so many."""
+        super().grow(count)
+        self.addresses = (ctypes.c_void_p * count)(*(page.data_ptr() for page in self.pages))
+
+
 class NativeGPT2:
     """Satisfies `core.engine.model.Model`."""
 
@@ -103,7 +116,8 @@ class NativeGPT2:
         self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)
         names = dict.fromkeys(str(of).removeprefix("torch.") for of in (dtype, self.kept))  # one, or two
         self.how = f"cpu, {' kept in '.join(names)}, native {c.PATHS[self.path]}"
-        self._arena = Arena()
+        self._arena, self._room_for_kv = Arena(), Arena()
+        self._free: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._step = c.Step()
         self._memory: dict[str, Tensor] = {}
@@ -160,22 +174,29 @@ class NativeGPT2:
             config.layer_norm_epsilon,
         )
 
-    def new_kv(self, capacity: int) -> Tensor:
-        """(layer, key/value, head, position, head_width); step.cpp says how keys stand in it."""
-        config = self.config
-        shape = config.n_layer, 2, config.n_head, round_up(capacity, TILE), self.head_width
-        return zeros(shape, self.kv_dtype)
+    def new_kv(self, capacity: int) -> KV:
+        return self.grow_kv(KV(self._free, self._new_page), capacity, 0)
 
-    def copy_kv(self, source: Tensor, target: Tensor, count: int) -> None:
-        count = round_up(count, 16)
-        target[:, :, :, :count] = source[:, :, :, :count]
+    def grow_kv(self, kv: KV, capacity: int, count: int) -> KV:
+        kv.grow(-(-capacity // PAGE))
+        return kv
+
+    def copy_kv(self, source: KV, target: KV, count: int) -> None:
+        for old, new in zip(source.pages, target.pages, strict=False):
+            some = min(PAGE, round_up(count, 16))
+            new[:, :, :, :some] = old[:, :, :, :some]
+            count = max(0, count - PAGE)
+
+    def _new_page(self) -> Tensor:
+        c = self.config
+        return self._room_for_kv.empty((c.n_layer, 2, c.n_head, PAGE, self.head_width), self.kv_dtype)
 
     def forward(self, batch: Batch) -> Tensor:
         rows, wanted, threads = len(batch.ids), len(batch.wanted), torch.get_num_threads()
         self._make_room(rows, wanted, threads)
         spans, row = (c.Span * len(batch.rows))(), 0
         for span, r in zip(spans, batch.rows, strict=True):
-            span.kv, span.capacity, span.start, span.count = r.kv.data_ptr(), r.kv.shape[3], r.start, r.count
+            span.pages, span.start, span.count = ctypes.addressof(r.kv.addresses), r.start, r.count
             span.row, row = row, row + r.count
         step = self._step
         step.spans, step.ids, step.positions = spans, integers(batch.ids), integers(batch.positions)

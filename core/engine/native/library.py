@@ -18,7 +18,7 @@ ARM = platform.machine() in ("aarch64", "arm64")
 PATHS = ["portable", "Arm dot product"] if ARM else ["portable", "AVX2", "AVX-VNNI", "AVX512-VNNI", "AVX512-BF16"]
 """By number, the faster behind; `palaver_runs` says which ones this CPU can take."""
 
-LAYOUT = 12
+LAYOUT = 13
 """Goes up, here and in step.cpp, whenever a structure, a layout or a function changes."""
 
 
@@ -49,7 +49,7 @@ class Model(Structure):
 
 class Span(Structure):
     _fields_ = [
-        ("kv", c_void_p), ("capacity", c_int32), ("start", c_int32), ("count", c_int32), ("row", c_int32),
+        ("pages", c_void_p), ("start", c_int32), ("count", c_int32), ("row", c_int32),
     ]  # fmt: skip
 
 

@@ -13,11 +13,6 @@ ARENA = 64 << 20
 """Bytes taken at once, or as many as one tensor needs."""
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of its own."""
-    return torch.frombuffer(_map(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
-
-
 class Arena:
     """Tensors side by side, for good: on its own each would fill its pages in part."""
 

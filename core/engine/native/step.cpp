@@ -15,10 +15,10 @@
 //   weight   [n / 32][k / PER][32 columns][PER]  float32, float16 or bfloat16
 //            [n / 32][k / 32][8][32 columns][4]  int8: w + 128 as uint8
 //   scale    [n / 32][k / 32][32 columns]        bfloat16, int8 only: w = (byte - 128) * scale
-//   kv       [layer][2][head][capacity][width]   width is head_dim rounded up to 32; keys stand transposed in tiles of 16
-//                                                positions ([capacity / 16][width / PER][16][PER]), values as
-//                                                [capacity / PER][width][PER]
-//            [layer][2][head][capacity / 16]     int8: a tile of keys, each + 128 as uint8, or of values, [8][width][2], and
+//   a page of 128 positions' keys and values
+//            [layer][2][head][128][width]        width is head_dim rounded up to 32; keys stand transposed in tiles of 16
+//                                                positions ([8][width / PER][16][PER]), values as [128 / PER][width][PER]
+//            [layer][2][head][8]                 int8: a tile of keys, each + 128 as uint8, or of values, [8][width][2], and
 //            [16][width + width / 8]             behind it its scales [width / 32][16] float32: one for each 32 numbers
 //                                                of a key, one for a value
 //
@@ -37,6 +37,7 @@
 #include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -53,7 +54,7 @@ struct Model {
     const Layer *layers; Linear wte, lm_head; const float *wpe; Norm ln_f;
     int32_t n_layer, n_head, n_embd, n_positions, activation, weights, keys; float epsilon;
 };
-struct Span { void *kv; int32_t capacity, start, count, row; };  // `count` rows of a sequence, from `row` of the batch
+struct Span { void *const *pages; int32_t start, count, row; };  // `count` rows of a sequence, from `row` of the batch
 struct Step {
     const Span *spans; const int32_t *ids, *positions, *wanted; int32_t n_spans, rows, n_wanted, threads;
     float *x, *wide, *mixed, *logits;                       // rows x e, rows x wide, rows x e, wanted x vocabulary
@@ -67,7 +68,7 @@ struct Draw { const float *x, *tops; uint64_t seed; double temperature, top_p; i
 namespace {
 enum Weights { INT8, BFLOAT16, FLOAT32, FLOAT16 };
 enum After { STORE, ADD, RELU, TANH, ERF, LOGITS };
-constexpr int QUERIES = 4;
+constexpr int QUERIES = 4, PAGE = 128;
 constexpr float ROUND = 0x1.8p23f;  // added to a small number, it leaves the nearest whole one in the lowest bits
 constexpr int32_t ROUND_BITS = 0x4B400000;
 struct Half { uint16_t bits; };
@@ -288,7 +289,7 @@ template <class S> void pack(const S *source, int64_t stride_n, int64_t stride_k
 
 extern "C" {
 /// Which version of the structures, layouts and functions this is.
-int palaver_layout() { return 12; }
+int palaver_layout() { return 13; }
 
 /// Can this CPU take a path: 0 portable, 1 AVX2, 2 AVX-VNNI, 3 AVX512-VNNI, 4 AVX512-BF16; on Arm 1 is dotprod?
 bool palaver_runs(int path) {
@@ -939,10 +940,16 @@ template <class W> static void embed(Team &team, const Model &m, const Step &s) 
 /// One head of a sequence. `keys_at`: how far behind its query a row's key stands, and its value behind that. A query has
 /// `room` floats of scratch, for its scores and then its weights; behind all queries' stand they themselves as they are
 /// multiplied, `width` floats for each.
-template <class K> struct Head { const float *qkv; K *keys, *values; float *out, *scratch; int stride, keys_at, dim, width, deep, out_stride, room; float scale; };
+template <class K> struct Head {
+    const float *qkv; void *const *pages; size_t plane, planes; float *out, *scratch;
+    int stride, keys_at, dim, width, deep, out_stride, room; float scale;
+    /// From position t on, up to the end of its page.
+    __attribute__((always_inline)) K *keys(int t) const { return (K *)pages[t / PAGE] + plane + (size_t)(t % PAGE) * deep; }
+    __attribute__((always_inline)) K *values(int t) const { return keys(t) + planes; }
+};
 
-/// In int8, of keys or values: the scales of the tile that begins at position t.
-INLINE float *scales(const Head<int8_t> &h, int8_t *of, int t) { return (float *)(of + (size_t)t * h.deep + 16 * h.width); }
+/// In int8, of a tile of keys or values.
+INLINE float *scales(const Head<int8_t> &h, int8_t *tile) { return (float *)(tile + 16 * h.width); }
 /// Where the first block of query q is.
 INLINE Block *blocks(const Head<int8_t> &h, int q) { return (Block *)(h.scratch + QUERIES * h.room) + q * h.width / 32; }
 /// A head's numbers with zeros behind them, in the place of query q.
@@ -959,26 +966,27 @@ template <class K> INLINE void keep_row(const Head<K> &h, const float *row, int 
         put(key + d, load(row + h.keys_at + d, h.dim - d));
         put(value + d, load(row + 2 * h.keys_at + d, h.dim - d));
     }
-    K *to = h.keys + (size_t)(p / 16 * 16) * h.width + p % 16 * PER<K>;
+    K *to = h.keys(p / 16 * 16) + p % 16 * PER<K>;
     for (int d = 0; d < h.dim; d += PER<K>) memcpy(to + 16 * d, key + d, sizeof(K) * PER<K>);
-    to = h.values + (size_t)(p / PER<K> * PER<K>) * h.width + p % PER<K>;
+    to = h.values(p / PER<K> * PER<K>) + p % PER<K>;
     for (int d = 0; d < h.dim; d++) to[d * PER<K>] = value[d];
 }
 INLINE void keep_row(const Head<int8_t> &h, const float *row, int p) {
     const int t = p / 16 * 16, at = p % 16;
     int32_t unused;
     float *key = whole(h, row + h.keys_at, 0);
-    int8_t *to = h.keys + (size_t)t * h.deep + 4 * at, *near = (int8_t *)key;  // in the floats' own place
+    int8_t *tile = h.keys(t), *to = tile + 4 * at, *near = (int8_t *)key;  // in the floats' own place
     for (int d = 0; d < h.width; d += 4) {
-        if (d % 32 == 0) quantise(key + d, 32, near + d, scales(h, h.keys, t) + d / 2 + at, &unused);
+        if (d % 32 == 0) quantise(key + d, 32, near + d, scales(h, tile) + d / 2 + at, &unused);
         int32_t four;
         memcpy(&four, near + d, 4);
         four ^= 0x80808080;
         memcpy(to + 16 * d, &four, 4);
     }
     float *value = whole(h, row + 2 * h.keys_at, 0);
-    quantise(value, h.width, near, scales(h, h.values, t) + at, &unused);
-    to = h.values + (size_t)t * h.deep + at / 2 * 2 * h.width;
+    tile = h.values(t);
+    quantise(value, h.width, near, scales(h, tile) + at, &unused);
+    to = tile + at / 2 * 2 * h.width;
     for (int d = 0; d < h.width; d += LANES) {
         const S own = __builtin_convertvector(*(B *)(near + d), S);
         S &pairs = *(S *)(to + 2 * d);
@@ -1007,14 +1015,16 @@ template <int Q> constexpr int APART = LANES == 16 || Q == 1 ? 4 : 1;
 /// `Q` queries . 16 * T keys from t on.
 template <int Q, int T, class K> INLINE void dots(const Head<K> &h, int t, F (&sums)[T][Q][PARTS]) {
     const Met<K> *queries = (const Met<K> *)(h.scratch + QUERIES * h.room);
+    const K *tiles = h.keys(t);
     for (int d = 0; d < h.dim; d += PER<K>)
         for (int i = 0; i < T; i++)
             for (int j = 0; j < PARTS; j++) {
-                const auto keys = words(h.keys + (size_t)(t + 16 * i) * h.width + 16 * d + LANES * PER<K> * j);
+                const auto keys = words(tiles + (size_t)16 * i * h.width + 16 * d + LANES * PER<K> * j);
                 for (int q = 0; q < Q; q++) sums[i][q][j] = plus(sums[i][q][j], keys, queries + q * h.width + d);
             }
 }
 template <int Q, int T> INLINE void dots(const Head<int8_t> &h, int t, F (&sums)[T][Q][PARTS]) {
+    int8_t *tiles = h.keys(t);
     for (int b = 0; 32 * b < h.width; b++) {
         I of_block[T][Q][PARTS];
         for (int i = 0; i < T; i++)
@@ -1026,11 +1036,11 @@ template <int Q, int T> INLINE void dots(const Head<int8_t> &h, int t, F (&sums)
                 memcpy(&four, blocks(h, q)[b].x + d, 4);
                 for (int i = 0; i < T; i++)
                     for (int j = 0; j < PARTS; j++)
-                        dot4(of_block[i][q][j], (const uint8_t *)h.keys + (size_t)(t + 16 * i) * h.deep + 16 * (32 * b + d) + 4 * LANES * j, four);
+                        dot4(of_block[i][q][j], (const uint8_t *)tiles + (size_t)16 * i * h.deep + 16 * (32 * b + d) + 4 * LANES * j, four);
             }
         for (int i = 0; i < T; i++)
             for (int j = 0; j < PARTS; j++) {
-                const F scale = load(scales(h, h.keys, t + 16 * i) + 16 * b + LANES * j);
+                const F scale = load(scales(h, tiles + (size_t)16 * i * h.deep) + 16 * b + LANES * j);
                 for (int q = 0; q < Q; q++) sums[i][q][j] = fused(__builtin_convertvector(of_block[i][q][j], F), scale * blocks(h, q)[b].scale, sums[i][q][j]);
             }
     }
@@ -1055,7 +1065,7 @@ template <class K> INLINE void keep_weights(const Head<K> &, float *weights, int
     put((Met<K> *)weights + t, weight);  // it may be half as wide as its score, whose place it takes
 }
 INLINE void keep_weights(const Head<int8_t> &h, float *weights, int position, int t, F weight, F &top, F &bad) {
-    weight *= load(scales(h, h.values, t / 16 * 16) + t % 16);
+    weight *= load(scales(h, h.values(t / 16 * 16)) + t % 16);
     weight = iota(t) <= position ? weight : F{};
     store(weights + t, weight);
     top = weight > top ? weight : top;
@@ -1085,19 +1095,21 @@ template <int Q, int D, class K> INLINE void blend(const Head<K> &h, int positio
     F mixed[Q][D][PARTS] = {};
     const Met<K> *x[Q];
     for (int q = 0; q < Q; q++) x[q] = (const Met<K> *)(h.scratch + q * h.room);
-    const K *values = h.values + d * PER<K>;
-    int p = 0;
-    for (; p + PER<K> <= position + 1; p += PER<K>)  // what all queries see
-        for (int i = 0; i < D; i++)
-            for (int j = 0; j < PARTS; j++) {
-                const auto value = words(values + (size_t)p * h.width + (16 * i + LANES * j) * PER<K>);
-                for (int q = 0; q < Q; q++) mixed[q][i][j] = plus(mixed[q][i][j], value, x[q] + p);
-            }
-    for (int q = 0; q < Q; q++)  // what is left, up to its own: 0 times a value that is not finite would be NaN
-        for (int own = p; own <= position + q; own += PER<K>)
+    const int all_see = (position + 1) / PER<K> * PER<K>;
+    for (int page = 0; page < all_see; page += PAGE) {
+        const K *values = h.values(page) + d * PER<K>;
+        for (int p = page; p < all_see && p < page + PAGE; p += PER<K>, values += PER<K> * h.width)
             for (int i = 0; i < D; i++)
                 for (int j = 0; j < PARTS; j++) {
-                    auto value = words(values + (size_t)own * h.width + (16 * i + LANES * j) * PER<K>);
+                    const auto value = words(values + (16 * i + LANES * j) * PER<K>);
+                    for (int q = 0; q < Q; q++) mixed[q][i][j] = plus(mixed[q][i][j], value, x[q] + p);
+                }
+    }
+    for (int q = 0; q < Q; q++)  // what is left, up to its own: 0 times a value that is not finite would be NaN
+        for (int own = all_see; own <= position + q; own += PER<K>)
+            for (int i = 0; i < D; i++)
+                for (int j = 0; j < PARTS; j++) {
+                    auto value = words(h.values(own) + (d + 16 * i + LANES * j) * PER<K>);
                     if (own == position + q) value = first(value);
                     mixed[q][i][j] = plus(mixed[q][i][j], value, x[q] + own);
                 }
@@ -1105,9 +1117,9 @@ template <int Q, int D, class K> INLINE void blend(const Head<K> &h, int positio
 }
 template <int Q, int D> INLINE void blend(const Head<int8_t> &h, int position, int row, int d, const float (&scale)[Q]) {
     I sums[Q][D][PARTS] = {};
-    for (int t = 0; t < position + Q; t += 16)
-        for (int p = 0; p < 16 && t + p < position + Q; p += 2) {
-            const int8_t *pair = h.values + (size_t)t * h.deep + p * h.width + 2 * d;
+    for (int t = 0; t < position + Q; t += 16) {
+        const int8_t *pair = h.values(t) + 2 * d;
+        for (int p = 0; p < 16 && t + p < position + Q; p += 2, pair += 2 * h.width) {
             for (int q = 0; q < Q; q++) {
                 int32_t two;
                 memcpy(&two, (const int16_t *)(h.scratch + q * h.room + h.room / 2) + t + p, 4);
@@ -1115,6 +1127,7 @@ template <int Q, int D> INLINE void blend(const Head<int8_t> &h, int position, i
                     for (int j = 0; j < PARTS; j++) dot2(sums[q][i][j], pair + 2 * (16 * i + LANES * j), two);
             }
         }
+    }
     F mixed[Q][D][PARTS];
     for (int q = 0; q < Q; q++)
         for (int i = 0; i < D; i++)
@@ -1157,12 +1170,12 @@ template <class K> INLINE void fetch(const Head<K> &h, const float *row) {
 }
 /// The numbers, not the scales, that a head of a sequence reads first, and what it writes to, at position p.
 template <class K> INLINE void fetch(const Head<K> &h, int p) {
-    const size_t tile = sizeof(K) * 16 * h.deep, last = p / 16 * tile;
+    const size_t tile = sizeof(K) * 16 * h.deep;
     fetch(h, h.qkv);
-    for (const K *of : {h.keys, h.values})
+    for (const auto &[first, last] : {std::pair(h.keys(0), h.keys(p / 16 * 16)), std::pair(h.values(0), h.values(p / 16 * 16))})
         for (size_t i = 0; i < tile && i < 1024; i += 64) {
-            __builtin_prefetch((const char *)of + i);
-            __builtin_prefetch((const char *)of + last + i, 1);
+            __builtin_prefetch((const char *)first + i);
+            __builtin_prefetch((const char *)last + i, 1);
         }
 }
 /// Write keys and values of every sequence, then attend, in the last layer for `wanted` rows alone; a head of a sequence is
@@ -1175,11 +1188,10 @@ template <class K> static void attention(Team &team, const Model &m, const Step 
     const auto head_of = [&](int i) {
         const int head = i % m.n_head;
         const Span &span = s.spans[i / m.n_head];
-        const size_t plane = (size_t)span.capacity * deep;
-        K *keys = (K *)span.kv + ((size_t)layer * 2 * m.n_head + head) * plane, *values = keys + m.n_head * plane;
+        const size_t plane = ((size_t)layer * 2 * m.n_head + head) * PAGE * deep, planes = (size_t)m.n_head * PAGE * deep;
         const float *qkv = s.wide + (size_t)span.row * stride + head * dim;
         float *out = s.mixed + (size_t)span.row * out_stride + head * dim;
-        return Head<K>{qkv, keys, values, out, scratch, stride, e, dim, width, deep, out_stride, room, m.layers[layer].attention_scale};
+        return Head<K>{qkv, span.pages, plane, planes, out, scratch, stride, e, dim, width, deep, out_stride, room, m.layers[layer].attention_scale};
     };
     const int n = s.n_spans * m.n_head;
     team.each_then(n, 1, [&](int i, int then) {

@@ -30,7 +30,7 @@ from core.engine.config import read_config
 from core.engine.model import GPT2, Batch, Model, Rows, multiplies_int8
 from core.engine.native import gpt2, library
 from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
-from core.engine.native.memory import ARENA, Arena, zeros
+from core.engine.native.memory import ARENA, Arena
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
 
@@ -201,8 +201,10 @@ def test_few_rows_have_the_logits_that_they_have_among_all(
 
         def step(wanted: list[int], model: NativeGPT2 = model) -> tuple[Tensor, Tensor]:
             kvs = [model.new_kv(16) for _ in range(3)]
+            for kv in kvs:
+                kv.pages[0].zero_()
             rows = [Rows(kv, 0, count) for kv, count in zip(kvs, (9, 1, 13), strict=True)]
-            return model.forward(Batch(ids, rows, wanted)).clone(), torch.stack(kvs)
+            return model.forward(Batch(ids, rows, wanted)).clone(), torch.stack([kv.pages[0] for kv in kvs])
 
         whole, kv = step(list(range(23)))
         for wanted in [], [8], [9], [22], [8, 0, 22], [0, 3, 4, 5, 6, 10, 11, 12, 13, 14]:
@@ -217,11 +219,43 @@ def test_a_forked_sequence_goes_on_with_the_same_bits(checkpoint: Make, native: 
     whole = run(model, ids, [60])
     for at in (1, 15, 16, 17, 40):
         source, fork = model.new_kv(60), model.new_kv(128)
-        fork.view(torch.uint8).fill_(255)  # NaN; what stands behind the prefix is never looked at
+        for page in fork.pages:
+            page.view(torch.uint8).fill_(255)  # NaN; what stands behind the prefix is never looked at
         model.forward(Batch(ids[:50], [Rows(source, 0, 50)], []))
         model.copy_kv(source, fork, at)
         rest = model.forward(Batch(ids[at:], [Rows(fork, at, 60 - at)], list(range(60 - at))))
         assert torch.equal(rest, whole[at:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sequence_that_grows_goes_on_in_its_place_and_its_pages_serve_another(
+    checkpoint: Make, paths: list[tuple[Any, int]], dtype: torch.dtype
+) -> None:
+    [ids] = prompts([240], 384)
+    for native, path in paths:
+        model = NativeGPT2(weights.load(checkpoint("plain")), native, dtype, path)
+        whole, kv, start, results = run(model, ids, [240]), model.new_kv(1), 0, []
+        for end in (100, 128, 129, 240):
+            kv = model.grow_kv(kv, end, start)
+            results.append(
+                model.forward(Batch(ids[start:end], [Rows(kv, start, end - start)], [*range(end - start)])).clone()
+            )
+            start = end
+        assert torch.equal(torch.cat(results), whole)
+        taken = {page.data_ptr() for page in kv.pages}
+        fork = model.new_kv(200)
+        model.copy_kv(kv, fork, 150)
+        assert torch.equal(run_on(model, fork, ids, 150), whole[150:])
+        del kv
+        again = model.new_kv(256)
+        assert {page.data_ptr() for page in again.pages} == taken and len(taken) == 2
+        assert torch.equal(run_on(model, again, ids, 0), whole)
+
+
+def run_on(model: NativeGPT2, kv: Any, ids: list[int], start: int) -> Tensor:
+    """The logits from `start` on, of what `kv` has so far."""
+    count = len(ids) - start
+    return model.forward(Batch(ids[start:], [Rows(kv, start, count)], list(range(count)))).clone()
 
 
 @pytest.mark.parametrize("shape", ["odd", "plain"])
@@ -271,7 +305,8 @@ def test_int8_goes_on_with_what_another_precision_left(
             batch = Batch(ids[:3] + ids[start : start + count], rows, list(range(3, 3 + count)))
             assert torch.equal(draft.forward(batch), got[start - 70 : start - 70 + count])
         model.forward(Batch(ids[70:], [Rows(whole, 70, 20)], []))
-        assert torch.equal(whole[:, :, :, :80], exact[:, :, :, :80]), "the model writes over what the draft wrote"
+        [one], [other] = whole.pages, exact.pages
+        assert torch.equal(one[:, :, :, :80], other[:, :, :, :80]), "the model writes over what the draft wrote"
         results[path] = got
     if dtype is torch.float32:  # the portable path's bfloat16 and float32 differ by themselves
         assert all(torch.equal(results[path], results[1]) for path in results if path in (2, 3))
@@ -549,10 +584,8 @@ def test_memory_is_ones_own_and_asks_for_large_pages() -> None:
     tensors = [arena.empty((size,), torch.uint8).fill_(i) for i, size in enumerate(sizes)]
     assert all(bool((tensor == i).all()) for i, tensor in enumerate(tensors))  # none lies on another
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
-    kv = zeros((3, 5, 1 << 18), torch.bfloat16)
-    assert not kv.any()
     maps = re.findall(r"^(\w+)-(\w+) (\S+).*?^VmFlags: ([^\n]*)", Path("/proc/self/smaps").read_text(), re.M | re.S)
-    for tensor in (kv, tensors[2]):
+    for tensor in tensors[1:3]:
         [(access, flags)] = [
             (access, flags) for a, b, access, flags in maps if int(a, 16) <= tensor.data_ptr() < int(b, 16)
         ]

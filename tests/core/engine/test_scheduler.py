@@ -153,20 +153,6 @@ def test_spare_candidates_leave_before_other_sessions() -> None:
     assert [slot.session for slot in scheduler.cache.idle] == ["a", "b", "c", "c", "c"]
 
 
-def test_a_slot_grows_by_moving_and_keeps_its_prefix() -> None:
-    cache = KVCache(4 * ROUND)
-    small = cache.acquire("s", [1] * 100, 120)
-    assert small
-    small.tokens += [1] * 100
-    cache.release(small, keep=True)
-    large = cache.acquire("s", [1] * 110 + [2], 200)
-    assert large and large.copy_from is small and large.tokens == [1] * 100
-    assert cache.used == 2 * ROUND
-    large.copy_from = None
-    cache.release(large, keep=True)
-    cache.check_integrity()
-
-
 def test_another_sessions_cache_is_never_used() -> None:
     scheduler = make_scheduler()
     client = Client(scheduler)
@@ -481,6 +467,27 @@ def test_phrases_take_bounded_room_and_the_newest_stay() -> None:
     assert phrases.after(said(MOST_CONTEXTS, MOST_CONTEXTS + 1, MOST_CONTEXTS + 2), 1) == [MOST_CONTEXTS + 3]
     phrases.clear()
     assert phrases.after(said(MOST_CONTEXTS, MOST_CONTEXTS + 1, MOST_CONTEXTS + 2), 1) == []
+
+
+def test_a_conversation_grows_in_its_place() -> None:
+    cache, prompt = KVCache(6 * ROUND), [1] * (3 * ROUND)
+    slot = cache.acquire("s", prompt[:ROUND], ROUND)
+    assert slot and slot.capacity == ROUND
+    slot.tokens = prompt[:ROUND]
+    cache.release(slot, keep=True)
+    other = cache.acquire("t", [2], ROUND)
+    assert other
+    cache.release(other, keep=True)
+    grown = cache.acquire("s", prompt, 2 * ROUND + 1)
+    assert grown is slot and grown.copy_from is None and grown.tokens == prompt[:ROUND]
+    assert (grown.capacity, cache.used, cache.busy) == (3 * ROUND, 4 * ROUND, 3 * ROUND)
+    cache.release(grown, keep=True)
+    assert cache.acquire("s", prompt, 7 * ROUND) is None
+    cache.check_integrity()
+    assert list(cache.idle) == [other, slot] and slot.capacity == 3 * ROUND
+    grown = cache.acquire("s", [1, 5], 6 * ROUND)
+    assert grown is slot and grown.capacity == 6 * ROUND and grown.tokens == [1] and not cache.idle
+    cache.check_integrity()
 
 
 @pytest.mark.parametrize("session", ["", "s"])

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from core.engine import model_runner
 from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, PromptTooLong, QueueFull, SamplingParams
-from core.engine.graphs import GraphedGPT2, Pages
+from core.engine.graphs import GraphedGPT2, PoolPages
+from core.engine.kv_cache import Pages
 from core.engine.model import TILE, Batch, Model
 from core.engine.model_runner import ModelRunner
 from core.engine.native import library
@@ -505,7 +506,7 @@ class Faulty:
         self._model = engine.core.runner.model
         self._spoil = spoil
         self.largest = self.steps = 0
-        self.spoilt: Pages | None = None
+        self.spoilt: PoolPages | None = None
         """Whose next rows are not finite: on a GPU they read no more than they wrote, so a clean start is never bad."""
         runner: Any = engine.core.runner
         runner.model = self
@@ -530,10 +531,11 @@ class Faulty:
 
 def poison(engine: TorchEngine, kv: Any, count: int) -> None:
     """The first `count` keys and values."""
-    if isinstance(kv, Pages):
+    if isinstance(kv, PoolPages):
         cast("Any", engine.core.runner.model).pool[:, :, kv.slots(0, min(count, TILE * len(kv.numbers)))] = float("nan")
     else:
-        kv[:, :, :, :count] = float("nan")
+        for page in kv.pages if isinstance(kv, Pages) else [kv]:
+            page[:, :, :, :count] = float("nan")
 
 
 def prefills(batch: Batch) -> list[list[int]]:
