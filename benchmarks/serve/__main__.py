@@ -31,8 +31,8 @@ from benchmarks.serve import checkpoints, machine, report
 from benchmarks.serve.peers import PEERS
 from benchmarks.serve.workloads import LENGTHS, WORKLOADS
 from core.engine.base import BadCheckpoint
+from core.engine.choice import THREADED, parameters
 from core.engine.machine import cores
-from core.engine.model_runner import THREADED, parameters
 from core.evaluation.selfchat import OPENERS
 from core.settings import Settings
 from core.tokenizer import Tokenizer

@@ -6,14 +6,16 @@ scheduler      who runs in the next step
 kv_cache       who owns which keys and values, in tokens
 sequence       what is being generated
 guesses        what may come next, tried in the same step
-model_runner   one step; at start, which model computes here
+model_runner   one step
 model          GPT-2 in torch
 sampler        from logits to tokens
 draft          a copy in int8 that guesses for a large model
-weights        a checkpoint's config and tensors, checked
+config         what config.json says
+weights        a checkpoint's tensors, checked
 native/        the model in C++
 graphs         the model on a GPU: a step is one graph
 kernels        what the graph is of, in Triton
+choice         at start, which model computes here
 reference      the model written down plainly, which a precision is held against
 hub            from a model's name to its folder
 machine        what cores and memory this process may use

@@ -29,12 +29,13 @@ from core.engine.base import (
     ModelInfo,
     SamplingParams,
 )
+from core.engine.choice import cache_tokens, open_runner
 from core.engine.draft import Draft
 from core.engine.futures import settle
 from core.engine.graphs import lost
 from core.engine.guesses import Phrases
 from core.engine.kv_cache import ROUND, KVCache
-from core.engine.model_runner import ModelRunner, cache_tokens, open_runner
+from core.engine.model_runner import ModelRunner
 from core.engine.scheduler import GUESS, Scheduler
 from core.engine.sequence import Request, Span
 
@@ -206,9 +207,8 @@ class TorchEngine:
 
 
 async def open_torch_engine(
-    model: str | Path,
+    folder: Path,
     *,
-    revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     threads: int = 0,
@@ -220,7 +220,7 @@ async def open_torch_engine(
     guess: int = GUESS,
     price: float | None = None,
 ) -> TorchEngine:
-    """Load `model` (embedded, a folder or a hub name) and start the engine.
+    """Load the checkpoint in `folder` and start the engine.
 
     `threads`, `cache_bytes`, `max_running` and `token_budget` 0 choose. At most `max_running` sequences run,
     `token_budget` rows (a token of a prompt or of a reply each) are in a step, and `max_waiting` requests wait.
@@ -229,7 +229,7 @@ async def open_torch_engine(
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
-        runner = open_runner(model, revision, device, dtype, threads, cache_bytes, with_draft=guess > 0)
+        runner = open_runner(folder, device, dtype, threads, cache_bytes, with_draft=guess > 0)
         config, (running, budget) = runner.model.config, AT_ONCE[runner.model.device.type]
         cost = runner.price(guess) if guess and price is None else price or 0.0
         guesses = Draft(runner.draft, cost) if runner.draft else Phrases(cost)
@@ -246,11 +246,11 @@ async def open_torch_engine(
             guesses=guesses,
         )
         info = ModelInfo(
-            name=Path(model).name,
+            name=folder.name,
             max_positions=config.n_positions,
             vocab_size=config.vocab_size,
             eos_id=config.eos_id,
-            path=str(runner.folder),
+            path=str(folder),
             how=runner.model.how,
             at_once=max(1, min(max_running or running, scheduler.cache.total // TOKENS_EACH)),
         )

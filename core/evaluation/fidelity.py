@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 
+from core.engine.choice import DTYPES, build
 from core.engine.config import read_config
 from core.engine.model import Batch, Model, Rows
-from core.engine.model_runner import DTYPES, build
 from core.tokenizer import Tokenizer
 from core.training.datasets import Example, encode, read_dialogues
 

@@ -30,7 +30,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from core.engine import hub
 from core.engine.base import BadCheckpoint
-from core.engine.model_runner import choose_device, computes_bfloat16
+from core.engine.choice import choose_device, computes_bfloat16
 from core.tokenizer import Tokenizer
 from core.training.datasets import BadData, Example, Tally, batches, encode, read_dialogues
 from core.training.muon import Muon

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.engine import graphs, model, model_runner, weights
+from core.engine import choice, graphs, model, weights
 from core.engine.base import SamplingParams
 from core.engine.graphs import SCRATCH, Capture, GraphedGPT2
 from core.engine.model import GPT2, TILE, Batch, Linear, Rows
@@ -271,7 +271,7 @@ async def test_the_smallest_pool_serves_many_and_is_whole_again(
     engine: Callable[..., Coroutine[Any, Any, TorchEngine]], checkpoint: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room for one or two sequences; channels that grow, fork into candidates and push each other out."""
-    monkeypatch.setattr(model_runner, "build", lambda folder, *_: opened(folder, tokens=128))
+    monkeypatch.setattr(choice, "build", lambda folder, *_: opened(folder, tokens=128))
     e = await engine("one-head", max_running=4, token_budget=60)
     graphed: Any = e.core.runner.model
 
@@ -340,7 +340,7 @@ def test_graphs_are_left_out_where_they_do_not_compute_the_same(
     monkeypatch.setattr(GraphedGPT2, "new_kv", lambda _, capacity: eager.new_kv(capacity))
     monkeypatch.setattr(GraphedGPT2, "forward", forward)
     monkeypatch.setattr(GraphedGPT2, "summary", summary)
-    found: Any = model_runner.graphed(eager, 1024)
+    found: Any = choice.graphed(eager, 1024)
     said = [record.getMessage() for record in caplog.records]
     assert "plainer" in said[0] and fault in said[0]
     if always:
@@ -363,9 +363,9 @@ def test_graphs_are_taken_where_they_compute_the_same(
     loaded.tensors["lm_head.weight"] = head
     eager = GPT2(loaded, HERE, torch.float16, block=TILE)
     eager.common, eager.lm_head = None, Linear(head.to(HERE, torch.float16), None, block=TILE)  # as on CUDA
-    found: Any = model_runner.graphed(eager, 1024)
+    found: Any = choice.graphed(eager, 1024)
     assert isinstance(found, GraphedGPT2) and not found.plain and not caplog.records
-    assert model_runner.cache_tokens(found, 1) == 1024
+    assert choice.cache_tokens(found, 1) == 1024
 
 
 @pytest.mark.parametrize("agree", [False, True])
@@ -374,10 +374,10 @@ def test_where_a_gpu_has_neither_graphs_nor_rows_that_agree_the_log_says_so(
 ) -> None:
     """Its logits are not rounded, as those of graphs are not."""
     eager = GPT2(weights.load(checkpoint("plain")), torch.device("cpu"), torch.bfloat16)
-    monkeypatch.setattr(model_runner, "agreeing", lambda *_: eager)
-    monkeypatch.setattr(model_runner, "rows_agree", lambda _: agree)
+    monkeypatch.setattr(choice, "agreeing", lambda *_: eager)
+    monkeypatch.setattr(choice, "rows_agree", lambda _: agree)
     monkeypatch.setenv("GRAPHS", "0")
-    found: Any = model_runner.build(checkpoint("plain"), torch.device("cuda"), torch.bfloat16)
+    found: Any = choice.build(checkpoint("plain"), torch.device("cuda"), torch.bfloat16)
     assert isinstance(found, GPT2) and found.h is eager.h
     found.common = None  # as on CUDA
     [logits] = found.forward(Batch([5], [Rows(found.new_kv(1), 0, 1)], [0]))
@@ -391,7 +391,7 @@ def test_a_lost_device_is_not_kept(
     monkeypatch.setattr(GraphedGPT2, "_step", raising(cuda_error(700, "illegal address")))
     eager = GPT2(weights.load(checkpoint("plain")), HERE, torch.float32, block=TILE)
     with pytest.raises(torch.AcceleratorError):
-        model_runner.graphed(eager, 1024)
+        choice.graphed(eager, 1024)
     assert "GRAPHS=0" in caplog.text
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.engine import choice, weights
 from core.engine import model as models
-from core.engine import model_runner, weights
+from core.engine.choice import rows_agree
 from core.engine.model import GPT2, TILE, Batch, Int8Linear, Model, Rows, multiplies_int8, quantise, tiles
-from core.engine.model_runner import rows_agree
 from tests.core.engine.oracle import prompts, reference
 
 pytestmark = pytest.mark.usefixtures("inference")
@@ -132,8 +132,8 @@ def test_a_machine_whose_products_depend_on_height_gets_blocks(
         return product(self, x) if len(x) < 20 else product(self, x.flip(0)).flip(0) * (1 + 2**-23)
 
     monkeypatch.setattr(models.Linear, "_product", fickle)
-    model = model_runner.agreeing(lambda: weights.load(checkpoint("plain")), CPU, torch.float32)
-    assert model.block == model_runner.BLOCK_ROWS["cpu"]
+    model = choice.agreeing(lambda: weights.load(checkpoint("plain")), CPU, torch.float32)
+    assert model.block == choice.BLOCK_ROWS["cpu"]
     assert "slower blocks" in caplog.text
     [ids] = prompts([100], 384)
     assert torch.equal(run(model, ids, [100]), run(model, ids, [1, 40, 3, 56], lambda: 30))

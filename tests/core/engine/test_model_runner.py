@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from core.engine import model_runner
+from core.engine import choice, model_runner
+from core.engine.hub import EMBEDDED
 from core.engine.torch_engine import TorchEngine
 
 
@@ -27,9 +27,9 @@ def test_kernels_are_launched_on_the_gpu_that_was_asked_for(
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    monkeypatch.setattr(model_runner, "choose", choose)
+    monkeypatch.setattr(choice, "choose", choose)
     with pytest.raises(ZeroDivisionError):
-        model_runner.open_runner("embedded", None, name, "auto", 1)
+        choice.open_runner(EMBEDDED, name, "auto", 1)
     assert asked == [number, "model"]
 
 
@@ -41,7 +41,7 @@ def test_the_shapes_that_come_first_in_life_are_run_at_start(device: str, shapes
         config=SimpleNamespace(n_positions=1024), device=torch.device(device), new_kv=lambda _: None,
         forward=lambda batch: seen.add((len(batch.ids), len(batch.wanted))),
     )  # fmt: skip
-    model_runner.ModelRunner(model, Path()).warm_up()
+    model_runner.ModelRunner(model).warm_up()
     assert seen == (shapes or {(2**i, min(wanted, 2**i)) for i in range(9) for wanted in (1, 16, 256)})
 
 

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from core.engine import model_runner, weights
+from core.engine import choice, weights
 from core.engine.base import BadCheckpoint
 from core.engine.config import read_config
 from core.engine.model import GPT2, Batch, Model, Rows, multiplies_int8
@@ -509,13 +509,13 @@ def test_weights_are_packed_once_and_the_originals_freed(checkpoint: Make, nativ
 def test_without_the_library_torch_computes(checkpoint: Make, native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     [ids] = prompts([40], 384)
     monkeypatch.setattr(library, "open_library", lambda: native)
-    fast = {dtype: model_runner.build(checkpoint("plain"), CPU, dtype) for dtype in DTYPES}
+    fast = {dtype: choice.build(checkpoint("plain"), CPU, dtype) for dtype in DTYPES}
     monkeypatch.setattr(library, "open_library", lambda: None)
-    monkeypatch.setattr(model_runner, "multiplies_int8", lambda: False)
+    monkeypatch.setattr(choice, "multiplies_int8", lambda: False)
     for dtype, far in zip(DTYPES, (0.04, 0.02, 1e-5), strict=True):
         name = str(dtype).removeprefix("torch.")
         assert f"{name}, native" in fast[dtype].how
-        slow = model_runner.build(checkpoint("plain"), CPU, dtype)
+        slow = choice.build(checkpoint("plain"), CPU, dtype)
         assert name in slow.how and "torch" in slow.how and "native" not in slow.how
         a, b = run(fast[dtype], ids, [40]), run(slow, ids, [40])
         assert float((a - b).std() / b.std()) < far
@@ -527,34 +527,34 @@ def test_a_processor_without_a_path_of_its_own_computes_floats_in_torch(
 ) -> None:
     monkeypatch.setattr(library, "open_library", lambda: native)
     monkeypatch.setattr(library, "is_fast", lambda: False)
-    ways = [model_runner.build(checkpoint("plain"), CPU, dtype).how for dtype in DTYPES]
+    ways = [choice.build(checkpoint("plain"), CPU, dtype).how for dtype in DTYPES]
     assert [("native" in how) for how in ways] == [True, False, False]
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_auto_is_the_fastest_by_rule(checkpoint: Make, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bfloat16})
-    monkeypatch.setattr(model_runner, "multiplies_int8", multiplies_int8.__wrapped__)
+    monkeypatch.setattr(choice, "multiplies_int8", multiplies_int8.__wrapped__)
     without = torch.bfloat16 if has_bfloat16 else torch.float32
     paths = {None: without, "portable": without, "AVX2": torch.int8, "AVX-VNNI": torch.int8}
     for path, dtype in paths.items():
         found = path and SimpleNamespace(palaver_best_path=lambda path=path: library.PATHS.index(path))
         monkeypatch.setattr(library, "open_library", lambda found=found: found)
-        assert model_runner.choose_dtype("auto", CPU, EMBEDDED) is dtype
-        assert model_runner.choose_dtype("auto", CPU, checkpoint("plain")) is torch.float32
-    assert model_runner.choose_dtype("int8", CPU, EMBEDDED) is torch.int8
+        assert choice.choose_dtype("auto", CPU, EMBEDDED) is dtype
+        assert choice.choose_dtype("auto", CPU, checkpoint("plain")) is torch.float32
+    assert choice.choose_dtype("int8", CPU, EMBEDDED) is torch.int8
     monkeypatch.setattr(library, "open_library", lambda: None)
-    monkeypatch.setattr(model_runner, "multiplies_int8", lambda: True)
-    assert model_runner.choose_dtype("auto", CPU, EMBEDDED) is torch.int8
+    monkeypatch.setattr(choice, "multiplies_int8", lambda: True)
+    assert choice.choose_dtype("auto", CPU, EMBEDDED) is torch.int8
 
 
 def test_auto_on_cuda_is_bfloat16_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
     for has, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
-        assert model_runner.choose_dtype("auto", cuda, EMBEDDED) is dtype
+        assert choice.choose_dtype("auto", cuda, EMBEDDED) is dtype
     with pytest.raises(BadCheckpoint, match="int8 is for CPUs"):
-        model_runner.choose_dtype("int8", cuda, EMBEDDED)
+        choice.choose_dtype("int8", cuda, EMBEDDED)
 
 
 def test_what_cannot_be_loaded_is_told_and_left_out(

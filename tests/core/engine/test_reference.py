@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.engine import model_runner, weights
+from core.engine import choice, weights
 from core.engine.base import BadCheckpoint
-from core.engine.model_runner import FAR, build, open_runner
+from core.engine.choice import FAR, build, open_runner
 from core.engine.native import library
 from core.engine.reference import divergence, logits
 from tests.checkpoints import EMBEDDED, SHAPES, make_outlying
@@ -49,13 +49,13 @@ def test_auto_takes_int8_where_the_model_bears_it(
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     outlying = make_outlying(tmp_path, 60)
-    assert "int8" in open_runner(EMBEDDED, None, "cpu", "auto", 1).model.how
+    assert "int8" in open_runner(EMBEDDED, "cpu", "auto", 1).model.how
     assert caplog.text == ""
-    assert "bfloat16" in open_runner(outlying, None, "cpu", "auto", 1).model.how
+    assert "bfloat16" in open_runner(outlying, "cpu", "auto", 1).model.how
     assert "bears int8 badly (0.1" in caplog.text and "DTYPE=auto takes bfloat16" in caplog.text
-    assert "int8" in open_runner(outlying, None, "cpu", "int8", 1).model.how, "who asks for it gets it"
-    monkeypatch.setattr(model_runner, "divergence", lambda model, checkpoint: float("nan"))
-    assert "bfloat16" in open_runner(EMBEDDED, None, "cpu", "auto", 1).model.how
+    assert "int8" in open_runner(outlying, "cpu", "int8", 1).model.how, "who asks for it gets it"
+    monkeypatch.setattr(choice, "divergence", lambda model, checkpoint: float("nan"))
+    assert "bfloat16" in open_runner(EMBEDDED, "cpu", "auto", 1).model.how
 
 
 def test_auto_takes_no_int8_that_is_only_rounded(
@@ -63,13 +63,13 @@ def test_auto_takes_no_int8_that_is_only_rounded(
 ) -> None:
     """Where torch's products of int8 depend on the batch, DTYPE=int8 is float32 of rounded weights."""
     monkeypatch.setattr(library, "open_library", lambda: None)
-    monkeypatch.setattr(model_runner, "multiplies_int8", lambda: True)
-    monkeypatch.setattr(model_runner, "computes_bfloat16", lambda _: False)
-    agree = model_runner.rows_agree
-    monkeypatch.setattr(model_runner, "rows_agree", lambda model: model.dtype is not torch.int8 and agree(model))
-    assert "rounded to int8" in open_runner(EMBEDDED, None, "cpu", "int8", 1).model.how
+    monkeypatch.setattr(choice, "multiplies_int8", lambda: True)
+    monkeypatch.setattr(choice, "computes_bfloat16", lambda _: False)
+    agree = choice.rows_agree
+    monkeypatch.setattr(choice, "rows_agree", lambda model: model.dtype is not torch.int8 and agree(model))
+    assert "rounded to int8" in open_runner(EMBEDDED, "cpu", "int8", 1).model.how
     assert caplog.text == ""
-    assert "float32, torch" in (how := open_runner(EMBEDDED, None, "cpu", "auto", 1).model.how) and "int8" not in how
+    assert "float32, torch" in (how := open_runner(EMBEDDED, "cpu", "auto", 1).model.how) and "int8" not in how
     assert "products of int8 depend on the batch: DTYPE=auto takes float32" in caplog.text
 
 
@@ -79,10 +79,10 @@ def test_without_the_native_step_auto_takes_what_torch_computes_fast(
 ) -> None:
     """bfloat16 that a processor does not have is dozens of times slower than float32 there."""
     monkeypatch.setattr(library, "open_library", lambda: None)
-    monkeypatch.setattr(model_runner, "multiplies_int8", lambda: True)
-    monkeypatch.setattr(model_runner, "computes_bfloat16", lambda _: has_bfloat16)
+    monkeypatch.setattr(choice, "multiplies_int8", lambda: True)
+    monkeypatch.setattr(choice, "computes_bfloat16", lambda _: has_bfloat16)
     name = "bfloat16" if has_bfloat16 else "float32"
-    assert f"{name}, torch" in open_runner(make_outlying(tmp_path, 60), None, "cpu", "auto", 1).model.how
+    assert f"{name}, torch" in open_runner(make_outlying(tmp_path, 60), "cpu", "auto", 1).model.how
     assert f"DTYPE=auto takes {name}" in caplog.text
 
 
@@ -97,4 +97,4 @@ def test_a_checkpoint_without_a_tokenizer_is_named(checkpoint: Make, tmp_path: P
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(EMBEDDED / name)
     with pytest.raises(BadCheckpoint, match="has no tokenizer"):
-        open_runner(tmp_path, None, "cpu", "auto", 1)
+        open_runner(tmp_path, "cpu", "auto", 1)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.engine import model_runner
+from core.engine import choice, model_runner
 from core.engine.base import BadCheckpoint, Cancelled, EngineClosed, Failed, PromptTooLong, QueueFull, SamplingParams
 from core.engine.graphs import GraphedGPT2, PoolPages
 from core.engine.kv_cache import Pages
@@ -56,7 +56,7 @@ def on(device: str, dtype: str) -> str:
 
 def drafted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models have a copy that guesses, too, and their guesses cost nothing."""
-    monkeypatch.setattr(model_runner, "DRAFTED", 0)
+    monkeypatch.setattr(choice, "DRAFTED", 0)
     monkeypatch.setattr(ModelRunner, "price", lambda *_: 0.0)
 
 
@@ -409,7 +409,7 @@ def test_the_price_of_a_guess_has_the_copys_steps_in_it(monkeypatch: pytest.Monk
 
         return SimpleNamespace(new_kv=lambda _: None, forward=forward, config=SimpleNamespace(n_positions=64))
 
-    runner = ModelRunner(timed(0.010, 0.0005), Path())
+    runner = ModelRunner(timed(0.010, 0.0005))
     assert runner.price(4) == pytest.approx(0.05)
     runner.draft = timed(0.003, 0.001)
     assert runner.price(4) == pytest.approx(0.35)
@@ -418,7 +418,7 @@ def test_the_price_of_a_guess_has_the_copys_steps_in_it(monkeypatch: pytest.Monk
 def test_guesses_leave_the_distribution_as_it_is() -> None:
     """Chi-square over 8,000 pairs of draws, the second from the row of a guess that the first makes right or wrong."""
     rows = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
-    runner = ModelRunner(cast("Model", SimpleNamespace(config=SimpleNamespace(eos_id=11))), Path())
+    runner = ModelRunner(cast("Model", SimpleNamespace(config=SimpleNamespace(eos_id=11))))
     request = Request([1, 2], SamplingParams(temperature=1.0, top_k=0, top_p=1.0), "", None, lambda _: None)
     guess = int(rows[0].argmax())
     counts: tuple[Counter[int], Counter[int]] = Counter(), Counter()
@@ -629,7 +629,7 @@ async def test_no_memory_or_a_capture_that_is_refused_is_no_lost_device(
 
 
 async def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(BadCheckpoint, match=r"no config\.json"):
+    with pytest.raises(BadCheckpoint, match=r"config\.json cannot be read"):
         await open_torch_engine(tmp_path)
 
 
