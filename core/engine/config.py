@@ -41,6 +41,15 @@ class Config:
     scale_attn_by_inverse_layer_idx: bool
 
     @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    def attention_scale(self, layer: int) -> float:
+        """What a query's products with keys are multiplied by."""
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
+
+    @property
     def parameters(self) -> int:
         """How many numbers the model has."""
         return sum(map(math.prod, self.shapes().values()))

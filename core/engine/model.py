@@ -196,7 +196,7 @@ class GPT2:
         self.whole = whole = torch.float32 if dtype is torch.int8 else dtype
         self.kv_dtype = torch.float32 if device.type == "cpu" else dtype
         self.min_queries = MIN_ROWS if device.type == "cpu" else TILE
-        self.head_dim = config.n_embd // config.n_head
+        self.head_dim = config.head_dim
         self.token_bytes = 2 * config.n_layer * config.n_embd * self.kv_dtype.itemsize
         tensors = checkpoint.tensors
 
@@ -233,8 +233,7 @@ class GPT2:
             )
             for i in range(config.n_layer)
         ]
-        scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
-        self.scales = [scale / (i + 1 if config.scale_attn_by_inverse_layer_idx else 1) for i in range(config.n_layer)]
+        self.scales = [config.attention_scale(i) for i in range(config.n_layer)]
         self._positions = round_up(config.n_positions, TILE)
         self.mask = causal_mask(config.n_positions, self.min_queries).to(device, self.kv_dtype)
         packed = ", oneDNN packed" if self.lm_head.packed is not None else ""

@@ -54,9 +54,7 @@ def logits(checkpoint: Checkpoint, ids: list[int]) -> Tensor:
         return F.relu(x) if config.activation == "relu" else F.gelu(x, approximate=config.activation)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-        scale /= layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=config.attention_scale(layer))
 
     x = tensors["wte.weight"][ids].float() + tensors["wpe.weight"][: len(ids)].float()  # (T, E)
     for i in range(config.n_layer):

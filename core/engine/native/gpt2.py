@@ -105,20 +105,19 @@ class NativeGPT2:
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.kv_dtype = {torch.int8: kv_dtype, torch.float16: torch.float32}.get(dtype, dtype)
-        self.kept = kept_in(checkpoint) if dtype is torch.float32 else dtype
+        self.stored = kept_in(checkpoint) if dtype is torch.float32 else dtype
         self.path: int = native.palaver_best_path() if path is None else path
-        self.head_dim = config.n_embd // config.n_head
-        self.head_width = round_up(self.head_dim, 32)
+        self.head_width = round_up(config.head_dim, 32)
         if self.kv_dtype is torch.int8:
             self.head_width += self.head_width // 8  # a float32 scale for each 32 bytes
         self.token_bytes = self.kv_dtype.itemsize * 2 * config.n_layer * config.n_head * self.head_width
         self.width = round_up(config.n_embd, BLOCK)
         self.wide = round_up(max(3 * config.n_embd, config.n_inner), BLOCK)
-        names = dict.fromkeys(str(of).removeprefix("torch.") for of in (dtype, self.kept))  # one, or two
+        names = dict.fromkeys(str(of).removeprefix("torch.") for of in (dtype, self.stored))  # one, or two
         self.how = f"cpu, {' kept in '.join(names)}, native {c.PATHS[self.path]}"
         self._arena, self._room_for_kv = Arena(), Arena()
         self._free: list[Tensor] = []
-        self._kept: list[Tensor] = []
+        self._alive: list[Tensor] = []
         self._step = c.Step()
         self._memory: dict[str, Tensor] = {}
         self._totals: Any = ()
@@ -127,7 +126,7 @@ class NativeGPT2:
         tensors = checkpoint.tensors
 
         def vector(name: str) -> Any:
-            return self._keep(padded(tensors.pop(name)))
+            return self._address(padded(tensors.pop(name)))
 
         def weight(name: str) -> Tensor:
             name = f"{name}.weight"
@@ -143,7 +142,6 @@ class NativeGPT2:
         head = self._linear(weight("lm_head")) if "lm_head.weight" in tensors else wte
         beyond = torch.zeros(BLOCK * head.groups)
         beyond[config.vocab_size :] = BEYOND
-        scale = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
         self._layers = (c.Layer * config.n_layer)(
             *(
                 c.Layer(
@@ -153,7 +151,7 @@ class NativeGPT2:
                     linear(f"h.{i}.attn.c_proj"),
                     linear(f"h.{i}.mlp.c_fc"),
                     linear(f"h.{i}.mlp.c_proj"),
-                    scale / (i + 1 if config.scale_attn_by_inverse_layer_idx else 1),
+                    config.attention_scale(i),
                 )
                 for i in range(config.n_layer)
             )
@@ -161,15 +159,15 @@ class NativeGPT2:
         self._model = c.Model(
             self._layers,
             wte,
-            c.Linear(head.weight, head.scale, self._keep(beyond), head.blocks, head.groups),
-            self._keep(tensors.pop("wpe.weight").to(torch.float32, copy=True).contiguous()),
+            c.Linear(head.weight, head.scale, self._address(beyond), head.blocks, head.groups),
+            self._address(tensors.pop("wpe.weight").to(torch.float32, copy=True).contiguous()),
             norm("ln_f"),
             config.n_layer,
             config.n_head,
             config.n_embd,
             config.n_positions,
             ACTIVATION[config.activation],
-            WEIGHTS[self.kept],
+            WEIGHTS[self.stored],
             WEIGHTS[self.kv_dtype],
             config.layer_norm_epsilon,
         )
@@ -225,7 +223,7 @@ class NativeGPT2:
             "logits": torch.empty(wanted, BLOCK * groups),
             "tops": torch.full((wanted, round_up(groups, 16)), BEYOND),
             "sums": torch.zeros(wanted, round_up(groups, 16)),
-            "scratch": torch.zeros(threads, 4, 2 * round_up(config.n_positions, 16) + round_up(self.head_dim, 32)),
+            "scratch": torch.zeros(threads, 4, 2 * round_up(config.n_positions, 16) + round_up(config.head_dim, 32)),
             "narrow": torch.zeros(rows, width + wide, dtype=torch.bfloat16),  # a block of int8 has room in it, too
         }
         self._step.totals = self._totals = (ctypes.c_double * wanted)()
@@ -238,7 +236,7 @@ class NativeGPT2:
         source = weight if weight.dtype in SOURCES else weight.float()
         groups, blocks = (round_up(size, BLOCK) // BLOCK for size in source.shape)
         is_int8 = self.dtype is torch.int8
-        packed = self._arena.empty((groups, blocks, 32 * 32), torch.uint8 if is_int8 else self.kept)
+        packed = self._arena.empty((groups, blocks, 32 * 32), torch.uint8 if is_int8 else self.stored)
         scales = self._arena.empty((groups, blocks, 32), torch.bfloat16) if is_int8 else torch.empty(0)
         self.native.palaver_pack(
             source.data_ptr(),
@@ -247,13 +245,13 @@ class NativeGPT2:
             *source.shape,
             packed.data_ptr(),
             scales.data_ptr(),
-            WEIGHTS[self.kept],
+            WEIGHTS[self.stored],
             torch.get_num_threads(),
         )
-        return c.Linear(self._keep(packed), self._keep(scales), bias, blocks, groups)
+        return c.Linear(self._address(packed), self._address(scales), bias, blocks, groups)
 
-    def _keep(self, tensor: Tensor) -> int:
-        self._kept.append(tensor)
+    def _address(self, tensor: Tensor) -> int:
+        self._alive.append(tensor)
         return tensor.data_ptr()
 
 

@@ -400,10 +400,10 @@ def test_float16_is_float32_of_rounded_weights(checkpoint: Make, tmp_path: Path,
     ids = prompts([20], 301)[0]
     model = NativeGPT2(weights.load(checkpoint("odd", head="own")), native, torch.float16)
     rounded = NativeGPT2(weights.load(tmp_path / "rounded"), native, torch.float32)
-    assert model.how.startswith("cpu, float16, native") and rounded.kept is torch.float16
+    assert model.how.startswith("cpu, float16, native") and rounded.stored is torch.float16
     assert torch.equal(run(model, ids, [9, 11]), run(rounded, ids, [20]))
     exact = NativeGPT2(weights.load(checkpoint("odd", head="own")), native, torch.float32)
-    assert exact.kept is torch.float32 and not torch.equal(run(model, ids, [20]), run(exact, ids, [20]))
+    assert exact.stored is torch.float32 and not torch.equal(run(model, ids, [20]), run(exact, ids, [20]))
 
 
 @pytest.mark.parametrize("name", ["wte", "h.1.mlp.c_fc", "lm_head"])
@@ -418,7 +418,7 @@ def test_float32_that_needs_its_32_bits_somewhere_has_them(
     save_file(tensors, tmp_path / "mixed/model.safetensors")
     [ids] = prompts([9], 333)
     model = NativeGPT2(weights.load(tmp_path / "mixed"), native, torch.float32)
-    assert model.kept is torch.float32
+    assert model.stored is torch.float32
     want = reference(tmp_path / "mixed")(torch.tensor([ids])).logits[0]
     assert float((run(model, ids, [9]) - want).abs().max() / want.std()) < 1e-5
 
@@ -500,10 +500,10 @@ def test_weights_are_packed_once_and_the_originals_freed(checkpoint: Make, nativ
     numbers = sum(tensor.numel() for tensor in loaded.tensors.values())
     model = NativeGPT2(loaded, native)
     assert not loaded.tensors
-    assert sum(tensor.nbytes for tensor in model._kept) < 2.1 * numbers  # wpe stays float32: here a third of all
-    assert all(tensor.dtype != torch.float32 or tensor.numel() <= 1024 * 32 for tensor in model._kept)
+    assert sum(tensor.nbytes for tensor in model._alive) < 2.1 * numbers  # wpe stays float32: here a third of all
+    assert all(tensor.dtype != torch.float32 or tensor.numel() <= 1024 * 32 for tensor in model._alive)
     exact = NativeGPT2(weights.load(checkpoint("deep")), native, torch.float32)
-    assert sum(tensor.nbytes for tensor in exact._kept) < 4.4 * numbers  # once each; the rest is padding
+    assert sum(tensor.nbytes for tensor in exact._alive) < 4.4 * numbers  # once each; the rest is padding
 
 
 def test_without_the_library_torch_computes(checkpoint: Make, native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
