@@ -84,7 +84,7 @@ class KV(Pages[Tensor]):
     def grow(self, count: int) -> None:
         """To so many."""
         super().grow(count)
-        self.addresses = (ctypes.c_void_p * count)(*(page.data_ptr() for page in self.pages))
+        self.addresses = (ctypes.c_void_p * len(self.pages))(*(page.data_ptr() for page in self.pages))
 
 
 class NativeGPT2:
