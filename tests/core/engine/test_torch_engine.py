@@ -413,6 +413,17 @@ def test_the_price_of_a_guess_has_the_copys_steps_in_it(monkeypatch: pytest.Monk
     assert runner.price(4) == pytest.approx(0.05)
     runner.draft = timed(0.003, 0.001)
     assert runner.price(4) == pytest.approx(0.35)
+    runner.draft, end = timed(0.003, 0.001), clock[0] + 0.3
+    calm = runner.draft.forward
+
+    def disturbed(batch: Batch) -> torch.Tensor:
+        clock[0] += 0.02 * (clock[0] < end)
+        return cast("torch.Tensor", calm(batch))
+
+    runner.draft.forward = disturbed  # type: ignore[method-assign]
+    assert runner.price(4) == pytest.approx(0.35), "it looked once, and something came between"
+    runner.draft = timed(0.009, 0.001)
+    assert runner.price(4) == pytest.approx(0.95)
 
 
 def test_guesses_leave_the_distribution_as_it_is() -> None:
