@@ -435,7 +435,7 @@ async def test_a_suspects_turn_is_waited_for_until_its_deadline_or_the_end(
     async with asyncio.timeout(60), spawned(checkpoint(), is_echo=True) as engine:
         await engine._suspects.acquire()  # another suspect is at work
         with pytest.raises(Cancelled, match="within the deadline"):
-            await engine.generate([13, 256], LONG, deadline=4)
+            await engine.generate([13, 256], LONG, deadline=8)
         assert restarts() == 2
         asked = asyncio.create_task(engine.generate([13, 256], LONG))
         await until(lambda: restarts() == 4)
