@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence as Ids
 
 from core.engine.guesses import Guesses
 from core.engine.model import Batch, Model, Rows
@@ -50,3 +51,7 @@ class Draft(Guesses):
                 break
             tokens.append(token)
         return tokens[start:]
+
+    def learn(self, ids: Ids[int]) -> None: ...
+
+    def clear(self) -> None: ...

@@ -102,7 +102,7 @@ class GraphedGPT2:
         self._capture: Callable[[Step], Step] = Capture(self.device) if self.cuda else uncaptured
         self._graphs: dict[tuple[int, int], Step] = {}
         self._last = torch.empty(0)
-        window = round_up(c.n_positions, ROUND)  # what a slot is copied from may not be counted any more
+        window = round_up(c.n_positions, ROUND)  # what nobody counts any more may be given back a moment later
         pages = 1 + (tokens + 2 * window) // TILE
         self._free = list(range(pages - 1, SCRATCH, -1))
         self.pool = self._new(c.n_layer, 2, pages * TILE, c.n_embd, dtype=self.dtype)

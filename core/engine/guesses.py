@@ -45,10 +45,12 @@ class Guesses(ABC):
         """So many tokens of a guess were right."""
         self.right += 0.1 * (right / guessed - self.right)
 
-    def learn(self, ids: Ids[int]) -> None:  # noqa: B027 (who guesses without memory has nothing to do)
+    @abstractmethod
+    def learn(self, ids: Ids[int]) -> None:
         """This was said."""
 
-    def clear(self) -> None:  # noqa: B027
+    @abstractmethod
+    def clear(self) -> None:
         """Forget what was said."""
 
 

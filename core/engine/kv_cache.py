@@ -79,11 +79,9 @@ class KVCache:
         """
         left = list(self.kept.get(session, []))
         best = max(left, key=lambda s: common_prefix(s.tokens, prompt), default=None)
-        source, capacity = sibling or best, round_up(need, ROUND)
-        if best and source is best:
-            slot, capacity = best, max(best.capacity, capacity)
-        else:
-            slot = Slot(session, capacity)
+        source = sibling or best
+        slot = best if best and source is best else Slot(session, 0)
+        capacity = max(slot.capacity, round_up(need, ROUND))
         if self.busy + capacity > self.total:
             return None
         for idle in left:

@@ -83,18 +83,19 @@ class ModelRunner:
             model.forward(Batch([0] * count, [Rows(kv, 0, count)], list(range(count))))
             return perf_counter() - begin  # the logits are there; work of torch on them would leave its threads awake
 
-        def price() -> float:
+        draft = [(self.draft, 1)] if self.draft else []
+        least = 0.15 if draft else 0.02  # seconds; what the machine does besides meets all alike, in turns
+
+        def look() -> float:
             times = list[list[float]]()
             while len(times) < 3 or sum(map(sum, times)) < least:
                 times.append([seconds(*way) for way in ((self.model, 1), (self.model, rows), *draft)])
             alone, together, *guessed = [float(min(of_way)) for of_way in zip(*times, strict=True)]
             return max(0.0, ((together - alone) / guess + sum(guessed)) / alone)
 
-        draft = [(self.draft, 1)] if self.draft else []
-        least = 0.15 if draft else 0.02  # seconds; what the machine does besides meets all alike, in turns
-        found = price()
-        for _ in range(2):  # too dear to pay is a matter for a second look: something may have come between
-            found = min(found, price()) if found > DEAR else found
+        found, looks = look(), 1
+        while found > DEAR and looks < 3:  # something may have come between
+            found, looks = min(found, look()), looks + 1
         return found
 
     @staticmethod
