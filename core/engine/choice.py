@@ -28,13 +28,14 @@ from core.engine.config import read_config
 from core.engine.graphs import GraphedGPT2, check, lost
 from core.engine.kv_cache import ROUND, round_up
 from core.engine.machine import cores, free_memory
-from core.engine.model import GPT2, TILE, Batch, Model, Rows, multiplies_int8
+from core.engine.model import GPT2, MIN_ROWS, TILE, Batch, Model, Rows, multiplies_int8
 from core.engine.model_runner import ModelRunner
 from core.engine.native import gpt2, library
 from core.engine.reference import divergence
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 LARGE = 1_000_000
 """Parameters from which on int8 is worth what it rounds off: the embedded model has 4 million, DialoGPT-small 124."""
@@ -47,8 +48,8 @@ FAR = 0.03
 """Nats by which int8 may differ from float32 for DTYPE=auto to keep it: the embedded model's 0.005 cost it 0.04 % of
 perplexity; made to bear int8 badly, 0.02 cost 0.3 %, 0.06 0.7 % and 0.16 2.4 %."""
 
-BLOCK_ROWS = {"cpu": 16, "cuda": TILE}
-"""Rows per product where products of different heights do not agree bit for bit."""
+WAYS = (0, MIN_ROWS), (0, 16), (16, 16)
+"""`block` and `queries` of model.GPT2 on a CPU, the fastest first: with which its rows agree, machine and shape decide."""
 
 
 def open_runner(
@@ -99,11 +100,13 @@ def build(folder: Path, device: torch.device, dtype: torch.dtype, cache_bytes: i
         model = gpt2.NativeGPT2(weights.load(folder), native, dtype)
     elif dtype is torch.int8:
         model = int8_in_torch(folder)
+    elif device.type == "cpu":
+        model = in_torch(lambda: weights.load(folder), dtype)
     else:
-        model = eager = agreeing(lambda: weights.load(folder), device, dtype)
-        if device.type == "cuda" and os.environ.get("GRAPHS") != "0":
+        model = eager = GPT2(weights.load(folder), device, dtype, block=TILE, queries=TILE)
+        if os.environ.get("GRAPHS") != "0":
             model = graphed(eager, cache_tokens(eager, cache_bytes))
-        if device.type == "cuda" and model is eager:
+        if model is eager:
             model = eager.with_float32_logits()  # as graphs have them
             if not rows_agree(first_layer(model)):
                 log.warning("without CUDA graphs this device's rows depend on the batch: so may replies, in rare cases")
@@ -145,23 +148,31 @@ def checked(model: GraphedGPT2, eager: GPT2) -> GraphedGPT2:
     return model
 
 
-def agreeing(load: Callable[[], weights.Checkpoint], device: torch.device, dtype: torch.dtype) -> GPT2:
-    block = 0 if device.type == "cpu" else BLOCK_ROWS["cuda"]
-    model = GPT2(load(), device, dtype, block=block)
-    if not block and not rows_agree(first_layer(model)):
-        block = BLOCK_ROWS["cpu"]
-        log.warning("this machine's matrix products depend on the batch's size: slower blocks of %d rows", block)
-        model = GPT2(load(), device, dtype, block=block)
+def in_torch(load: Callable[[], weights.Checkpoint], dtype: torch.dtype) -> GPT2:
+    model, agrees = agreeing(load, dtype)
+    if not agrees:
+        log.warning("in torch this machine's rows depend on the batch: so may replies, in rare cases")
+    elif model.block:
+        log.warning("this machine's matrix products depend on the batch's size: slower blocks of %d rows", model.block)
     return model
+
+
+def agreeing(load: Callable[[], weights.Checkpoint], dtype: torch.dtype) -> tuple[GPT2, bool]:
+    """On the CPU, in the fastest way in which its rows agree; False: they do in none."""
+    for block, queries in WAYS:
+        model = GPT2(load(), CPU, dtype, block=block, queries=queries)
+        if rows_agree(first_layer(model)):
+            return model, True
+    return model, False
 
 
 def int8_in_torch(folder: Path) -> Model:
     """Where there is no fast product of it, float32 with the weights of the native step: as good, but slower."""
     if multiplies_int8():
-        fast = GPT2(weights.load(folder), torch.device("cpu"), torch.int8)
-        if rows_agree(first_layer(fast)):
+        fast, agrees = agreeing(lambda: weights.load(folder), torch.int8)
+        if agrees:
             return fast
-    model = agreeing(lambda: gpt2.rounded(weights.load(folder)), torch.device("cpu"), torch.float32)
+    model = in_torch(lambda: gpt2.rounded(weights.load(folder)), torch.float32)
     model.how = f"{model.how}, weights rounded to int8 (the compiled step is not here)"
     return model
 

@@ -2,12 +2,13 @@
 
 A row's logits are the same bits whatever stands beside it and however its prompt was cut into steps, because
 - the linear layers compute a row alike in any batch of MIN_ROWS rows or more (oneDNN's packed kernels sum along K in
-  one order; with fewer rows some switch kernels). `rows_agree` checks this at start; where it does not hold, and on
-  CUDA, every product is made in blocks of exactly `block` rows.
+  one order; with fewer rows some switch kernels), or in blocks of exactly `block` rows.
 - attention takes each query in the tile of TILE positions it belongs to, over keys up to that tile's end: the number
   of keys is a function of the position alone, keys after the query weigh exactly 0, and the queries of one product are
-  a multiple of `min_queries`.
+  a multiple of `queries`.
 - all else works on rows or elements one by one.
+
+Which `block` and `queries` that takes, machine and shape decide: `choice.agreeing` tries at start.
 """
 
 from __future__ import annotations
@@ -188,14 +189,22 @@ class GPT2:
     """The torch model. In float32, bfloat16 and float16 products are rounded to that, in int8 what is multiplied.
     Residuals stay float32; on the CPU so do attention and KV."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, block: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        block: int = 0,
+        queries: int = MIN_ROWS,
+    ) -> None:
         """Takes the tensors out of `checkpoint` one by one, so that the originals are freed while it packs."""
         self.config = config = checkpoint.config
-        self.device, self.block, self.min_rows = device, block, 1 if dtype is torch.int8 else MIN_ROWS
+        self.device, self.block, self.queries = device, block, queries
+        self.min_rows = 1 if dtype is torch.int8 else MIN_ROWS
         self.dtype = dtype
         self.whole = whole = torch.float32 if dtype is torch.int8 else dtype
         self.kv_dtype = torch.float32 if device.type == "cpu" else dtype
-        self.min_queries = MIN_ROWS if device.type == "cpu" else TILE
         self.head_dim = config.head_dim
         self.token_bytes = 2 * config.n_layer * config.n_embd * self.kv_dtype.itemsize
         tensors = checkpoint.tensors
@@ -235,7 +244,7 @@ class GPT2:
         ]
         self.scales = [config.attention_scale(i) for i in range(config.n_layer)]
         self._positions = round_up(config.n_positions, TILE)
-        self.mask = causal_mask(config.n_positions, self.min_queries).to(device, self.kv_dtype)
+        self.mask = causal_mask(config.n_positions, queries).to(device, self.kv_dtype)
         packed = ", oneDNN packed" if self.lm_head.packed is not None else ""
         self.how = f"{device}, {str(dtype).removeprefix('torch.')}, torch{packed}"
 
@@ -287,7 +296,7 @@ class GPT2:
     def _attend(self, layer: int, qkv: Tensor, placed: Sequence[tuple[int, Rows]]) -> Tensor:
         """Write keys and values, then attend, sequence by sequence. (T, 3 E) -> (T, E)"""
         qkv = qkv.view(len(qkv), 3, -1, self.head_dim).to(self.kv_dtype)
-        q = F.pad(qkv[:, 0], (0, 0, 0, 0, 0, self.min_queries))  # a tile's padding may reach over the end
+        q = F.pad(qkv[:, 0], (0, 0, 0, 0, 0, self.queries))  # a tile's padding may reach over the end
         out = torch.zeros(len(qkv), *qkv.shape[2:], dtype=self.kv_dtype, device=self.device)
         for row, r in placed:
             kv: Tensor = r.kv[layer]  # (2, H, P, D)
@@ -295,7 +304,7 @@ class GPT2:
             for begin, end in tiles(r.start, r.count):
                 first, count = row + begin - r.start, end - begin
                 keys, left = round_up(end, TILE), self._positions - round_up(end, TILE)
-                queries, at = round_up(count, self.min_queries), begin % TILE
+                queries, at = round_up(count, self.queries), begin % TILE
                 mixed = F.scaled_dot_product_attention(
                     q[None, first : first + queries].transpose(1, 2),  # (1, H, queries, D)
                     kv[None, 0, :, :keys],
@@ -334,9 +343,9 @@ def tiles(start: int, count: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def causal_mask(positions: int, min_queries: int) -> Tensor:
-    """(TILE + min_queries, P): row i from column P - TILE * (t + 1) on masks position TILE * t + i."""
+def causal_mask(positions: int, queries: int) -> Tensor:
+    """(TILE + queries, P): row i from column P - TILE * (t + 1) on masks position TILE * t + i."""
     width = round_up(positions, TILE)
-    mask = torch.zeros(TILE + min_queries, width)
+    mask = torch.zeros(TILE + queries, width)
     mask[:TILE, width - TILE :] = torch.full((TILE, TILE), float("-inf")).triu(1)
     return mask

@@ -374,7 +374,7 @@ def test_where_a_gpu_has_neither_graphs_nor_rows_that_agree_the_log_says_so(
 ) -> None:
     """Its logits are not rounded, as those of graphs are not."""
     eager = GPT2(weights.load(checkpoint("plain")), torch.device("cpu"), torch.bfloat16)
-    monkeypatch.setattr(choice, "agreeing", lambda *_: eager)
+    monkeypatch.setattr(choice, "GPT2", lambda *_, **__: eager)
     monkeypatch.setattr(choice, "rows_agree", lambda _: agree)
     monkeypatch.setenv("GRAPHS", "0")
     found: Any = choice.build(checkpoint("plain"), torch.device("cuda"), torch.bfloat16)

@@ -55,6 +55,16 @@ def test_rows_do_not_depend_on_each_other(checkpoint: Make, shape: str, dtype: t
         assert torch.equal(run(model, ids, counts, lambda: rng.choice([0, 0, 1, 3, 13, 40])), whole)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_wide_heads_takes_as_many_queries_as_it_must(checkpoint: Make, dtype: torch.dtype) -> None:
+    """Of 96 numbers and more, 4 queries are not the bits of 64."""
+    folder = checkpoint("plain", n_embd=320, n_head=2)
+    model, agrees = choice.agreeing(lambda: weights.load(folder), dtype)
+    assert agrees and model.block == 0
+    [ids] = prompts([200], model.config.vocab_size)
+    assert torch.equal(run(model, ids, [1, 1, 60, 3, 70, 65], lambda: 5), run(model, ids, [200]))
+
+
 @pytest.mark.parametrize(("dtype", "error"), list(zip(DTYPES, (2e-5, 0.05, 0.01, 0.15), strict=False)))
 def test_logits_are_close_to_transformers(checkpoint: Make, dtype: torch.dtype, error: float) -> None:
     """Relative to the spread of the logits."""
@@ -132,8 +142,8 @@ def test_a_machine_whose_products_depend_on_height_gets_blocks(
         return product(self, x) if len(x) < 20 else product(self, x.flip(0)).flip(0) * (1 + 2**-23)
 
     monkeypatch.setattr(models.Linear, "_product", fickle)
-    model = choice.agreeing(lambda: weights.load(checkpoint("plain")), CPU, torch.float32)
-    assert model.block == choice.BLOCK_ROWS["cpu"]
+    model = choice.in_torch(lambda: weights.load(checkpoint("plain")), torch.float32)
+    assert model.block == 16
     assert "slower blocks" in caplog.text
     [ids] = prompts([100], 384)
     assert torch.equal(run(model, ids, [100]), run(model, ids, [1, 40, 3, 56], lambda: 30))
