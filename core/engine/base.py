@@ -13,7 +13,8 @@ EngineError
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import index
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
@@ -45,6 +46,13 @@ class BadCheckpoint(EngineError): ...
 class Failed(EngineError): ...
 
 
+_KINDS: dict[str, tuple[Any, str]] = {
+    "float": (int | float, "a number"),
+    "int": (int, "a whole number"),
+    "int | None": (int | None, "a whole number"),
+}
+
+
 def _knob(default: Any, about: str) -> Any:
     """A field that is an environment setting too, with its line for people."""
     return field(default=default, metadata={"about": about})
@@ -70,6 +78,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """ValueError that names the field and the bound."""
+        for knob in fields(self):
+            value = getattr(self, knob.name)
+            kinds, what = _KINDS[str(knob.type)]
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise ValueError(f"{knob.name} must be {what}")
         for name, good, bound in (
             ("temperature", 0 <= self.temperature <= 10, "between 0 and 10"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
@@ -114,7 +127,11 @@ class ModelInfo:
 
     def check(self, ids: Sequence[int]) -> None:
         """ValueError where they are no prompt: none, or one outside the vocabulary."""
-        if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
+        try:
+            whole = [index(i) for i in ids]
+        except TypeError:
+            whole = []
+        if not whole or min(whole) < 0 or max(whole) >= self.vocab_size:
             raise ValueError(f"a prompt is 1 or more ids from 0 below {self.vocab_size}")
 
 

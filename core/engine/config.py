@@ -89,8 +89,9 @@ def read_config(path: Path) -> Config:
         raise BadCheckpoint(
             f"{path}: activation_function {raw['activation_function']!r} is not one of {', '.join(ACTIVATIONS)}"
         )
-    sizes = {name: _size(raw, name, path) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    n_positions = _size(raw, "n_positions" if "n_positions" in raw else "n_ctx", path)
+    sizes = {name: _size(raw, name, path) for name in ("n_layer", "n_head", "n_embd")}
+    sizes["vocab_size"] = _size(raw, "vocab_size", path, least=2)  # the closing token alone says nothing
+    n_positions = _size(raw, "n_positions" if "n_positions" in raw else "n_ctx", path, least=2)
     if sizes["n_embd"] % sizes["n_head"]:
         raise BadCheckpoint(f"{path}: n_embd {sizes['n_embd']} is not a multiple of n_head {sizes['n_head']}")
     eos_id = raw.get("eos_token_id", 50256)
@@ -122,11 +123,11 @@ def _flag(raw: dict[str, Any], name: str, default: bool, path: Path) -> bool:
     return value
 
 
-def _size(raw: dict[str, Any], name: str, path: Path) -> int:
+def _size(raw: dict[str, Any], name: str, path: Path, least: int = 1) -> int:
     value = raw.get(name)
     most = MOST_LAYERS if name == "n_layer" else MOST
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise BadCheckpoint(
-            f"{path}: {name} is {value!r}, not a whole number from 1 to {most}: this is not a GPT-2 configuration"
+            f"{path}: {name} is {value!r}, not a whole number from {least} to {most}: this is not a GPT-2 configuration"
         )
     return value

@@ -13,6 +13,7 @@ import errno
 import json
 import logging
 import math
+import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -43,6 +44,8 @@ SILENCE = 10.0
 """Seconds in which an answer that needs no model must go on, and after which one elsewhere is asked again."""
 MOST_SENDS = 6
 """How often a request is under way at once, each time over another wire."""
+SOCKET_PATH = 107
+"""Bytes; unix(7), sun_path."""
 HINT = 5.0
 """Seconds for a hint to be taken, after which it is void."""
 SUSPECT, MOST_DEATHS = 2, 5
@@ -123,7 +126,8 @@ class HttpEngine:
         try:
             answer = await self._insist("POST", "/generate", body, end)
         finally:
-            del self._asked[asked]
+            if self._asked.pop(asked) != session:  # it was forgotten, maybe before the engine heard of it
+                self._spawn(self._insist("POST", "/forget", lambda: {"session": session}))
         if self.process:
             self.process.proved()
         try:
@@ -240,8 +244,8 @@ class HttpEngine:
                 )
                 if any(exchange.cancelled() for exchange in done):
                     raise EngineClosed("the engine is closed")
-                answered = [exchange for exchange in done if not exchange.exception()]
-                if answered or not asked:  # what fails beside another is not the last word
+                answered = [exchange for exchange in done if not isinstance(exchange.exception(), Unreachable)]
+                if answered or not asked:  # a wire that fails beside another is not the last word
                     return (answered or [*done])[0].result()
             if self.process and asked:
                 self._spawn(self._overdue(self.process, asked.pop(), max(time.monotonic() - began, self.mercy)))
@@ -359,6 +363,8 @@ async def connect_engine(address: str, patience: float = PATIENCE) -> HttpEngine
         place = None
     if not place:
         raise EngineClosed(f"{address} is no address: name one like http://127.0.0.1:8100 or unix:/run/palaver/engine")
+    if address.startswith("unix:") and len(os.fsencode(place)) > SOCKET_PATH:
+        raise EngineClosed(f"{address} is longer than the {SOCKET_PATH} bytes that a socket's path may have")
     return await HttpEngine(address, patience=patience).open()
 
 

@@ -79,8 +79,7 @@ class KVCache:
         """
         left = list(self.kept.get(session, []))
         best = max(left, key=lambda s: common_prefix(s.tokens, prompt), default=None)
-        source = sibling or best
-        slot = best if best and source is best else Slot(session, 0)
+        slot = best if best and not sibling else Slot(session, 0)
         capacity = max(slot.capacity, round_up(need, ROUND))
         if self.busy + capacity > self.total:
             return None
@@ -89,8 +88,8 @@ class KVCache:
         slot.capacity = capacity
         while self.used + capacity > self.total:
             self._drop(self._victim())
-        prefix = min(common_prefix(source.tokens, prompt), len(prompt) - 1) if source else 0
-        slot.copy_from = source if prefix and source is not slot else None
+        prefix = min(common_prefix((sibling or slot).tokens, prompt), len(prompt) - 1)
+        slot.copy_from = sibling if prefix else None
         slot.tokens = list(prompt[:prefix])
         self._run(slot)
         return slot
@@ -132,9 +131,12 @@ class KVCache:
             if slot.session == session:
                 slot.session = ""
 
-    def drop_idle(self) -> None:
-        for slot in list(self.idle):
+    def drop_idle(self) -> bool:
+        """Was there any?"""
+        idle = list(self.idle)
+        for slot in idle:
             self._drop(slot)
+        return bool(idle)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the books are wrong."""

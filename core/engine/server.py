@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -221,11 +222,12 @@ def _bind_unix(path: Path) -> socket.socket:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     sock = socket.socket(socket.AF_UNIX)
     if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
-        if sock.connect_ex(str(path)) == 0:
-            sock.close()
+        sock.setblocking(False)
+        refused = sock.connect_ex(str(path)) == errno.ECONNREFUSED
+        sock.close()
+        if not refused:  # it may also be one whom only another user may ask, or that has no room now
             raise EngineClosed(f"another process listens at {path}")
         path.unlink()  # of a process that is gone
-        sock.close()
         sock = socket.socket(socket.AF_UNIX)
     others = os.umask(0o177)  # from the first moment on, nobody else can open it
     try:

@@ -76,13 +76,15 @@ class Core:
             self.scheduler.update(spans, drawn)
             return
         # Out here nothing holds the failed step's tensors any more.
-        self.scheduler.cache.drop_idle()  # when it was memory, this much can be spared
+        spared = self.scheduler.cache.drop_idle()  # when it was memory, this much can be
         if len(spans) > 1:
             for half in (spans[: len(spans) // 2], spans[len(spans) // 2 :]):
                 if alive := [span for span in half if span.sequence.slot]:
                     self._run_and_update(alive)
         elif spans[0].guess:
             self._run_and_update([replace(spans[0], guess=())])
+        elif spared:
+            self._run_and_update(spans)
         else:
             self.scheduler.give_up(spans[0].sequence.request, Failed(reason))
 
@@ -189,14 +191,15 @@ class TorchEngine:
         busy = False
         with torch.inference_mode():
             while True:
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        command = self._inbox.get(block=not busy)
-                        if command is None:
-                            return
-                        command(core.scheduler)
-                        busy = True
-                busy = core.step()
+                try:
+                    command = self._inbox.get(block=not busy)
+                except queue.Empty:
+                    busy = core.step()
+                    continue
+                if command is None:
+                    return
+                command(core.scheduler)
+                busy = True
 
     def _settle_all(self) -> None:
         """In the event loop, at the very end."""

@@ -176,8 +176,11 @@ def _named(files: list[Path], config: Config) -> dict[str, Tensor]:
     for file in files:
         for name, tensor in (_read_safetensors if file.suffix == ".safetensors" else _read_bin)(file).items():
             name = name.removeprefix("module.").removeprefix("transformer.")
+            name = "lm_head.weight" if name == "lm_head.decoder.weight" else name
+            if name in tensors:
+                raise BadCheckpoint(f"{file} holds {name} a second time, under another prefix: leave one of them out")
             if not BUFFERS.fullmatch(name):
-                tensors["lm_head.weight" if name == "lm_head.decoder.weight" else name] = tensor
+                tensors[name] = tensor
     if config.tied and "lm_head.weight" in tensors:
         tensors.setdefault("wte.weight", tensors["lm_head.weight"])
     return tensors

@@ -684,7 +684,7 @@ async def test_an_engine_elsewhere_may_go_and_come_back(checkpoint: Make, caplog
         folder.close()
 
 
-@pytest.mark.parametrize("lost", ["request", "answer"])
+@pytest.mark.parametrize("lost", ["request", "answer", "refusal"])
 async def test_a_wire_that_dies_in_silence_costs_no_answer(
     checkpoint: Make, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
@@ -703,7 +703,7 @@ async def test_a_wire_that_dies_in_silence_costs_no_answer(
                     sink.write(data)
             sink.close()
 
-        request, answer = (b"POST /generate", b"\0") if lost == "request" else (b"\0", b"completions")
+        request, answer = (b"\0", b"completions") if lost == "answer" else (b"POST /generate", b"\0")
         await asyncio.gather(pass_on(reader, their_writer, request), pass_on(their_reader, writer, answer))
 
     with bound("127.0.0.1:0") as place:
@@ -714,8 +714,13 @@ async def test_a_wire_that_dies_in_silence_costs_no_answer(
             there = await connect_engine("http://{}:{}".format(*server.sockets[0].getsockname()))
             try:
                 began = time.monotonic()
-                [completion] = await there.generate([1, 256], SamplingParams(), deadline=60)
-                assert completion.token_ids == [1] and cut and time.monotonic() - began < 30
+                if lost == "refusal":
+                    with pytest.raises(PromptTooLong):
+                        await there.generate([1] * 256, SamplingParams(), deadline=60)
+                else:
+                    [completion] = await there.generate([1, 256], SamplingParams(), deadline=60)
+                    assert completion.token_ids == [1]
+                assert cut and time.monotonic() - began < 30
             finally:
                 await there.aclose()
 
@@ -742,6 +747,33 @@ async def test_a_long_answer_is_waited_for_and_computed_once(checkpoint: Make, m
         with pytest.raises(Cancelled):
             await there.generate([300, 256], SamplingParams(), deadline=0.5)
         await until(lambda: ends == ["answered", "given up"])
+
+
+async def test_what_was_under_way_to_the_engine_when_it_was_forgotten_does_not_stay(
+    engine: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two go over different wires, and the later one may come first."""
+    here = await engine("plain")
+    begins = asyncio.Event()
+    ask = here.generate
+
+    async def later(prompt: Sequence[int], *args: Any, **kinds: Any) -> list[Completion]:
+        await begins.wait()
+        return await ask(prompt, *args, **kinds)
+
+    monkeypatch.setattr(here, "generate", later)
+    async with over_http(here) as there:
+        asked = asyncio.create_task(there.generate([1, 256], SamplingParams(max_tokens=3), session="a"))
+        await asyncio.sleep(0.2)
+        await there.forget("a")
+        begins.set()
+        assert await asked
+        await until(lambda: not here.core.scheduler.cache.kept)
+
+
+async def test_a_path_longer_than_a_sockets_is_one_line() -> None:
+    with pytest.raises(EngineClosed, match="longer than the 107 bytes"):
+        await connect_engine(f"unix:/tmp/{'x' * 110}")
 
 
 @pytest.mark.parametrize("address", ["http://", "unix:", "ftp://", "somewhere", "http://[x"])

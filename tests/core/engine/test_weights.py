@@ -278,6 +278,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         edit_tensors(lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1})),
         "lm_head.weight differs from wte.weight",
     ),
+    "a name twice": (
+        edit_tensors(lambda t: t.update({"ln_f.bias": t["transformer.ln_f.bias"] + 1})),
+        "model.safetensors holds ln_f.bias a second time",
+    ),
+    "a vocabulary of one": (edit_config(vocab_size=1, eos_token_id=0), "vocab_size is 1, not a whole number from 2"),
+    "a single position": (edit_config(n_positions=1), "n_positions is 1, not a whole number from 2"),
     "no head": (edit_config(tie_word_embeddings=False), "lacks lm_head.weight"),
 }
 

@@ -31,6 +31,15 @@ def test_a_request_survives_the_way(
     assert wire.load_request(body, 300) == (prompt, params, session, deadline)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n", 2.0), ("n", True), ("temperature", "1"), ("temperature", None), ("seed", 0.5), ("top_k", "")],
+)
+def test_what_is_of_another_type_is_no_parameter(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a (whole )?number"):
+        SamplingParams(**{name: value})
+
+
 def test_a_hint_is_a_request_without_params() -> None:
     body = json.dumps(wire.dump_hint("s", [1, 2])).encode()
     assert wire.load_request(body, 300) == ([1, 2], SamplingParams(), "s", None)
