@@ -49,7 +49,7 @@ FAR = 0.03
 perplexity; made to bear int8 badly, 0.02 cost 0.3 %, 0.06 0.7 % and 0.16 2.4 %."""
 
 WAYS = (0, MIN_ROWS), (0, 16), (16, 16)
-"""`block` and `queries` of model.GPT2 on a CPU, the fastest first: with which its rows agree, machine and shape decide."""
+"""`block` and `queries` of model.GPT2 on a CPU, the fastest first: with which rows agree, machine and shape decide."""
 
 
 def open_runner(
@@ -199,8 +199,8 @@ def rows_agree(model: Model) -> bool:
             rows = [Rows(other, 0, len(strangers))] if strangers else []
             wanted = [len(strangers) + p - start for p in range(start, start + count) if p in looked_at]
             batch = Batch(strangers + ids[start : start + count], [*rows, Rows(kv, start, count)], wanted)
-            logits = model.forward(batch)
-            totals = torch.tensor(model.summary(logits).totals, dtype=torch.float64)
+            logits, found = model.forward(batch)
+            totals = torch.tensor(found.totals, dtype=torch.float64)
             results.append(torch.cat([logits, totals[:, None]], 1))
             start += count
         return torch.cat(results)
@@ -217,7 +217,7 @@ def choose_device(name: str) -> torch.device:
     """auto: CUDA where there is one. Raises BadCheckpoint for a device that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise BadCheckpoint(f"DEVICE={name} is not known: auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -41,8 +41,7 @@ class Draft(Guesses):
         assert sequence.slot
         while len(tokens) < start + most:
             rows = Rows(sequence.slot.kv, len(tokens) - 1, 1)
-            logits = self.model.forward(Batch(tokens[-1:], [rows], [0]))
-            summary = self.model.summary(logits)
+            logits, summary = self.model.forward(Batch(tokens[-1:], [rows], [0]))
             if math.isnan(summary.totals[0]):
                 break
             params, is_first = sequence.request.params, len(tokens) == sequence.prompt_len

@@ -101,7 +101,6 @@ class GraphedGPT2:
         self.how = f"{self.device}, {str(self.dtype).removeprefix('torch.')}, CUDA graphs"
         self._capture: Callable[[Step], Step] = Capture(self.device) if self.cuda else uncaptured
         self._graphs: dict[tuple[int, int], Step] = {}
-        self._last = torch.empty(0)
         window = round_up(c.n_positions, ROUND)  # what nobody counts any more may be given back a moment later
         pages = 1 + (tokens + 2 * window) // TILE
         self._free = list(range(pages - 1, SCRATCH, -1))
@@ -147,7 +146,7 @@ class GraphedGPT2:
         old, new = (torch.from_numpy(kv.slots(0, count)).to(self.device) for kv in (source, target))
         self.pool.index_copy_(2, new, self.pool.index_select(2, old))
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> tuple[Tensor, Summary]:
         """Rows in order, MOST_ROWS at a time: what a row needs of the ones before it is there or made beside it."""
         table, wanted = self._filled_in(batch), np.array(batch.wanted, np.int32)
         self._make_room(len(table), len(wanted))
@@ -160,13 +159,9 @@ class GraphedGPT2:
         finally:  # what is on its way to the device or from it stays as it is until it is there
             if self.cuda:
                 torch.cuda.current_stream(self.device).synchronize()
-        self._last = answers
-        return answers[:, : self.config.vocab_size]
-
-    def summary(self, logits: Tensor) -> Summary:
-        found, words = self._last, self._words
-        first = found[:, 32 * words :].data_ptr()
-        return Summary(found[:, 33 * words].tolist(), [first + 4 * found.stride(0) * i for i in range(len(found))])
+        tops, totals = answers[:, 32 * self._words :], answers[:, 33 * self._words].tolist()
+        places = [tops.data_ptr() + 4 * tops.stride(0) * i for i in range(len(tops))]
+        return answers[:, : self.config.vocab_size], Summary(totals, places)
 
     def _run(self, begin: int, table: Numbers, wanted: Numbers, answers: Tensor) -> None:
         """What is found of those rows of `table` that are `wanted` is on its way to `answers`. On the host each run of
@@ -327,7 +322,8 @@ def check(model: GraphedGPT2, eager: GPT2) -> None:
     """Raises ValueError where a few steps of several batches are not those of `eager`, its logits not rounded: what all
     of a real model's have in common is so large that a step of bfloat16 is as wide as what tells them apart."""
     c, eager = model.config, eager.with_float32_logits()
-    lengths = [n for n in (1, 20, TILE - 1, TILE, 250, 500) if n + 16 < c.n_positions]
+    more = min(16, c.n_positions - 1)
+    lengths = [n for n in (1, 20, TILE - 1, TILE, 250, 500) if n + more <= c.n_positions]
     ids = [[(7 * i + 11 * k) % c.vocab_size for i in range(c.n_positions)] for k in range(len(lengths))]
     sides = [(m, [m.new_kv(n + 17) for n in lengths]) for m in (model, eager)]
 
@@ -335,13 +331,13 @@ def check(model: GraphedGPT2, eager: GPT2) -> None:
         m, kv = sides[side]
         rows = [Rows(kv[k], begin[k], count) for k in which]
         flat = [i for k in which for i in ids[k][begin[k] : begin[k] + count]]
-        return m.forward(Batch(flat, rows, list(range(len(flat)))))
+        return m.forward(Batch(flat, rows, list(range(len(flat)))))[0]
 
     everyone = range(len(lengths))
     for k in everyone:
         for side in range(2):
             step(side, [k], [0] * len(lengths), lengths[k])
-    for count in (1, 16):
+    for count in (1, more):
         got, want = (step(side, everyone, lengths, count) for side in range(2))
         spread, far = want.std(1), NEAR[model.dtype]
         if not got.isfinite().all():

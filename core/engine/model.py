@@ -89,13 +89,9 @@ class Model(Protocol):
         """The first `count` tokens."""
         ...
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Write the rows' KV; return the logits (len(batch.wanted), vocab_size), float32, on the CPU, valid until the
-        next step."""
-        ...
-
-    def summary(self, logits: Tensor) -> Summary:
-        """Of the logits that the last `forward` returned."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Summary]:
+        """Write the rows' KV; return the logits (len(batch.wanted), vocab_size), float32, on the CPU, and what the step
+        found out about them. Valid until the next step."""
         ...
 
 
@@ -269,7 +265,7 @@ class GPT2:
     def copy_kv(self, source: Any, target: Any, count: int) -> None:
         target[:, :, :, :count] = source[:, :, :, :count]
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> tuple[Tensor, Summary]:
         placed, wanted = batch.placed, self._padded(batch.wanted)
         ids, positions = self._padded(batch.ids), self._padded(batch.positions)
         x = F.embedding(ids, self.wte).float()  # (T, E)
@@ -283,15 +279,13 @@ class GPT2:
             x = x + layer.attn_c_proj(mixed)
             x = x + layer.mlp_c_proj(layer.c_fc(self._norm(x, layer.ln_2)))
         if not batch.wanted:
-            return torch.empty(0, self.config.vocab_size)
+            return torch.empty(0, self.config.vocab_size), Summary([], [])
         x = self._norm(x, self.ln_f)
         logits = self.lm_head(x).float()
         if self.common is not None:
             logits += (x * self.common).sum(1, keepdim=True)
-        return logits[: len(batch.wanted)].cpu()
-
-    def summary(self, logits: Tensor) -> Summary:
-        return summarise(logits)
+        logits = logits[: len(batch.wanted)].cpu()
+        return logits, summarise(logits)
 
     def _attend(self, layer: int, qkv: Tensor, placed: Sequence[tuple[int, Rows]]) -> Tensor:
         """Write keys and values, then attend, sequence by sequence. (T, 3 E) -> (T, E)"""

@@ -35,8 +35,7 @@ class ModelRunner:
         """
         for span in spans:
             self._furnish(span.sequence.slot)
-        logits = self.model.forward(self._batch(spans))
-        return self._draw([span for span in spans if span.is_last], logits, self.model.summary(logits))
+        return self._draw([span for span in spans if span.is_last], *self.model.forward(self._batch(spans)))
 
     def _draw(self, spans: Sequence[Span], logits: Tensor, summary: Summary) -> list[list[tuple[int, float]] | None]:
         """One token from each row, up to the first that was not guessed: as if each had been a step of its own."""

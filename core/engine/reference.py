@@ -33,7 +33,7 @@ def divergence(model: Model, checkpoint: Checkpoint) -> float:
     tokenizer = Tokenizer.load(checkpoint.folder)
     ids = [i for turn in TALK for i in (*tokenizer.encode(turn), tokenizer.eos_id) if i < checkpoint.config.vocab_size]
     ids = ids[: checkpoint.config.n_positions]
-    here = model.forward(Batch(ids, [Rows(model.new_kv(len(ids)), 0, len(ids))], list(range(len(ids)))))
+    here, _ = model.forward(Batch(ids, [Rows(model.new_kv(len(ids)), 0, len(ids))], list(range(len(ids)))))
     exact = logits(checkpoint, ids)
     return float(F.kl_div(here.log_softmax(1), exact.log_softmax(1), reduction="batchmean", log_target=True))
 

@@ -34,7 +34,7 @@ def perplexity(model: Model, examples: Sequence[Example]) -> float:
             ids, learn = list(example.ids), torch.tensor(example.learn[1:], dtype=torch.bool)
             count = len(ids) - 1
             kv = model.new_kv(count)
-            logits = model.forward(Batch(ids[:-1], [Rows(kv, 0, count)], list(range(count))))
+            logits, _ = model.forward(Batch(ids[:-1], [Rows(kv, 0, count)], list(range(count))))
             losses.append(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")[learn])
     return math.exp(float(torch.cat(losses).double().mean()))
 

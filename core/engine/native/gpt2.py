@@ -121,7 +121,6 @@ class NativeGPT2:
         self._step = c.Step()
         self._memory: dict[str, Tensor] = {}
         self._totals: Any = ()
-        self._tops = self._apart = 0
         self._room: tuple[int, ...] = (0, 0, 0)
         tensors = checkpoint.tensors
 
@@ -189,7 +188,7 @@ class NativeGPT2:
         c = self.config
         return self._room_for_kv.empty((c.n_layer, 2, c.n_head, PAGE, self.head_width), self.kv_dtype)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> tuple[Tensor, Summary]:
         rows, wanted, threads = len(batch.ids), len(batch.wanted), torch.get_num_threads()
         self._make_room(rows, wanted, threads)
         spans, row = (c.Span * len(batch.rows))(), 0
@@ -201,11 +200,9 @@ class NativeGPT2:
         step.wanted = integers(batch.wanted)
         step.n_spans, step.rows, step.n_wanted, step.threads = len(spans), rows, wanted, threads
         self.native.palaver_step(self._model, step, self.path)
-        return self._memory["logits"][:wanted, : self.config.vocab_size]
-
-    def summary(self, logits: Tensor) -> Summary:
-        rows = len(logits)
-        return Summary(self._totals[:rows], list(range(self._tops, self._tops + rows * self._apart, self._apart)))
+        tops = self._memory["tops"]
+        places = [tops.data_ptr() + 4 * tops.stride(0) * i for i in range(wanted)]
+        return self._memory["logits"][:wanted, : self.config.vocab_size], Summary(self._totals[:wanted], places)
 
     def _make_room(self, rows: int, wanted: int, threads: int) -> None:
         """The step's own memory, kept from step to step."""
@@ -227,7 +224,6 @@ class NativeGPT2:
             "narrow": torch.zeros(rows, width + wide, dtype=torch.bfloat16),  # a block of int8 has room in it, too
         }
         self._step.totals = self._totals = (ctypes.c_double * wanted)()
-        self._tops, self._apart = self._memory["tops"].data_ptr(), 4 * round_up(groups, 16)
         for name, tensor in self._memory.items():
             setattr(self._step, name, tensor.data_ptr())
 

@@ -98,8 +98,8 @@ def test_logits_are_those_of_transformers(checkpoint: Make, shape: str, dtype: t
     graphed, cut = opened(checkpoint(shape), dtype, plain=plain), 17 if shape == "odd" else 4
     ids = prompts([cut + 2], graphed.config.vocab_size)[0]
     kv = graphed.new_kv(len(ids))
-    got = [graphed.forward(Batch(ids[:cut], [Rows(kv, 0, cut)], [3, cut - 1])).clone()]
-    got.append(graphed.forward(Batch(ids[cut:], [Rows(kv, cut, 2)], [0, 1])).clone())
+    got = [graphed.forward(Batch(ids[:cut], [Rows(kv, 0, cut)], [3, cut - 1]))[0].clone()]
+    got.append(graphed.forward(Batch(ids[cut:], [Rows(kv, cut, 2)], [0, 1]))[0].clone())
     want = reference(checkpoint(shape))(torch.tensor([ids])).logits[0, [3, cut - 1, cut, cut + 1]]
     assert float(((torch.cat(got) - want).std(1) / want.std(1)).max()) < FAR[dtype]
 
@@ -117,7 +117,7 @@ def test_rows_do_not_depend_on_each_other_nor_on_how_they_are_cut(checkpoint: Ma
                 beside = [1, 0, 20, 7][turn]
                 batch = [Rows(kv, start + done, count), *([Rows(other, 30 - beside, beside)] if beside else [])]
                 flat = ids[done : done + count] + mates[:beside]
-                rows.append(graphed.forward(Batch(flat, batch, list(range(count)))).clone())
+                rows.append(graphed.forward(Batch(flat, batch, list(range(count))))[0].clone())
                 done += count
             found.append(torch.cat(rows))
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -148,20 +148,19 @@ def test_a_step_of_more_rows_than_a_graph_has_is_cut(checkpoint: Make, monkeypat
     cut = opened(checkpoint("one-head"))
     ids = prompts([10], 290)[0]
     wanted = [0, 3, 4, 7, 8, 9]
-    got, want = (
-        m.forward(Batch(ids, [Rows(m.new_kv(6), 0, 6), Rows(m.new_kv(4), 0, 4)], wanted)).clone() for m in (cut, whole)
+    (got, found), (want, found_whole) = (
+        m.forward(Batch(ids, [Rows(m.new_kv(6), 0, 6), Rows(m.new_kv(4), 0, 4)], wanted)) for m in (cut, whole)
     )
-    assert torch.equal(got, want)
+    assert torch.equal(got, want) and found.totals == found_whole.totals
     assert max(rows for rows, _ in cut._graphs) == 4
-    assert cut.summary(got).totals == whole.summary(want).totals
 
 
 def test_what_is_found_is_what_a_draw_needs(checkpoint: Make) -> None:
     """The totals and maxima are the logits' own, and with them the same is drawn."""
     graphed = opened(checkpoint("odd"))
     ids = prompts([4], 301)[0]
-    logits = graphed.forward(Batch(ids, [Rows(graphed.new_kv(4), 0, 4)], list(range(4))))
-    found, alone = graphed.summary(logits), summarise(logits)
+    logits, found = graphed.forward(Batch(ids, [Rows(graphed.new_kv(4), 0, 4)], list(range(4))))
+    alone = summarise(logits)
     assert found.totals == pytest.approx(alone.totals, abs=1e-4)
     params = SamplingParams(temperature=1.0, top_k=3, top_p=0.9)
     for i, (row, tops) in enumerate(zip(logits.numpy(), found.tops, strict=True)):
@@ -174,8 +173,14 @@ def test_what_is_found_is_what_a_draw_needs(checkpoint: Make) -> None:
 
 def decode(graphed: GraphedGPT2, kvs: list[Any], starts: list[int]) -> Tensor:
     """One token for each."""
+    return found(graphed, kvs, starts)[0]
+
+
+def found(graphed: GraphedGPT2, kvs: list[Any], starts: list[int]) -> tuple[Tensor, list[float]]:
+    """Logits and totals of one token for each."""
     rows = [Rows(kv, start, 1) for kv, start in zip(kvs, starts, strict=True)]
-    return graphed.forward(Batch([5 + k for k in range(len(rows))], rows, list(range(len(rows))))).clone()
+    logits, summary = graphed.forward(Batch([5 + k for k in range(len(rows))], rows, list(range(len(rows)))))
+    return logits.clone(), summary.totals
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of numbers that are not finite
@@ -198,10 +203,10 @@ def test_what_is_not_finite_stays_where_it_is(checkpoint: Make) -> None:
     kvs = history(graphed, starts)
     clean = decode(graphed, kvs, starts)
     graphed.pool[:, :, kvs[1].slots(0, 1)] = float("nan")
-    got = decode(graphed, kvs, starts)
+    got, totals = found(graphed, kvs, starts)
     assert torch.equal(got[[0, 2]], clean[[0, 2]])
     assert not got[1].isfinite().any()
-    assert [math.isnan(total) for total in graphed.summary(got).totals] == [False, True, False]
+    assert [math.isnan(total) for total in totals] == [False, True, False]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -211,9 +216,9 @@ def test_a_logit_without_an_end_has_no_total(checkpoint: Make, sign: int) -> Non
     weight: Any = graphed.eager.lm_head.weight
     weight[7] = 0.0
     weight[7, 0] = sign * float("inf")
-    logits = decode(graphed, [graphed.new_kv(1)], [0])
+    logits, totals = found(graphed, [graphed.new_kv(1)], [0])
     assert logits.isinf().sum() == 1
-    assert math.isnan(graphed.summary(logits).totals[0])
+    assert math.isnan(totals[0])
 
 
 def test_the_kernels_compile_for_gpus_that_are_not_here(checkpoint: Make, tmp_path: Path) -> None:
@@ -246,8 +251,8 @@ def test_room_that_reaches_over_the_last_position_does_no_harm(checkpoint: Make)
     few, much = graphed.new_kv(3), graphed.new_kv(130 + 256)
     assert torch.equal(decode(graphed, [much], [0]), decode(graphed, [few], [0]))
     for kv in (few, much):
-        found = graphed.forward(Batch([5, 6], [Rows(kv, 0, 2)], [1])).clone()
-        assert torch.equal(found, graphed.forward(Batch([5, 6], [Rows(few, 0, 2)], [1])))
+        last = graphed.forward(Batch([5, 6], [Rows(kv, 0, 2)], [1]))[0].clone()
+        assert torch.equal(last, graphed.forward(Batch([5, 6], [Rows(few, 0, 2)], [1]))[0])
 
 
 def test_pages_are_given_back(checkpoint: Make) -> None:
@@ -327,19 +332,16 @@ def test_graphs_are_left_out_where_they_do_not_compute_the_same(
     """First plainer ones are tried, then none. (What graphs compute is the eager model's here, and then spoilt.)"""
     eager = GPT2(weights.load(checkpoint("plain")), HERE, torch.float32, block=TILE)
 
-    def forward(self: GraphedGPT2, batch: Batch) -> Tensor:
-        logits = eager.forward(batch)
-        return FAULTS[fault](logits, len(batch.ids)) if always or not self.plain else logits
-
-    def summary(self: GraphedGPT2, logits: Tensor) -> Summary:
-        found = summarise(logits)
-        if fault == "rows depend on" and (always or not self.plain):
-            return Summary([total + len(logits) for total in found.totals], found.tops)
-        return found
+    def forward(self: GraphedGPT2, batch: Batch) -> tuple[Tensor, Summary]:
+        logits, found = eager.forward(batch)
+        if not always and self.plain:
+            return logits, found
+        logits = FAULTS[fault](logits, len(batch.ids))
+        totals = [total + len(logits) for total in found.totals] if fault == "rows depend on" else found.totals
+        return logits, Summary(totals, found.tops)
 
     monkeypatch.setattr(GraphedGPT2, "new_kv", lambda _, capacity: eager.new_kv(capacity))
     monkeypatch.setattr(GraphedGPT2, "forward", forward)
-    monkeypatch.setattr(GraphedGPT2, "summary", summary)
     found: Any = choice.graphed(eager, 1024)
     said = [record.getMessage() for record in caplog.records]
     assert "plainer" in said[0] and fault in said[0]
@@ -380,7 +382,7 @@ def test_where_a_gpu_has_neither_graphs_nor_rows_that_agree_the_log_says_so(
     found: Any = choice.build(checkpoint("plain"), torch.device("cuda"), torch.bfloat16)
     assert isinstance(found, GPT2) and found.h is eager.h
     found.common = None  # as on CUDA
-    [logits] = found.forward(Batch([5], [Rows(found.new_kv(1), 0, 1)], [0]))
+    [logits], _ = found.forward(Batch([5], [Rows(found.new_kv(1), 0, 1)], [0]))
     assert not torch.equal(logits, logits.bfloat16().float())
     assert ("rows depend on the batch" in caplog.text) is not agree
 

@@ -33,7 +33,7 @@ def run(model: Model, ids: list[int], counts: list[int], mates: Callable[[], int
         rows = [strangers[0], Rows(kv, start, count), strangers[1]]
         everything = ids[:before] + ids[start : start + count] + ids[:after]
         batch = Batch(everything, [r for r in rows if r.count], list(range(before, before + count)))
-        results.append(model.forward(batch).clone())
+        results.append(model.forward(batch)[0].clone())
         start += count
     return torch.cat(results)
 

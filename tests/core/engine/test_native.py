@@ -105,7 +105,7 @@ def run(model: Model, ids: list[int], counts: list[int], mates: Callable[[], int
         rows = [strangers[0], Rows(kv, start, count), strangers[1]]
         everything = ids[:before] + ids[start : start + count] + ids[:after]
         wanted = list(range(before, before + count))
-        results.append(model.forward(Batch(everything, [r for r in rows if r.count], wanted)).clone())
+        results.append(model.forward(Batch(everything, [r for r in rows if r.count], wanted))[0].clone())
         start += count
     return torch.cat(results)
 
@@ -204,7 +204,7 @@ def test_few_rows_have_the_logits_that_they_have_among_all(
             for kv in kvs:
                 kv.pages[0].zero_()
             rows = [Rows(kv, 0, count) for kv, count in zip(kvs, (9, 1, 13), strict=True)]
-            return model.forward(Batch(ids, rows, wanted)).clone(), torch.stack([kv.pages[0] for kv in kvs])
+            return model.forward(Batch(ids, rows, wanted))[0].clone(), torch.stack([kv.pages[0] for kv in kvs])
 
         whole, kv = step(list(range(23)))
         for wanted in [], [8], [9], [22], [8, 0, 22], [0, 3, 4, 5, 6, 10, 11, 12, 13, 14]:
@@ -223,7 +223,7 @@ def test_a_forked_sequence_goes_on_with_the_same_bits(checkpoint: Make, native: 
             page.view(torch.uint8).fill_(255)  # NaN; what stands behind the prefix is never looked at
         model.forward(Batch(ids[:50], [Rows(source, 0, 50)], []))
         model.copy_kv(source, fork, at)
-        rest = model.forward(Batch(ids[at:], [Rows(fork, at, 60 - at)], list(range(60 - at))))
+        rest, _ = model.forward(Batch(ids[at:], [Rows(fork, at, 60 - at)], list(range(60 - at))))
         assert torch.equal(rest, whole[at:])
 
 
@@ -238,7 +238,7 @@ def test_a_sequence_that_grows_goes_on_in_its_place_and_its_pages_serve_another(
         for end in (100, 128, 129, 240):
             kv = model.grow_kv(kv, end, start)
             results.append(
-                model.forward(Batch(ids[start:end], [Rows(kv, start, end - start)], [*range(end - start)])).clone()
+                model.forward(Batch(ids[start:end], [Rows(kv, start, end - start)], [*range(end - start)]))[0].clone()
             )
             start = end
         assert torch.equal(torch.cat(results), whole)
@@ -255,7 +255,7 @@ def test_a_sequence_that_grows_goes_on_in_its_place_and_its_pages_serve_another(
 def run_on(model: NativeGPT2, kv: Any, ids: list[int], start: int) -> Tensor:
     """The logits from `start` on, of what `kv` has so far."""
     count = len(ids) - start
-    return model.forward(Batch(ids[start:], [Rows(kv, start, count)], list(range(count)))).clone()
+    return model.forward(Batch(ids[start:], [Rows(kv, start, count)], list(range(count))))[0].clone()
 
 
 @pytest.mark.parametrize("shape", ["odd", "plain"])
@@ -266,8 +266,7 @@ def test_a_step_sums_up_its_logits(checkpoint: Make, paths: list[tuple[Any, int]
         vocab = model.config.vocab_size
         [ids] = prompts([40], vocab)
         for wanted in ([39], list(range(0, 40, 3)), list(range(40))):
-            logits = model.forward(Batch(ids, [Rows(model.new_kv(40), 0, 40)], wanted))
-            summary = model.summary(logits)
+            logits, summary = model.forward(Batch(ids, [Rows(model.new_kv(40), 0, 40)], wanted))
             assert summary.totals == pytest.approx(logits.double().logsumexp(1).tolist(), rel=3e-7)
             for threads in (1, 2):
                 later = (ctypes.c_double * len(wanted))()
@@ -295,15 +294,15 @@ def test_int8_goes_on_with_what_another_precision_left(
         model = NativeGPT2(weights.load(folder), native, dtype, path)
         draft = NativeGPT2(weights.load(folder), native, torch.int8, path, dtype)
         exact, whole, cut = (model.new_kv(90) for _ in range(3))
-        want = model.forward(Batch(ids, [Rows(exact, 0, 90)], list(range(70, 90)))).clone()
+        want = model.forward(Batch(ids, [Rows(exact, 0, 90)], list(range(70, 90))))[0].clone()
         for kv in (whole, cut):
             model.forward(Batch(ids[:70], [Rows(kv, 0, 70)], []))
-        got = draft.forward(Batch(ids[70:], [Rows(whole, 70, 20)], list(range(20)))).clone()
+        got = draft.forward(Batch(ids[70:], [Rows(whole, 70, 20)], list(range(20))))[0].clone()
         assert float((got - want).std() / want.std()) < 0.06
         for start, count in (70, 1), (71, 2), (73, 17):
             rows = Rows(draft.new_kv(3), 0, 3), Rows(cut, start, count)
             batch = Batch(ids[:3] + ids[start : start + count], rows, list(range(3, 3 + count)))
-            assert torch.equal(draft.forward(batch), got[start - 70 : start - 70 + count])
+            assert torch.equal(draft.forward(batch)[0], got[start - 70 : start - 70 + count])
         model.forward(Batch(ids[70:], [Rows(whole, 70, 20)], []))
         [one], [other] = whole.pages, exact.pages
         assert torch.equal(one[:, :, :, :80], other[:, :, :, :80]), "the model writes over what the draft wrote"
@@ -484,14 +483,15 @@ def test_what_is_not_finite_spoils_its_own_row_only(
             model = NativeGPT2(loaded, native, dtype, path)
             kv, short = model.new_kv(64), model.new_kv(64)
             batch = Batch([5] * 12, [Rows(short, 0, 4), Rows(kv, 0, 8)], list(range(12)))
-            logits = model.forward(batch).clone()
-            assert [total == total for total in model.summary(logits).totals] == [True] * 11 + [False]
-            clean = good.forward(
+            logits, found = model.forward(batch)
+            logits = logits.clone()
+            assert [total == total for total in found.totals] == [True] * 11 + [False]
+            clean, _ = good.forward(
                 Batch([5] * 12, [Rows(good.new_kv(8), 0, 4), Rows(good.new_kv(8), 0, 8)], [*range(12)])
             )
             assert torch.equal(logits[:11], clean[:11])
             assert not logits[11].isfinite().any()
-            again = model.forward(Batch([5] * 2, [Rows(short, 4, 1), Rows(kv, 8, 1)], [0, 1]))
+            again, _ = model.forward(Batch([5] * 2, [Rows(short, 4, 1), Rows(kv, 8, 1)], [0, 1]))
             assert again[0].isfinite().all() and not again[1].isfinite().any()  # its keys stay bad; nobody else's do
 
 

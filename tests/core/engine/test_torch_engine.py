@@ -353,12 +353,13 @@ async def test_a_bad_copy_costs_no_reply(
     draft, guesses, calls = cast("Any", e.core.runner.draft), e.core.scheduler.guesses, list[Batch]()
     forward, guesses.price = draft.forward, 0.3
 
-    def spoilt(batch: Batch) -> torch.Tensor:
+    def spoilt(batch: Batch) -> tuple[torch.Tensor, Summary]:
         calls.append(batch)
-        logits = forward(batch)
-        return torch.rand_like(logits) if wrong else torch.full_like(logits, float("nan"))
+        logits, _ = forward(batch)
+        logits = torch.rand_like(logits) if wrong else torch.full_like(logits, float("nan"))
+        return logits, summarise(logits)
 
-    draft.forward, draft.summary = spoilt, summarise
+    draft.forward = spoilt
     for _ in range(4):
         for prompt in prompts([5, 60], 301):
             assert (await ask(e, prompt)).token_ids == greedy(checkpoint("odd"), prompt)
@@ -496,9 +497,10 @@ async def test_what_does_not_fit_is_refused_in_one_line(engine: Open) -> None:
         await ask(e, [1] * 256)
     assert len((await ask(e, [1] * 255)).token_ids) == 1
     assert (await ask(e, [1] * 255)).finish_reason == "length"
-    for bad in ([], [-1], [384]):
+    for bad in ([], [-1], [384], ["a"], [1.5], torch.tensor([1, 400])):
+        e.prepare("s", cast("Any", bad))
         with pytest.raises(ValueError, match="from 0 below 384"):
-            await ask(e, bad)
+            await ask(e, cast("Any", bad))
 
 
 async def test_too_many_waiting_are_turned_away(engine: Open) -> None:
@@ -525,19 +527,19 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, Summary]:
         error = self._spoil(batch)
         if error:
             raise error
         self.largest = max(self.largest, len(batch.ids))
         self.steps += 1
-        logits = self._model.forward(batch)
+        logits, found = self._model.forward(batch)
         if isinstance(self._model, GraphedGPT2):
             for i, wanted in enumerate(batch.wanted):
                 if any(r.kv is self.spoilt and 0 <= wanted - first < r.count for first, r in batch.placed):
-                    self._model._last[i, 33 * self._model._words] = float("nan")
+                    found.totals[i] = float("nan")
         self.spoilt = None
-        return logits
+        return logits, found
 
 
 def poison(engine: TorchEngine, kv: Any, count: int) -> None:
@@ -576,6 +578,14 @@ async def test_out_of_memory_runs_smaller_batches(engine: Open, checkpoint: Make
     assert [c.token_ids for c in got] == [greedy(checkpoint("plain"), p) for p in texts]
     assert faulty.largest == 20
     assert not e.core.scheduler.cache.idle  # what could be spared was given back
+
+
+async def test_a_lone_request_has_the_memory_that_was_given_back_for_it(engine: Open, checkpoint: Make) -> None:
+    e = await engine()
+    await ask(e, [1], session="s")
+    cache = e.core.scheduler.cache
+    Faulty(e, lambda _: torch.OutOfMemoryError() if cache.idle else None)
+    assert (await ask(e, [5, 6])).token_ids == greedy(checkpoint("plain"), [5, 6])
 
 
 async def test_bad_numbers_are_tried_once_more_and_then_fail_alone(
