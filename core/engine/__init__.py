@@ -16,6 +16,7 @@ native/        the model in C++
 graphs         the model on a GPU: a step is one graph
 kernels        what the graph is of, in Triton
 choice         at start, which model computes here
+checks         does it compute what it must?
 reference      the model written down plainly, which a precision is held against
 hub            from a model's name to its folder
 machine        what cores and memory this process may use

@@ -11,24 +11,23 @@ cpu or cuda, 32 or 16 bits   else                                     model.GPT2
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from core.engine import weights
 from core.engine.base import BadCheckpoint
+from core.engine.checks import check_graphs, first_layer, rows_agree
 from core.engine.config import read_config
-from core.engine.graphs import GraphedGPT2, check, lost
+from core.engine.graphs import GraphedGPT2, lost
 from core.engine.kv_cache import ROUND, round_up
 from core.engine.machine import cores, free_memory
-from core.engine.model import GPT2, MIN_ROWS, TILE, Batch, Model, Rows, multiplies_int8
+from core.engine.model import GPT2, MIN_ROWS, TILE, Model, multiplies_int8
 from core.engine.model_runner import ModelRunner
 from core.engine.native import gpt2, library
 from core.engine.reference import divergence
@@ -142,7 +141,7 @@ def graphed(eager: GPT2, tokens: int) -> Model:
 
 
 def checked(model: GraphedGPT2, eager: GPT2) -> GraphedGPT2:
-    check(model, eager)
+    check_graphs(model, eager)
     if not rows_agree(model):
         raise ValueError("rows depend on how a prompt is cut")
     return model
@@ -175,42 +174,6 @@ def int8_in_torch(folder: Path) -> Model:
     model = in_torch(lambda: gpt2.rounded(weights.load(folder)), torch.float32)
     model.how = f"{model.how}, weights rounded to int8 (the compiled step is not here)"
     return model
-
-
-def first_layer(model: GPT2) -> GPT2:
-    """Has every shape: a machine whose rows agree there agrees in all layers."""
-    model = copy.copy(model)
-    model.h = model.h[:1]
-    return model
-
-
-def rows_agree(model: Model) -> bool:
-    """Is a row's result, at a few positions, the same bits alone, in other batches, and with its prompt cut up? And
-    where all rows are wanted, which may be a product of another shape?"""
-    length = min(model.config.n_positions, TILE + 6)
-    ids = [7 * i % model.config.vocab_size for i in range(length)]
-    looked_at = [p for p in sorted({0, 1, 4, 35, length - 4, length - 1}) if 0 <= p < length]
-
-    def logits_of(counts: Sequence[int], looked_at: Sequence[int] = looked_at) -> Tensor:
-        """With the logarithm of their sum; computed in steps of so many rows, every second one beside a stranger."""
-        kv, other, results, start = model.new_kv(length), model.new_kv(length), [], 0
-        for i, count in enumerate(counts):
-            strangers = ids[: 5 * i % length] if i % 2 else []
-            rows = [Rows(other, 0, len(strangers))] if strangers else []
-            wanted = [len(strangers) + p - start for p in range(start, start + count) if p in looked_at]
-            batch = Batch(strangers + ids[start : start + count], [*rows, Rows(kv, start, count)], wanted)
-            logits, found = model.forward(batch)
-            totals = torch.tensor(found.totals, dtype=torch.float64)
-            results.append(torch.cat([logits, totals[:, None]], 1))
-            start += count
-        return torch.cat(results)
-
-    whole = logits_of([length], range(length))[looked_at]
-    ways = [1] * min(length, 6), [2, 3, 35], [length - 4, 1, 1, 1, 1]
-    return all(
-        torch.equal(logits, whole[: len(logits)])
-        for logits in (logits_of(way) for way in ways if min(way) > 0 and sum(way) <= length)
-    )
 
 
 def choose_device(name: str) -> torch.device:

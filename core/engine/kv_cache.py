@@ -32,17 +32,15 @@ class Pages(Generic[PageT]):
 
 
 class Slot:
-    """Room for `capacity` tokens' KV; `tokens` are those written. `kv` is the model's, made when first used, and has
-    room for `made` so far."""
+    """Room for `capacity` tokens' KV; `tokens` are those written. `kv` is the model's, made when first used."""
 
-    __slots__ = ("capacity", "copy_from", "kv", "made", "session", "tokens")
+    __slots__ = ("capacity", "copy_from", "kv", "session", "tokens")
 
     def __init__(self, session: str, capacity: int) -> None:
         self.session = session
         self.capacity = capacity
         self.tokens: list[int] = []
         self.kv: Any = None
-        self.made = 0
         self.copy_from: Slot | None = None
         """Where the first len(tokens) KV rows have to be copied from before the slot is used."""
 

@@ -113,9 +113,7 @@ class ModelRunner:
         assert slot
         if slot.kv is None:
             slot.kv = self.model.new_kv(slot.capacity)
-        elif slot.made < slot.capacity:
-            slot.kv = self.model.grow_kv(slot.kv, slot.capacity, len(slot.tokens))
-        slot.made = slot.capacity
+        slot.kv = self.model.grow_kv(slot.kv, slot.capacity, len(slot.tokens))
         if slot.copy_from is not None:
             self.model.copy_kv(slot.copy_from.kv, slot.kv, len(slot.tokens))
             slot.copy_from = None

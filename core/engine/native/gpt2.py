@@ -83,6 +83,8 @@ class KV(Pages[Tensor]):
 
     def grow(self, count: int) -> None:
         """To so many."""
+        if count <= len(self.pages):
+            return
         super().grow(count)
         self.addresses = (ctypes.c_void_p * len(self.pages))(*(page.data_ptr() for page in self.pages))
 

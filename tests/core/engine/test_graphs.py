@@ -353,12 +353,12 @@ def test_graphs_are_left_out_where_they_do_not_compute_the_same(
         assert len(said) == 1
 
 
-@pytest.mark.parametrize("common", [0.0, -3000.0])
+@pytest.mark.parametrize(("positions", "common"), [(18, 0.0), (18, -3000.0), (2, 0.0)])
 def test_graphs_are_taken_where_they_compute_the_same(
-    checkpoint: Make, caplog: pytest.LogCaptureFixture, common: float
+    checkpoint: Make, caplog: pytest.LogCaptureFixture, positions: int, common: float
 ) -> None:
     """Also where all logits have so much in common that the eager model's are rounded coarsely."""
-    loaded = weights.load(checkpoint("one-head", n_positions=18))
+    loaded = weights.load(checkpoint("one-head", n_positions=positions))
     head = loaded.tensors["wte.weight"].clone()
     loaded.tensors["ln_f.weight"][0], loaded.tensors["ln_f.bias"][0] = 0.0, 1.0
     head[:, 0] = common

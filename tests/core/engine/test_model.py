@@ -12,7 +12,7 @@ from torch import Tensor
 
 from core.engine import choice, weights
 from core.engine import model as models
-from core.engine.choice import rows_agree
+from core.engine.checks import rows_agree
 from core.engine.model import GPT2, TILE, Batch, Int8Linear, Model, Rows, multiplies_int8, quantise, tiles
 from tests.core.engine.oracle import prompts, reference
 

@@ -10,6 +10,7 @@ import torch
 
 from core.engine import choice, weights
 from core.engine.base import BadCheckpoint
+from core.engine.checks import rows_agree
 from core.engine.choice import FAR, build, open_runner
 from core.engine.native import library
 from core.engine.reference import divergence, logits
@@ -65,7 +66,7 @@ def test_auto_takes_no_int8_that_is_only_rounded(
     monkeypatch.setattr(library, "open_library", lambda: None)
     monkeypatch.setattr(choice, "multiplies_int8", lambda: True)
     monkeypatch.setattr(choice, "computes_bfloat16", lambda _: False)
-    agree = choice.rows_agree
+    agree = rows_agree
     monkeypatch.setattr(choice, "rows_agree", lambda model: model.dtype is not torch.int8 and agree(model))
     assert "rounded to int8" in open_runner(EMBEDDED, "cpu", "int8", 1).model.how
     assert caplog.text == ""
