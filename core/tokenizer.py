@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,16 +17,20 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer:
     """GPT-2's byte-level BPE. Knows every string; adds nothing at either end."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """ValueError when the vocabulary has no `<|endoftext|>`."""
+    def __init__(self, backend: tokenizers.Tokenizer, vocab_size: int = 0) -> None:
+        """For a model of `vocab_size` (0: of all ids). ValueError when the vocabulary has no `<|endoftext|>`."""
         eos_id = backend.token_to_id(END_OF_TEXT)
         if eos_id is None:
             raise ValueError(f"the vocabulary has no {END_OF_TEXT}")
+        added = backend.get_added_tokens_decoder()
+        reserved = [t for id, t in added.items() if id == eos_id or 0 < vocab_size <= id]
+        backend.add_special_tokens([tokenizers.AddedToken(t.content, special=True, normalized=False) for t in reserved])
         backend.encode_special_tokens = True  # a typed "<|endoftext|>" is split like any other text
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self.eos_id: int = eos_id
+        self._unsaid = {eos_id} | {id for id, t in added.items() if t.special}
 
     @classmethod
     def load(cls, folder: str | Path, vocab_size: int = 0, eos_id: int | None = None) -> Tokenizer:
@@ -42,11 +47,11 @@ class Tokenizer:
         file = whole if in_one_file else vocab
         try:
             backend = tokenizers.Tokenizer.from_file(str(whole)) if in_one_file else _from_vocab(vocab, merges)
-            tokenizer = cls(backend)
+            tokenizer = cls(backend, vocab_size)
         except Exception as error:  # the library raises plain Exception
             reason = " ".join(str(error).split())
             raise BadCheckpoint(f"{file} is not a GPT-2 tokenizer ({reason}): fetch the file again") from error
-        ids = max(backend.get_vocab(with_added_tokens=False).values()) + 1  # added ones, as for padding, nobody types
+        ids = max(backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1  # added ones nobody types
         if vocab_size and ids > vocab_size:
             raise BadCheckpoint(
                 f"{file} has {ids} ids, the model {vocab_size}: put the tokenizer it was trained with there"
@@ -67,8 +72,8 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`. Ends of text, unknown ids and a character cut off at the end are left out."""
-        known = [i for i in ids if 0 <= i < len(self) and i != self.eos_id]
+        """Text of `ids`. Special tokens, unknown ids and a character cut off at the end are left out."""
+        known = [i for i in ids if 0 <= i < len(self) and i not in self._unsaid]
         text: str = self._backend.decode(known, skip_special_tokens=False)
         return text.rstrip("\ufffd")
 
@@ -80,6 +85,8 @@ class Tokenizer:
 
 def _from_vocab(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    config = vocab.with_name("tokenizer_config.json")
+    prefix = config.is_file() and json.loads(config.read_text("utf-8")).get("add_prefix_space") is True
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
     return backend

@@ -97,7 +97,7 @@ def read_config(path: Path) -> Config:
     eos_id = raw.get("eos_token_id", 50256)
     if not isinstance(eos_id, int) or isinstance(eos_id, bool) or not 0 <= eos_id < sizes["vocab_size"]:
         raise BadCheckpoint(
-            f"{path}: eos_token_id {eos_id!r} is not in the vocabulary of {sizes['vocab_size']}: "
+            f"{path}: eos_token_id {eos_id!r:.40} is not one id in the vocabulary of {sizes['vocab_size']}: "
             "write the right one there"
         )
     epsilon = raw.get("layer_norm_epsilon", 1e-5)
@@ -105,7 +105,7 @@ def read_config(path: Path) -> Config:
         raise BadCheckpoint(f"{path}: layer_norm_epsilon is {epsilon!r}, not a small number above 0 (GPT-2's is 1e-5)")
     return Config(
         **sizes,
-        n_inner=_size(raw, "n_inner", path) if raw.get("n_inner") else 4 * sizes["n_embd"],
+        n_inner=4 * sizes["n_embd"] if raw.get("n_inner") is None else _size(raw, "n_inner", path),
         n_positions=n_positions,
         eos_id=eos_id,
         layer_norm_epsilon=float(epsilon),
@@ -119,7 +119,7 @@ def read_config(path: Path) -> Config:
 def _flag(raw: dict[str, Any], name: str, default: bool, path: Path) -> bool:
     value = raw.get(name, default)
     if not isinstance(value, bool):
-        raise BadCheckpoint(f"{path}: {name} is {value!r}, neither true nor false: write one of them there")
+        raise BadCheckpoint(f"{path}: {name} is {value!r:.40}, neither true nor false: write one of them there")
     return value
 
 
@@ -128,6 +128,7 @@ def _size(raw: dict[str, Any], name: str, path: Path, least: int = 1) -> int:
     most = MOST_LAYERS if name == "n_layer" else MOST
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise BadCheckpoint(
-            f"{path}: {name} is {value!r}, not a whole number from {least} to {most}: this is not a GPT-2 configuration"
+            f"{path}: {name} is {value!r:.40}, not a whole number from {least} to {most}: "
+            "this is not a GPT-2 configuration"
         )
     return value

@@ -126,7 +126,9 @@ def activate(y: Tensor, activation: str) -> Tensor:
     if activation == "tanh":  # F.gelu(approximate="tanh") treats the last elements of a batch differently
         z = (0.044715 * y).mul_(y).mul_(y).add_(y).mul_(0.7978845608028654)  # in place: fresh memory is what takes time
         return z.tanh_().add_(1.0).mul_(y).mul_(0.5)
-    return F.gelu(y) if activation == "none" else y
+    if activation == "none":
+        return F.gelu(y.float()).to(y.dtype)  # of half its last elements, too
+    return y
 
 
 def pack(weight: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import math
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
@@ -133,8 +134,8 @@ def _shards(index: Path) -> list[str]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise BadCheckpoint(f"{index} is not an index of shards ({error!r}): fetch the file again") from error
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise BadCheckpoint(f"{index} names {name!r}, which is not there: fetch the missing shard")
+        if Path(name).name != name or not os.path.isfile(index.parent / name):
+            raise BadCheckpoint(f"{index} names {name!r:.80}, which is not there: fetch the missing shard")
     return names
 
 
@@ -227,4 +228,5 @@ def trim() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch writes for terminals
+    return " ".join(plain.split())[:160] or type(error).__name__

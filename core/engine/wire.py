@@ -40,7 +40,7 @@ STATUS: dict[type[EngineError], int] = {
 """Every refusal and its HTTP status. The name in the body decides; the status is for those who only see that."""
 ERRORS = {error.__name__: error for error in STATUS}
 BAD_REQUEST = "BadRequest"
-TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 """What a client elsewhere needs of the checkpoint's folder."""
 MODEL, REQUEST = "Palaver-Model", "Palaver-Request"
 _KNOBS = [field.name for field in fields(SamplingParams)]

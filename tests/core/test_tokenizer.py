@@ -54,6 +54,34 @@ def test_a_typed_end_of_text_stays_text(folder: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_nobody_types_what_ends_a_reply_or_what_the_model_does_not_know(tmp_path: Path) -> None:
+    """Also where the file does not call it special. What is special is not said; any other added word is both."""
+    backend = trained()
+    backend.add_tokens(["PADWORD", "farewell"])
+    backend.add_special_tokens(["<sep>"])
+    vocab = backend.get_vocab()
+    end, farewell, sep = vocab[END_OF_TEXT], vocab["farewell"], vocab["<sep>"]
+    whole = json.loads(backend.to_str())
+    for token in whole["added_tokens"]:
+        token["special"] = token["content"] == "<sep>"
+    whole["added_tokens"][1]["id"], beyond = 900, 900
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole), "utf-8")
+    tokenizer = Tokenizer.load(tmp_path, 400, end)
+    ids = tokenizer.encode(f"a {END_OF_TEXT} PADWORD farewell <sep>")
+    assert not {end, beyond, sep} & set(ids) and farewell in ids
+    assert tokenizer.decode(ids) == f"a {END_OF_TEXT} PADWORD farewell <sep>"
+    assert tokenizer.decode([*tokenizer.encode("a"), sep, end]) == "a"
+
+
+def test_a_space_before_the_first_word_where_the_model_learnt_it_so(tmp_path: Path) -> None:
+    trained().model.save(str(tmp_path))
+    vocab = json.loads((tmp_path / "vocab.json").read_text("utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {END_OF_TEXT: len(vocab)}), "utf-8")
+    plain = Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    assert Tokenizer.load(tmp_path).encode("there") == plain.encode(" there") != plain.encode("there")
+
+
 def test_cut_characters_and_strange_ids_are_left_out(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode("ok \u20ac")

@@ -209,8 +209,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no size": (edit_config(n_layer=None), "n_layer is None"),
     "heads that do not divide": (edit_config(n_head=5), "n_embd 64 is not a multiple of n_head 5"),
-    "eos outside": (edit_config(eos_token_id=50256), "eos_token_id 50256 is not in the vocabulary of 384"),
-    "eos a truth": (edit_config(eos_token_id=True), "eos_token_id True is not in the vocabulary"),
+    "eos outside": (edit_config(eos_token_id=50256), "eos_token_id 50256 is not one id in the vocabulary of 384"),
+    "eos a truth": (edit_config(eos_token_id=True), "eos_token_id True is not one id in the vocabulary"),
+    "two ends": (edit_config(eos_token_id=[256, 255]), r"eos_token_id \[256, 255\] is not one id in the vocabulary"),
+    "nothing within": (edit_config(n_inner=0), "n_inner is 0, not a whole number from 1"),
     "no epsilon": (edit_config(layer_norm_epsilon=None), "layer_norm_epsilon is None, not a small number"),
     "epsilon a word": (edit_config(layer_norm_epsilon="1e-5"), "layer_norm_epsilon is '1e-5', not a small number"),
     "epsilon below 0": (edit_config(layer_norm_epsilon=-1), "layer_norm_epsilon is -1, not a small number"),
@@ -239,6 +241,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "index all brackets": (
         then(resave("bin-shards"), lambda f: (f / "pytorch_model.bin.index.json").write_text("[" * 100_000)),
         "is not an index of shards",
+    ),
+    "index of long names": (
+        then(
+            resave("bin-shards"),
+            lambda f: (f / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "x" * 300}})),
+        ),
+        "names 'x.*, which is not there",
     ),
     "index of numbers": (
         then(resave("bin-shards"), lambda f: (f / "pytorch_model.bin.index.json").write_text('{"weight_map":{"a":5}}')),
@@ -297,4 +306,4 @@ def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path, name: str) -> Non
         dict(weights.load(folder).tensors)  # numbers are checked when they are read
     line = str(caught.value)
     assert re.search(words, line), line
-    assert str(folder) in line and "\n" not in line and len(line) < 400
+    assert str(folder) in line and line.isprintable() and len(line) < 400
