@@ -131,7 +131,7 @@ class TelegramBot:
         token = settings.telegram_token.get_secret_value()
         self._settings = settings
         self._api = TelegramApi(token, settings.telegram_api_base)
-        self._pace = Pace()
+        self._pace, self._signs = Pace(), Pace()  # what must be said, and what may be left out
         self._me = Me(int(token.partition(":")[0]), "")
         self._chat: Chat | None = None
         self._moved: dict[int, int] = {}
@@ -343,7 +343,7 @@ class TelegramBot:
 
     async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
         chat, thread = self._place(channel)
-        if not self._pace.held(chat):
+        if not (self._pace.held(chat) or self._signs.held(chat)):
             await self._call_in(chat, "sendChatAction", action="typing", **thread)
 
     async def closed(self, channel: Channel, id: str, state: MessageState) -> None: ...
@@ -375,7 +375,7 @@ class TelegramBot:
             if error.code == 400 and "reply_parameters" in parameters and "repl" in error.description.lower():
                 del parameters["reply_parameters"]  # what it answers is gone; the answer is not
                 return await self._call_in(chat, method, **parameters)
-            raise self._ending(chat, error) from None
+            raise self._ending(chat, error, self._pace if method == "sendMessage" else self._signs) from None
 
     async def _call_moved(self, old: int, new: int, method: str, parameters: dict[str, Any]) -> Any:
         if self._chat is None or old in self._moved.values():
@@ -387,11 +387,11 @@ class TelegramBot:
         parameters.pop("reply_parameters", None)  # the supergroup counts its messages anew
         return await self._call_in(new, method, **parameters)
 
-    def _ending(self, chat: int, error: Rejected) -> SendError:
-        """What Telegram's no means for a send."""
+    def _ending(self, chat: int, error: Rejected, pace: Pace) -> SendError:
+        """What Telegram's no means for a send, and for the next ones at its `pace`."""
         if error.code == 429:
             wait = RetryAfter(error.retry_after, str(error))
-            self._pace.hold(chat, wait.seconds)
+            pace.hold(chat, wait.seconds)
             return wait
         if error.code >= 500 or error.code == 408:
             return MaybeSent(str(error))

@@ -373,6 +373,19 @@ async def test_a_flood_in_one_chat_stops_no_other(server: TelegramServer) -> Non
     assert [s.chat for s in server.ledger] == [ANN, BOB]
 
 
+async def test_typing_that_must_wait_holds_back_no_reply(server: TelegramServer) -> None:
+    server.faults.append(Fault("flood", "sendChatAction", value={"retry_after": 3000}))
+    channel = Channel("telegram", str(ANN))
+    async with serving(server, Ears()) as bot:
+        with pytest.raises(RetryAfter):
+            await bot.typing(channel)
+        await bot.typing(channel)
+        assert len(server.called("sendChatAction")) == 1
+        await bot.turn(channel)
+        await bot.send(reply(ANN))
+    assert [s.chat for s in server.ledger] == [ANN]
+
+
 async def test_a_stuck_chat_stops_no_other(server: TelegramServer) -> None:
     server.faults.append(Fault("delay", chat=GROUP, value=30.0))
     async with serving(server, Ears()) as bot:
