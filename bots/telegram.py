@@ -43,6 +43,8 @@ FORGOTTEN = "Forgotten. We start fresh."
 NOT_NOW = "That did not work just now, please try again."
 CONFIRMATIONS = 3
 """Of commands, on their way to one chat at a time; they stand in the line that its replies wait in."""
+AGAIN, CONFIRMED_WITHIN = 2.0, 60.0
+"""Seconds until a confirmation that certainly did not arrive is tried again, and for which it is."""
 
 
 class TelegramSettings(Group):
@@ -242,11 +244,20 @@ class TelegramBot:
             return NOT_NOW
 
     async def _confirm(self, command: Command, said: str) -> None:
-        """Said directly, once: whoever does not see it can ask again."""
-        channel = command.message.channel
+        """Said directly, for a while until it arrives: whoever does not see it can ask again."""
+        channel, left = command.message.channel, CONFIRMED_WITHIN
         try:
-            await self.turn(channel)
-            await self._say(channel, said, command.message.id)
+            while True:
+                try:
+                    await self.turn(channel)
+                    await self._say(channel, said, command.message.id)
+                    return
+                except (NotSent, RetryAfter) as error:
+                    wait = max(AGAIN, error.seconds) if isinstance(error, RetryAfter) else AGAIN
+                    left -= wait
+                    if left < 0:
+                        raise
+                    await asyncio.sleep(wait)
         except SendError as error:
             log.warning("%s: /%s is not confirmed: %s", channel, command.name, error)
         finally:

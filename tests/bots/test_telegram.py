@@ -240,6 +240,23 @@ async def test_reset_and_start(server: TelegramServer) -> None:
     }
 
 
+async def test_a_confirmation_that_did_not_arrive_is_tried_again(
+    server: TelegramServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bots.telegram.AGAIN", 0.05)
+    flood = Fault("flood", value={"retry_after": 0.05})
+    async with serving(server, Ears()) as bot:
+        server.faults += [flood, Fault("error", value=[409, "Conflict"])]
+        server.say(ANN, ANN, "/start")
+        await server.until(1)
+        for end in (Fault("flood", value={"retry_after": 61}), Fault("reset_after")):
+            server.faults.append(end)
+            server.say(GROUP, BOB, "/help@palaver_bot")
+            await until(lambda: not (server.faults or bot._confirming))
+            bot._pace.hold(GROUP, 0.0)
+    assert [sent.chat for sent in server.ledger] == [ANN, GROUP] and len(server.called("sendMessage")) == 5
+
+
 async def test_commands_do_not_fill_the_line_of_replies(server: TelegramServer) -> None:
     ears = Ears()
     async with serving(server, ears) as bot:
