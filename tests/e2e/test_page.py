@@ -371,6 +371,22 @@ async def test_a_phone_needs_no_sideways_scrolling(browser: Browser, bot: WebBot
         assert await page.evaluate("scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - 5")
 
 
+async def test_the_talk_is_scrolled_by_keyboard_and_shows_that_it_is_chosen(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, "first")
+        await say(page, "\n".join(f"line {n}" for n in range(60)))
+        await expect(said(page)).to_have_count(4)
+        await expect(said(page).first).not_to_be_in_viewport()
+        await page.keyboard.press("Shift+Tab")
+        main = page.get_by_role("main")
+        await expect(main).to_be_focused()
+        await expect(main).to_have_css("outline-style", "solid")
+        await page.keyboard.press("Home")
+        await expect(said(page).first).to_be_in_viewport()
+
+
 async def test_two_thousand_characters_are_the_most(browser: Browser, bot: WebBot) -> None:
     house = House()
     async with house.serve(bot):
