@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MAX_BODY = 2**20
 BODY_TIMEOUT = 20.0
+IDLE = 15.0
+"""Seconds until a connection without a request is closed: each holds a descriptor."""
 COME_AGAIN = 5
 """Seconds, in Retry-After, when the house is full or the journal cannot commit."""
 
@@ -76,7 +78,7 @@ async def listening(webhook: Webhook, host: str, port: int, path: str) -> AsyncI
     """Serve until the block ends; the port."""
     app = web.Application(client_max_size=MAX_BODY)
     app.router.add_post(path, webhook.receive)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0, keepalive_timeout=IDLE)
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port).start()

@@ -167,6 +167,18 @@ async def test_a_body_without_a_length_is_bounded_too(server: TelegramServer) ->
                 assert answer.status == 413
 
 
+async def test_a_connection_without_a_request_is_closed(
+    server: TelegramServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bots.telegram_webhook.IDLE", 0.1)
+    where = hook()
+    async with serving(server, Ears(), **where):
+        await until(lambda: server.webhook["url"])
+        reader, writer = await asyncio.open_connection("127.0.0.1", where["telegram_webhook_port"])
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+
+
 async def test_an_address_telegram_does_not_take_is_named(server: TelegramServer) -> None:
     server.faults.append(Fault("error", "setWebhook", value=[400, "Bad Request: bad webhook: IP address is reserved"]))
     with pytest.raises(Unservable, match=r"TELEGRAM_WEBHOOK_URL: .*IP address is reserved"):
