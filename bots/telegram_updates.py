@@ -70,27 +70,28 @@ def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
     author, text = _author(message), _text(message)
     if kind not in ("private", "group", "supergroup") or author is None or author.is_bot or not (text or edited):
         return None
+    if chat.get("is_direct_messages") is True:
+        return None  # a channel's: one chat for all who write to it, each alone, and we would mix them up
     channel, id = _channel(message, chat_id), spelt(_need(message, "message_id", int), kind)
     server = "" if kind == "private" else channel.id.partition(":")[0]
 
     def said(what: str) -> Message:
         return Message(channel, id, author, what.strip(), _date(message), server=server, account=str(me.id))
 
+    left, command, target = strip_mention(text, me), "", ""
+    if match := _command(left):
+        command, target = match[1].lower(), (match[2] or me.username).lower()
+        if command not in COMMANDS and target == me.username.lower():
+            left = match[1] + left[match.end() :]
     if edited:
-        left = strip_mention(text, me)
         return replace(said(left), kind="edit" if left else "delete")
-    private = kind == "private"
-    if match := _command(text):
-        name, target = match[1].lower(), match[2]
-        if target and target.lower() != me.username.lower():
-            return None
-        if name in COMMANDS:
-            return Command(name, replace(said(text), kind="heard"))
-        if not target and not private:
-            return None  # some other bot's
-        return said(match[1] + text[match.end() :])
-    if private or mentioned(message, text, me) or _replied(message, me):
-        return said(strip_mention(text, me))
+    if command and target != me.username.lower():
+        return None
+    if command in COMMANDS:
+        return Command(command, replace(said(text), kind="heard"))
+    named = kind == "private" or bool(match and match[2]) or mentioned(message, text, me)
+    if named or (not command and _replied(message, me)):  # a command that names nobody is some other bot's
+        return said(left)
     return None
 
 
@@ -150,7 +151,7 @@ def _at(username: str) -> re.Pattern[str]:
 
 
 def _command(text: str) -> re.Match[str] | None:
-    return re.match(r"/([A-Za-z0-9_]{1,32})(?:@(\w{1,64}))?(?=\s|$)", text)
+    return re.match(r"/([A-Za-z0-9_]{1,32})(?:@(\w{1,64}))?(?=[.,:;!?]*(?:\s|$))", text)
 
 
 def _channel(message: Mapping[str, Any], chat_id: int) -> Channel:

@@ -49,6 +49,8 @@ def test_a_private_message() -> None:
         ("hi\n@palaver_bot\nthere", "hi\n \nthere"),
         ("\U0001f600 @palaver_bot \U0001f600", "\U0001f600 \U0001f600"),
         ("/joke@Palaver_Bot now", "joke now"),
+        ("@palaver_bot /joke now", "joke now"),
+        ("/joke, @palaver_bot", "joke,"),
     ],
 )
 def test_a_mention_in_a_group_is_answered_and_cut(text: str, left: str) -> None:
@@ -79,6 +81,7 @@ def test_bots_channels_service_messages_and_bare_media_are_not_heard() -> None:
     assert read(said(None, photo=[{"file_id": "x"}]), ME) is None
     assert read(said("@palaver_bot post", GROUP, is_automatic_forward=True, sender_chat={"id": -5}), ME) is None
     assert read({"update_id": 5, "poll": {}}, ME) is None
+    assert read(said("@palaver_bot hi", GROUP | {"is_direct_messages": True}), ME) is None
 
 
 def test_an_anonymous_admin_is_a_person() -> None:
@@ -101,6 +104,8 @@ def test_commands() -> None:
         ("/reset", PRIVATE, "reset", "7"),
         ("/Start deep-link", PRIVATE, "start", "7"),
         ("/reset@PALAVER_bot", GROUP, "reset", "-100123"),
+        ("@palaver_bot, /reset", GROUP, "reset", "-100123"),
+        ("/reset@palaver_bot, please", GROUP, "reset", "-100123"),
     ):
         what = read(said(typed, chat), ME)
         assert isinstance(what, Command) and what.name == name
@@ -108,12 +113,15 @@ def test_commands() -> None:
         assert (what.message.kind, what.message.text) == ("heard", typed)
     assert heard(said("/joke please")).text == "joke please"
     assert heard(said("/ what")).text == "/ what"
+    assert heard(said("/reset.txt")).text == "/reset.txt"
 
 
 def test_edits_keep_the_id() -> None:
     message = heard(said("@palaver_bot better", GROUP, "edited_message"))
     assert (message.kind, message.id, message.text) == ("edit", "17", "better")
     assert heard(said("without the mention", GROUP, "edited_message")).kind == "edit"
+    for typed, left in (("/joke please", "joke please"), ("/joke@other_bot", "/joke@other_bot"), ("/help", "/help")):
+        assert heard(said(typed, kind="edited_message")).text == left
 
 
 @pytest.mark.parametrize("left", [{"photo": [{}]}, {"caption": "@palaver_bot "}, {"location": {}}])
