@@ -1,6 +1,6 @@
 """Telegram: private chats, and in groups whoever mentions the bot or replies to it. Long polling, or a webhook.
 
-Whatever arrives is in the journal before Telegram is told: the next offset, or the webhook's 200, comes after the
+What can be answered is in the journal before Telegram is told: the next offset, or the webhook's 200, comes after the
 commit. No offset is ever stored, because a poll without one starts at the oldest update that is not confirmed.
 """
 
@@ -39,10 +39,15 @@ OFFICIAL = "https://api.telegram.org/bot"
 GREETING = (
     "Hello! I am a chat bot: write me anything, and I make up an answer. /reset makes me forget our conversation."
 )
+GREETING_GROUP = (
+    "Hello! I am a chat bot: mention me, or reply to what I said, and I make up an answer. "
+    "/reset makes me forget our conversation."
+)
+UNHEARD = "I can only read words. Could you write it out?"
 FORGOTTEN = "Forgotten. We start fresh."
 NOT_NOW = "That did not work just now, please try again."
 CONFIRMATIONS = 3
-"""Of commands, on their way to one chat at a time; they stand in the line that its replies wait in."""
+"""Of commands, and hints, on their way to one chat at a time; they stand in the line that its replies wait in."""
 AGAIN, CONFIRMED_WITHIN = 2.0, 60.0
 """Seconds until a confirmation that certainly did not arrive is tried again, and for which it is."""
 
@@ -139,6 +144,7 @@ class TelegramBot:
         self._moved: dict[int, int] = {}
         self._obeyed: OrderedDict[tuple[Channel, str], None] = OrderedDict()
         self._confirming: Counter[Channel] = Counter()
+        self._hinted: set[Channel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- hearing -------------------------------------------------------------------------------------------------
@@ -172,17 +178,38 @@ class TelegramBot:
         heard: list[Message] = []
         for update in updates:
             try:
-                what = read(update, self._me)
+                found = self._read(update)
             except Exception as error:  # whatever it is, the next update must not suffer
                 await self._refail(failed(update, self._me), f"{type(error).__name__}: {error}")
                 continue
-            if isinstance(what, Message):
-                heard.append(replace(what, missed=missed))
-            elif what is not None:
-                await self._receive(heard)
-                heard = []
-                await self._obey(what)
+            for what in found:
+                if isinstance(what, Message):
+                    heard.append(replace(what, missed=missed))
+                else:
+                    await self._receive(heard)
+                    heard = []
+                    await self._obey(what)
         await self._receive(heard)
+
+    def _read(self, update: Any) -> list[Message | Command | Moved]:
+        """What an update means for us. An edited message is read as a new one, too: it may be a question only now, and
+        what was one before is stored already. So questions without words are not: an edit may give them some."""
+        what = read(update, self._me)
+        found = [what] if what else []
+        if isinstance(what, Message) and what.kind == "edit":
+            anew = read({"message": update["edited_message"]}, self._me)
+            found += [anew] if isinstance(anew, Message) else []
+        return [each for each in found if not isinstance(each, Message) or each.kind != "ask" or self._hears(each)]
+
+    def _hears(self, asked: Message) -> bool:
+        """Is there anything to answer? If not, a private chat is told so, once."""
+        assert self._chat is not None
+        if self._chat.voice.hears(asked.text):
+            return True
+        if not (asked.server or asked.channel in self._hinted):
+            self._hinted.add(asked.channel)
+            self._tell(asked, UNHEARD)
+        return False
 
     async def _receive(self, messages: list[Message]) -> None:
         """One commit for all; what the journal cannot store whatever happens is recorded alone."""
@@ -221,15 +248,14 @@ class TelegramBot:
         channel, id = what.message.channel, what.message.id
         if (channel, id) in self._obeyed:  # the same update again
             return
-        said = GREETING
+        said = GREETING_GROUP if what.message.server else GREETING
         if what.name == "reset":
             said = await self._reset(what.message)
         self._obeyed[channel, id] = None
         if len(self._obeyed) > 1000:
             self._obeyed.popitem(last=False)
-        if said and self._confirming[channel] < CONFIRMATIONS:
-            self._confirming[channel] += 1
-            self._start(self._confirm(what, said))
+        if said:
+            self._tell(what.message, said)
 
     async def _reset(self, asked: Message) -> str:
         """What to say; "" when this very command was obeyed before we died."""
@@ -243,14 +269,19 @@ class TelegramBot:
             log.exception("%s: not reset", channel)
             return NOT_NOW
 
-    async def _confirm(self, command: Command, said: str) -> None:
+    def _tell(self, asked: Message, said: str) -> None:
+        if self._confirming[asked.channel] < CONFIRMATIONS:
+            self._confirming[asked.channel] += 1
+            self._start(self._confirm(asked, said))
+
+    async def _confirm(self, asked: Message, said: str) -> None:
         """Said directly, for a while until it arrives: whoever does not see it can ask again."""
-        channel, left = command.message.channel, CONFIRMED_WITHIN
+        channel, left = asked.channel, CONFIRMED_WITHIN
         try:
             while True:
                 try:
                     await self.turn(channel)
-                    await self._say(channel, said, command.message.id)
+                    await self._say(channel, said, asked.id)
                     return
                 except (NotSent, RetryAfter) as error:
                     wait = max(AGAIN, error.seconds) if isinstance(error, RetryAfter) else AGAIN
@@ -259,7 +290,7 @@ class TelegramBot:
                         raise
                     await asyncio.sleep(wait)
         except SendError as error:
-            log.warning("%s: /%s is not confirmed: %s", channel, command.name, error)
+            log.warning("%s: not told %r: %s", channel, said, error)
         finally:
             self._confirming -= Counter([channel])
 

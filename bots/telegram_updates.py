@@ -24,6 +24,8 @@ MAX_TEXT = 4096
 WANTED = ["message", "edited_message", "my_chat_member"]
 SPEAKS_FOR_A_CHAT = (1087968824, 136817688)
 """GroupAnonymousBot and Channel_Bot: people who write in the name of their group or channel, not bots."""
+MEDIA = frozenset({"audio", "document", "photo", "sticker", "video", "video_note", "voice"})
+"""What people say without words; an animation is a document, too."""
 T = TypeVar("T")
 
 
@@ -55,7 +57,7 @@ COMMANDS = {"start": "say hello", "help": "say what I am", "reset": "forget this
 def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
     """What the update means for us; None is nothing. ValueError when it is not as the Bot API has it.
 
-    An edit that leaves no text takes the message back.
+    An edit that leaves no text takes the message back. In a private chat, media alone are a question without text.
     """
     if "unreadable" in update:
         raise ValueError("it is no JSON")
@@ -68,7 +70,9 @@ def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
     if moved := _moved(message, chat_id):
         return moved
     author, text = _author(message), _text(message)
-    if kind not in ("private", "group", "supergroup") or author is None or author.is_bot or not (text or edited):
+    if kind not in ("private", "group", "supergroup") or author is None or author.is_bot:
+        return None
+    if not (text or edited or (kind == "private" and MEDIA & message.keys())):
         return None
     if chat.get("is_direct_messages") is True:
         return None  # a channel's: one chat for all who write to it, each alone, and we would mix them up

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from bots.base import MaybeSent, NotSent, Refused, RetryAfter, Unservable
-from bots.telegram import FORGOTTEN, GREETING, NOT_NOW, TelegramSettings, open_telegram
+from bots.telegram import FORGOTTEN, GREETING, GREETING_GROUP, NOT_NOW, UNHEARD, TelegramSettings, open_telegram
 from core.messages import Channel
 from core.settings import WrongSettings
 from core.settings import read as read_settings
@@ -255,6 +255,28 @@ async def test_a_confirmation_that_did_not_arrive_is_tried_again(
             await until(lambda: not (server.faults or bot._confirming))
             bot._pace.hold(GROUP, 0.0)
     assert [sent.chat for sent in server.ledger] == [ANN, GROUP] and len(server.called("sendMessage")) == 5
+
+
+async def test_the_greeting_in_a_group_says_what_is_heard_there(server: TelegramServer) -> None:
+    async with serving(server, Ears()):
+        server.say(GROUP, BOB, "/start@palaver_bot")
+        await server.until(1)
+    assert [(sent.chat, sent.text) for sent in server.ledger] == [(GROUP, GREETING_GROUP)]
+
+
+async def test_who_sends_no_words_is_told_so_once_and_groups_are_not(server: TelegramServer) -> None:
+    ears = Ears()
+    server.private(BOB)
+    async with serving(server, ears) as bot:
+        server.say(GROUP, BOB, "@palaver_bot \u043f\u0440\u0438\u0432\u0435\u0442")
+        for chat in (ANN, BOB):
+            server.say(chat, chat, "", sticker={"file_id": "x"})
+            server.say(chat, chat, "\u043f\u0440\u0438\u0432\u0435\u0442")
+        server.say(ANN, ANN, "hello")
+        await server.confirmed()
+        await until(lambda: not bot._confirming)
+    assert sorted((sent.chat, sent.text) for sent in server.ledger) == [(ANN, UNHEARD), (BOB, UNHEARD)]
+    assert ears.texts == ["hello"]
 
 
 async def test_commands_do_not_fill_the_line_of_replies(server: TelegramServer) -> None:

@@ -78,10 +78,15 @@ def test_bots_channels_service_messages_and_bare_media_are_not_heard() -> None:
     assert read(said("@palaver_bot hi", GROUP, from_=robot), ME) is None
     assert read(said("@palaver_bot hi", GROUP | {"type": "channel"}), ME) is None
     assert read(said(None, new_chat_title="x"), ME) is None
-    assert read(said(None, photo=[{"file_id": "x"}]), ME) is None
+    assert read(said(None, GROUP, photo=[{"file_id": "x"}], reply_to_message=OURS), ME) is None
     assert read(said("@palaver_bot post", GROUP, is_automatic_forward=True, sender_chat={"id": -5}), ME) is None
     assert read({"update_id": 5, "poll": {}}, ME) is None
     assert read(said("@palaver_bot hi", GROUP | {"is_direct_messages": True}), ME) is None
+
+
+def test_media_alone_are_a_question_without_text_in_a_private_chat() -> None:
+    message = heard(said(None, sticker={"file_id": "x"}))
+    assert (message.kind, message.text) == ("ask", "")
 
 
 def test_an_anonymous_admin_is_a_person() -> None:

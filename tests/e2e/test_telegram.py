@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from bots.telegram import TelegramSettings, open_telegram
+from bots.telegram import GREETING, UNHEARD, TelegramSettings, open_telegram
 from core.app import App, open_app
 from core.settings import Settings
 from tests.fakes.telegram_server import Sent, TelegramServer
@@ -104,6 +104,27 @@ async def test_a_conversation_with_reset_edit_and_a_user_who_blocks(tmp_path: Pa
             (7, "Two"),
         ]
         assert counts["messages"] == {"answered": 3, "heard": 1} and counts["replies"] == {"sent": 2, "abandoned": 1}
+
+
+async def test_what_an_edit_makes_a_question_is_answered_once(tmp_path: Path) -> None:
+    async with TelegramServer() as server:
+        server.private(7, "Ann")
+        server.private(8, "Bob")
+        server.group(-1001)
+        async with house(server, tmp_path) as app:
+            for chat, before, after in (
+                (-1001, "one", "@palaver_bot one"),
+                (7, "\u043f\u0440\u0438\u0432\u0435\u0442", "two"),
+                (7, "three", "four"),
+            ):
+                said = server.say(chat, 7, before)
+                for _ in range(2):
+                    server.edit(chat, said["message_id"], after)
+            server.edit(8, server.say(8, 8, "/start")["message_id"], "/start!")
+            sent = await server.until(5)
+            await server.confirmed()
+            assert (await app.journal.counts())["messages"] == {"answered": 3}
+        assert len(sent) == 5 and {reply.text for reply in sent} >= {"One", "Two", UNHEARD, GREETING}
 
 
 async def test_another_bot_on_an_old_journal_is_not_taken_for_the_one_before(tmp_path: Path) -> None:

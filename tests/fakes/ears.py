@@ -38,6 +38,13 @@ class Ears:
         return cast(Chat, self)
 
     @property
+    def voice(self) -> Ears:
+        return self
+
+    def hears(self, text: str) -> bool:
+        return bool(text) and text.isascii()
+
+    @property
     def texts(self) -> list[str]:
         return [message.text for message in self.heard]
 
