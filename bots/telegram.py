@@ -1,6 +1,6 @@
 """Telegram: private chats, and in groups whoever mentions the bot or replies to it. Long polling, or a webhook.
 
-What can be answered is in the journal before Telegram is told: the next offset, or the webhook's 200, comes after the
+Whatever arrives is in the journal before Telegram is told: the next offset, or the webhook's 200, comes after the
 commit. No offset is ever stored, because a poll without one starts at the oldest update that is not confirmed.
 """
 
@@ -192,24 +192,24 @@ class TelegramBot:
         await self._receive(heard)
 
     def _read(self, update: Any) -> list[Message | Command | Moved]:
-        """What an update means for us. An edited message is read as a new one, too: it may be a question only now, and
-        what was one before is stored already. So questions without words are not: an edit may give them some."""
+        """What an update means for us. An edited message is read as a new one, too: it may address us only now, and
+        what did before is stored already. Of media alone nothing is stored."""
         what = read(update, self._me)
         found = [what] if what else []
         if isinstance(what, Message) and what.kind == "edit":
             anew = read({"message": update["edited_message"]}, self._me)
             found += [anew] if isinstance(anew, Message) else []
-        return [each for each in found if not isinstance(each, Message) or each.kind != "ask" or self._hears(each)]
+        for each in found:
+            if isinstance(each, Message) and each.kind == "ask" and not each.server:
+                self._hint(each)
+        return [each for each in found if not (isinstance(each, Message) and each.kind == "ask" and not each.text)]
 
-    def _hears(self, asked: Message) -> bool:
-        """Is there anything to answer? If not, a private chat is told so, once."""
+    def _hint(self, asked: Message) -> None:
+        """A private chat in which there is nothing to answer is told so, once."""
         assert self._chat is not None
-        if self._chat.voice.hears(asked.text):
-            return True
-        if not (asked.server or asked.channel in self._hinted):
+        if asked.channel not in self._hinted and not self._chat.voice.hears(asked.text):
             self._hinted.add(asked.channel)
             self._tell(asked, UNHEARD)
-        return False
 
     async def _receive(self, messages: list[Message]) -> None:
         """One commit for all; what the journal cannot store whatever happens is recorded alone."""

@@ -25,7 +25,7 @@ WANTED = ["message", "edited_message", "my_chat_member"]
 SPEAKS_FOR_A_CHAT = (1087968824, 136817688)
 """GroupAnonymousBot and Channel_Bot: people who write in the name of their group or channel, not bots."""
 MEDIA = frozenset({"audio", "document", "photo", "sticker", "video", "video_note", "voice"})
-"""What people say without words; an animation is a document, too."""
+"""What people say without words; an animation is a document, too. Of an album one has the words."""
 T = TypeVar("T")
 
 
@@ -72,7 +72,8 @@ def read(update: Mapping[str, Any], me: Me) -> Message | Command | Moved | None:
     author, text = _author(message), _text(message)
     if kind not in ("private", "group", "supergroup") or author is None or author.is_bot:
         return None
-    if not (text or edited or (kind == "private" and MEDIA & message.keys())):
+    wordless = kind == "private" and MEDIA & message.keys() and "media_group_id" not in message
+    if not (text or edited or wordless):
         return None
     if chat.get("is_direct_messages") is True:
         return None  # a channel's: one chat for all who write to it, each alone, and we would mix them up
