@@ -282,16 +282,23 @@ class Courier:
 
     async def _arrived(self, platform: Platform, reply: Reply) -> bool:
         """Settle an attempt in doubt; True when nothing is left to do: it arrived."""
+        circuit, tries = self._circuits[platform.name], reply.tries
         while not self._too_late(reply):
+            await circuit.closed(reply.channel, tries)
             try:
                 found = await platform.find_sent(reply)
-            except (NotSent, MaybeSent, RetryAfter) as error:
-                await asyncio.sleep(error.seconds if isinstance(error, RetryAfter) else backoff(reply.tries))
+            except RetryAfter as error:
+                await asyncio.sleep(error.seconds)
+                continue
+            except (NotSent, MaybeSent):
+                tries += 1
+                await circuit.failed(reply.channel, tries)
                 continue
             except Refused as error:
                 found = None
                 log.warning("%s: cannot look for what was sent: %s", reply.channel, error)
             if found:
+                circuit.worked()
                 return await self._sent(reply, found)
             break
         else:
@@ -330,7 +337,7 @@ class Circuit:
         self._probe = asyncio.Lock()
 
     async def closed(self, channel: Channel, tries: int) -> None:
-        """Wait for leave to send."""
+        """Wait for leave to send, or to look."""
         if self._is_open(channel):
             async with self._probe:
                 if self._is_open(channel):

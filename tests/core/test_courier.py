@@ -347,6 +347,22 @@ def test_a_platform_that_is_down_is_asked_by_few() -> None:
     play(scene)
 
 
+def test_a_platform_that_is_down_is_looked_at_by_few() -> None:
+    async def scene(house: House) -> None:
+        house.platform.arrives_anyway, house.platform.found = True, "s1"
+        house.platform.lookups = [NotSent("down")] * 1000
+        for number in range(50):
+            house.platform.script[Channel("test", str(number))] = [MaybeSent("reset")]
+            await house.say("hi", channel=str(number))
+        await asyncio.sleep(60)
+        assert len(house.platform.lookups) > 800, "fifty channels, a minute: the circuit is open"
+        house.platform.lookups.clear()
+        await asyncio.sleep(40)
+        assert replies(house) == ["sent"] * 50 and house.platform.texts() == ["re hi"] * 50
+
+    play(scene)
+
+
 def test_chats_that_always_fail_delay_no_other() -> None:
     async def scene(house: House) -> None:
         for number in range(8):
