@@ -190,16 +190,14 @@ class Courier:
     async def _work(self, channel: Channel) -> None:
         """One channel's line, front to back; the task ends with the line."""
         line = self._lines[channel]
-        refused = 0  # the message whose earlier part was refused
+        refused = 0  # the message whose earlier part was given up, and the later ones with it
         try:
             while line or channel in self._behind:
                 if not line:
                     await self._read_on(channel)
                     continue
                 reply = line[0]
-                if reply.part and reply.message == refused:
-                    await insist(self._journal.abandon, reply, "an earlier part was not delivered")
-                elif not await self._deliver_surely(reply):
+                if reply.message != refused and not await self._deliver_surely(reply):
                     refused = reply.message
                 line.popleft()
                 del self._ends[reply.id]
@@ -304,7 +302,7 @@ class Courier:
         else:
             return False
         if found is None and self._rules.in_doubt == "abandon":
-            await self._give_up(reply, "in doubt")
+            await self._give_up(reply, "in doubt", alone=True)
             return True
         return False
 
@@ -313,9 +311,9 @@ class Courier:
         self._count(reply, "sent")
         return True
 
-    async def _give_up(self, reply: Reply, why: str) -> bool:
+    async def _give_up(self, reply: Reply, why: str, alone: bool = False) -> bool:
         log.warning("%s: reply %d is given up: %s", reply.channel, reply.id, why)
-        await insist(self._journal.abandon, reply, why)
+        await insist(self._journal.abandon, reply, why, alone)
         self._count(reply, "abandoned")
         return False
 

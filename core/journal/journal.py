@@ -350,8 +350,13 @@ class Journal(Upkeep):
         """It certainly did not arrive."""
         await self._set(reply, state="pending")
 
-    async def abandon(self, reply: Reply, note: str) -> None:
-        await self._set(reply, state="abandoned", note=plain(note)[:500])
+    async def abandon(self, reply: Reply, note: str, alone: bool = False) -> None:
+        """It is given up, and in the same commit the later parts of its message: no start sends a tail. `alone`: they
+        follow, since it may have arrived."""
+        parts = replies.c.part == reply.part if alone else replies.c.part >= reply.part
+        gone = update(replies).where(replies.c.message == reply.message, parts, unsettled)
+        gone = gone.values(state="abandoned", note=plain(note)[:500])
+        await self._writer.do(lambda connection: connection.execute(gone))
 
     async def _set(self, reply: Reply, **values: Any) -> bool:
         """False when it is settled already."""

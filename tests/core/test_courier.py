@@ -276,6 +276,33 @@ def test_a_refused_part_takes_the_later_parts_with_it_and_nothing_else() -> None
     play(scene)
 
 
+def test_a_death_after_a_part_was_refused_leaves_no_tail_to_the_next_start() -> None:
+    async def scene(house: House) -> None:
+        house.platform.limit = 3
+        house.platform.script[A] = [Refused("blocked")]
+        house.journal.abandon = late(house.journal.abandon, 100)
+        await house.say("x")
+        await asyncio.sleep(5)
+        await house.kill()
+        house.build()
+        await house.open()
+        await asyncio.sleep(5)
+        assert (house.platform.texts(), replies(house)) == ([], ["abandoned"] * 2)
+
+    play(scene)
+
+
+def test_a_part_given_up_in_doubt_may_have_arrived_and_the_later_ones_follow() -> None:
+    async def scene(house: House) -> None:
+        house.platform.limit = 3
+        house.platform.script[A], house.platform.arrives_anyway = [MaybeSent("reset")], True
+        await house.say("x")
+        await asyncio.sleep(5)
+        assert (house.platform.texts(), replies(house)) == (["re ", "x"], ["abandoned", "sent"])
+
+    play(scene, rules=DeliveryRules(in_doubt="abandon"))
+
+
 def test_a_refused_message_takes_none_with_it_that_stands_behind_it() -> None:
     async def scene(house: House) -> None:
         house.platform.limit = 3

@@ -249,16 +249,21 @@ class MemoryJournal:
         await self._before()
         await self._set(replace(reply, state="pending"))
 
-    async def abandon(self, reply: Reply, note: str) -> None:
+    async def abandon(self, reply: Reply, note: str, alone: bool = False) -> None:
         await self._before()
-        await self._set(replace(reply, state="abandoned"), note)
+        for sent in self._disk.replies:
+            one = sent.reply
+            among = one.part == reply.part if alone else one.part >= reply.part
+            if one.message == reply.message and among and one.state in ("pending", "sending"):
+                sent.reply, sent.note = replace(one, state="abandoned"), note
+        await self._after()
 
-    async def _set(self, reply: Reply, note: str = "") -> bool:
+    async def _set(self, reply: Reply) -> bool:
         """False when it is settled already."""
         stored = next(sent for sent in self._disk.replies if sent.reply.id == reply.id)
         waits = stored.reply.state in ("pending", "sending")
         if waits:
             tries = max(reply.tries, stored.reply.tries)
-            stored.reply, stored.note = replace(stored.reply, state=reply.state, tries=tries), note
+            stored.reply = replace(stored.reply, state=reply.state, tries=tries)
         await self._after()
         return waits

@@ -294,6 +294,16 @@ async def test_what_is_settled_stays_settled(journal: Journal) -> None:
 
 
 @in_memory_too
+async def test_what_is_given_up_takes_the_later_parts_with_it_unless_it_may_have_arrived(journal: Journal) -> None:
+    first, second = [await journal.answer(await ask(journal, id), list("abc"), spoken="a b c") for id in ("1", "2")]
+    await journal.sent(first[0], "77")
+    await journal.abandon(first[1], "blocked")
+    await journal.abandon(second[0], "in doubt", alone=True)
+    assert [reply.id for reply in await journal.due()] == [reply.id for reply in second[1:]]
+    assert (await journal.counts())["replies"] == {"abandoned": 3, "pending": 2, "sent": 1}
+
+
+@in_memory_too
 async def test_what_is_due_in_one_channel(journal: Journal) -> None:
     there = Channel("test", "other")
     for number in range(3):
