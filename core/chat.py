@@ -105,10 +105,11 @@ class Chat:
         for request in received.asked:
             metrics.received.labels(request.message.channel.platform).inc()
         for request in received.asked if self._taking else ():  # nothing is awaited: arrival order is answer order
-            bound = self._queue.full(request)
+            unsent = self._courier.unsent(request.message.channel)
+            bound = self._queue.full(request, unsent)
             if bound == "per_channel" and (missed := self._queue.give_way(request.message.channel)):
                 self._spawn(self._shed(missed, bound))
-                bound = self._queue.full(request)
+                bound = self._queue.full(request, unsent)
             if bound:
                 self._spawn(self._shed(request, bound))
             else:

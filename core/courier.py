@@ -65,7 +65,8 @@ class Courier:
         self._attempts: set[asyncio.Task[bool]] = set()
         self._circuits: dict[str, Circuit] = defaultdict(Circuit)
         self._moved: dict[Channel, Channel] = {}
-        self._behind: set[Channel] = set()  # channels with more replies in the journal than in their line
+        # Channels with more replies in the journal than in their line, and about how many: read on, it is known anew.
+        self._behind: defaultdict[Channel, int] = defaultdict(int)
         # When those in a line expire, by the clock nobody sets: the wall's is read once per reply.
         self._ends: dict[int, float] = {}
 
@@ -82,16 +83,20 @@ class Courier:
             if reply.channel in self._moved:
                 reply = replace(reply, channel=self._moved[reply.channel])
             self._open_line(reply.channel)
-            if len(self._lines[reply.channel]) >= self.in_memory:
-                self._behind.add(reply.channel)
-            if reply.channel not in self._behind and reply.id not in self._ends:  # else the journal gives it, or gave
+            if len(self._lines[reply.channel]) >= self.in_memory or reply.channel in self._behind:
+                self._behind[reply.channel] += 1
+            elif reply.id not in self._ends:  # else the journal gave it
                 self._hold(reply)
+
+    def unsent(self, channel: Channel) -> int:
+        """Replies that wait in the channel behind the answer whose turn it is."""
+        line = self._lines.get(channel, deque[Reply]())
+        return sum(reply.message != line[0].message for reply in line) + self._behind.get(channel, 0)
 
     def moved(self, old: Channel, new: Channel) -> None:
         """What the journal held for `old` it holds for `new` from now on."""
         self._moved[old] = new
-        self._behind.discard(old)
-        self._behind.add(new)
+        self._behind[new] += self._behind.pop(old, 0)
         self._open_line(new)
 
     def _open_line(self, channel: Channel) -> None:
@@ -106,17 +111,17 @@ class Courier:
 
     async def _read_on(self, channel: Channel) -> None:
         """The line is empty: on with what waits in the journal, and with what is delivered here meanwhile."""
-        self._behind.discard(channel)
+        behind = self._behind.pop(channel)
         rows = await insist(self._journal.due, channel, self.in_memory)
         if len(rows) == self.in_memory:
-            self._behind.add(channel)
+            self._behind[channel] += max(0, behind - len(rows))
         line = self._lines[channel]
         found = {reply.id: reply for reply in (rows if channel in self._behind else (*rows, *line))}
         while line:
             del self._ends[line.pop().id]
         for id in sorted(found):
             if id in self._ends:  # it stands in the line of a chat that moved here, which goes first
-                self._behind.add(channel)
+                self._behind[channel] += 1
                 break
             self._hold(found[id])
         if not line and channel in self._behind:

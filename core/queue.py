@@ -40,12 +40,12 @@ class RequestQueue:
         """0 to 1: how much of `total` waits."""
         return self._waiting / self._limits.total
 
-    def full(self, request: Request) -> str:
-        """Why there is no room for `request`, or "": a bound's name."""
+    def full(self, request: Request, unsent: int = 0) -> str:
+        """Why there is no room for `request`, or "": a bound's name. `unsent`: replies that wait in its channel."""
         message, limits = request.message, self._limits
         for name, count, bound in (
             ("total", self._waiting, limits.total),
-            ("per_channel", len(self._lines.get(message.channel, ())), limits.per_channel),
+            ("per_channel", len(self._lines.get(message.channel, ())) + unsent, limits.per_channel),
             ("per_user", self._users[_user(request)], limits.per_user),
             ("per_server", self._servers[_server(request)] if message.server else 0, limits.per_server),
         ):

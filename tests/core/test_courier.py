@@ -7,9 +7,10 @@ from datetime import timedelta
 
 import pytest
 
+from core.chat import BUSY
 from core.delivery import MaybeSent, NotSent, Refused, RetryAfter
 from core.messages import Channel
-from core.settings import DeliveryRules
+from core.settings import DeliveryRules, QueueLimits
 from tests.simulation.house import House, late, play
 
 A, B = Channel("test", "a"), Channel("test", "b")
@@ -176,6 +177,23 @@ def test_what_piles_up_while_a_chat_must_wait_is_left_in_the_journal_and_comes_i
         assert [text for text in house.platform.texts() if text != "re other"] == [f"re {text}" for text in texts]
         assert replies(house) == ["sent"] * 41
         assert not house.courier._lines and not house.courier._ends and not house.courier._behind
+
+    play(scene, limits=QueueLimits(per_channel=100))
+
+
+def test_what_a_chat_cannot_take_is_shed_and_nobody_waits_there_for_long() -> None:
+    async def scene(house: House) -> None:
+        house.platform.wait, house.courier.in_memory = 3.0, 4
+        for number in range(100):
+            await house.say(str(number))
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(65)
+        texts = house.platform.texts()
+        assert [text for text in texts if text != BUSY] == [f"re {n}" for n in range(100) if f"re {n}" in texts]
+        assert len(texts) == len(house.disk.replies) < 40 and BUSY in texts
+        await house.say("next")
+        await asyncio.sleep(5)
+        assert house.platform.texts()[-1] == "re next" and house.courier.unsent(A) == 0
 
     play(scene)
 
