@@ -128,10 +128,12 @@ class Chat:
         return bool(received.asked)
 
     async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
-        """The conversation starts anew: what was said before is not in any later prompt. False: `asked`, a platform's
-        message that may come again, has been obeyed already."""
+        """The conversation starts anew: what was said before is not in any later prompt, and what waits for its answer
+        gets none. False: `asked`, a platform's message that may come again, has been obeyed already."""
         if not await self.journal.reset(channel, asked):
             return False
+        for request in self._queue.take_out(lambda waiting: waiting.message.channel == channel):
+            self._spawn(self._close(request, "cancelled", "forgotten"))
         self._spawn(self._forget(channel))  # nobody waits for an engine that is away: it may only cost, never tell
         return True
 

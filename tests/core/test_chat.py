@@ -230,6 +230,21 @@ def test_reset_starts_the_history_anew_and_drops_the_cache() -> None:
     play(scene)
 
 
+def test_what_waits_when_its_channel_is_reset_is_not_answered_any_more() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 1
+        await house.say("one", "two", "three")
+        await house.say("other", channel="b")
+        await asyncio.sleep(0.5)
+        await house.chat.reset(house.message("").channel)
+        await house.say("four")
+        await asyncio.sleep(5)
+        assert sorted(house.platform.texts()) == ["re four", "re one", "re other"], "the first was under way"
+        assert house.states() == ["answered", "cancelled", "cancelled", "answered", "answered"]
+
+    play(scene)
+
+
 def test_a_reset_that_comes_again_is_obeyed_once() -> None:
     async def scene(house: House) -> None:
         asked = house.message("/reset", kind="heard")
