@@ -112,7 +112,8 @@ class Journal(Upkeep):
         return asked
 
     def _edit(self, connection: Connection, message: Message) -> list[Request]:
-        change = update(messages).where(same(message), ~messages.c.deleted).values(text=message.text)
+        another = and_(same(message), ~messages.c.deleted, messages.c.text != message.text)  # a preview is an edit, too
+        change = update(messages).where(another).values(text=message.text)
         rows = connection.execute(change.returning(messages)).all()
         return [request_of(row) for row in rows if row.state == "waiting"]
 

@@ -125,6 +125,19 @@ def test_an_edit_before_the_answer_changes_the_question_waiting_or_under_way() -
     play(scene)
 
 
+def test_an_edit_that_leaves_the_text_as_it_was_leaves_its_answer_under_way() -> None:
+    async def scene(house: House) -> None:
+        house.engine.seconds = 2
+        said = house.message("one")
+        await house.chat.receive(said)
+        await asyncio.sleep(1)
+        await house.chat.receive(replace(said, kind="edit"))
+        await asyncio.sleep(5)
+        assert (house.engine.prompts, house.platform.texts()) == ([["one"]], ["re one"])
+
+    play(scene)
+
+
 def test_what_an_edit_leaves_nothing_to_answer_of_is_not_answered() -> None:
     async def scene(house: House) -> None:
         house.engine.seconds, house.chat.voice.spaced = 2, True

@@ -103,8 +103,9 @@ class MemoryJournal:
                     if state == "waiting":
                         asked.append(self._request(known))
             elif known is not None and message.kind == "edit":
+                another = message.text != known.message.text
                 known.message = replace(known.message, text=message.text)
-                if known.state == "waiting":
+                if another and known.state == "waiting":
                     changed.append(self._request(known))
             elif known is not None:
                 known.deleted = True

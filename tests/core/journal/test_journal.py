@@ -170,6 +170,7 @@ async def test_an_edit_changes_a_waiting_question_and_the_history(journal: Journ
     received = await journal.receive(message("1", "better", kind="edit"), deadline=60)
     (changed,) = received.changed
     assert (changed.row, changed.message.text, received.asked) == (request.row, "better", ())
+    assert (await journal.receive(message("1", "better", kind="edit"), deadline=60)).changed == (), "nothing changed"
     assert await journal.answer(request, ["late"], spoken="late") == [], "the answer to the old text"
     assert await journal.question(request.row) == changed
     assert await journal.answer(changed, ["Re."], spoken="re")
