@@ -46,6 +46,8 @@ EXPIRED_EVERY = 10.0
 """Seconds that expired messages are counted for, before one line in the log tells of them."""
 TOLD = 20
 """So many who wait are shown their place at a time: platforms count these calls too."""
+AT_ONCE = 256
+"""So many of those that expire together are closed in one commit of the journal's; others write in between."""
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 NO_MARKS: Mapping[Channel, str] = {}
 
@@ -348,9 +350,12 @@ class Chat:
 
     async def _close(self, request: Request, state: MessageState, note: str = "", notice: str = "") -> None:
         told = await insist(self.journal.close, request, state, note, notice)
+        if told is None:
+            await self._settled(request.message)
+            return
         self._courier.deliver(told)
         if not told:
-            await self._settled(request.message)
+            self._courier.closed(request.message, state)
         metrics.finished.labels(request.message.channel.platform, state).inc()
         if state == "expired":
             self._expired[request.message.channel] += 1
@@ -360,8 +365,10 @@ class Chat:
         quiet_until = 0.0
         while True:
             await asyncio.sleep(1.0)
-            for request in self._queue.take_out(lambda waiting: self._left(waiting) <= 0):
-                await self._close(request, "expired", "waited too long")
+            late = self._queue.take_out(lambda waiting: self._left(waiting) <= 0)
+            for first in range(0, len(late), AT_ONCE):
+                together = late[first : first + AT_ONCE]
+                await asyncio.gather(*(self._close(request, "expired", "waited too long") for request in together))
             if self._expired and self._clock() >= quiet_until:
                 quiet_until = self._clock() + EXPIRED_EVERY
                 self._tell_expired()

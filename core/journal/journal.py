@@ -208,17 +208,19 @@ class Journal(Upkeep):
 
         return await self._writer.do(work)
 
-    async def close(self, request: Request, state: MessageState, note: str = "", notice: str = "") -> list[Reply]:
+    async def close(
+        self, request: Request, state: MessageState, note: str = "", notice: str = ""
+    ) -> list[Reply] | None:
         """Another final state, and where `notice` is not "" one line to tell (never part of the history).
 
-        [] when the message waits no more, or there is nothing to tell.
+        None when nothing was stored: the message waits no more.
         """
 
-        def work(connection: Connection) -> list[Reply]:
+        def work(connection: Connection) -> list[Reply] | None:
             done = update(messages).where(waits(request)).values(state=state, note=plain(note)[:500])
-            if not connection.execute(done.returning(messages.c.id)).first() or not notice:
-                return []
-            return self._reply(connection, request, [(notice, "")], notice=True)
+            if not connection.execute(done.returning(messages.c.id)).first():
+                return None
+            return self._reply(connection, request, [(notice, "")] if notice else [], notice=True)
 
         return await self._writer.do(work)
 

@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from core.chat import BUSY, LONGEST, SORRY
 from core.courier import LAST
@@ -458,6 +459,34 @@ def test_late_answers_expire_silently_waiting_or_under_way() -> None:
         await house.say("one", "two")
         await asyncio.sleep(15)
         assert (house.states(), house.platform.texts()) == (["expired", "expired"], [])
+
+    play(scene, limits=QueueLimits(deadline=10))
+
+
+def test_what_expires_together_is_closed_together() -> None:
+    async def scene(house: House) -> None:
+        house.engine.script = [EngineClosed("gone")] * 10_000
+        await house.chat.receive(*(house.message("one", channel=str(n)) for n in range(200)))
+        await asyncio.sleep(11.5)
+        assert house.states() == ["expired"] * 200
+
+    play(scene, limits=QueueLimits(deadline=10, running=1))
+
+
+def test_what_another_process_has_closed_is_not_counted_here() -> None:
+    def expired() -> float:
+        return (
+            REGISTRY.get_sample_value("palaver_messages_finished_total", {"platform": "test", "state": "expired"})
+            or 0.0
+        )
+
+    async def scene(house: House) -> None:
+        house.engine.script, before = [EngineClosed("gone")] * 10_000, expired()
+        await house.say("one", "two")
+        await asyncio.sleep(5)
+        house.disk.rows[1].state = "cancelled"
+        await asyncio.sleep(10)
+        assert house.states() == ["expired", "cancelled"] and expired() == before + 1
 
     play(scene, limits=QueueLimits(deadline=10))
 

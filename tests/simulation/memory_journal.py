@@ -151,11 +151,13 @@ class MemoryJournal:
         await self._after()
         return made
 
-    async def close(self, request: Request, state: MessageState, note: str = "", notice: str = "") -> list[Reply]:
+    async def close(
+        self, request: Request, state: MessageState, note: str = "", notice: str = ""
+    ) -> list[Reply] | None:
         await self._before()
         row = self._find(request.row)
         if row.state != "waiting":
-            return []
+            return None
         row.state, row.note = state, note
         made = [self._reply(row, 0, notice)] if notice else []
         self._disk.replies += [Sent(reply, "", True) for reply in made]

@@ -107,8 +107,9 @@ async def test_an_answer_is_given_once(journal: Journal) -> None:
         (1, "Two.", "1", "pending"),
     ]
     assert await journal.answer(request, ["Again."], spoken="again .") == []
-    assert await journal.close(request, "expired") == []
+    assert await journal.close(request, "expired") is None
     assert await states(journal) == {"answered": 1}
+    assert await journal.close(await ask(journal, "2"), "expired") == []
 
 
 @in_memory_too
@@ -141,7 +142,7 @@ async def test_an_answer_in_parts_is_one_turn(journal: Journal) -> None:
 @in_memory_too
 async def test_what_was_heard_shed_or_never_delivered_is_no_history(journal: Journal) -> None:
     await journal.receive(message("1", kind="heard"), deadline=60)
-    (notice,) = await journal.close(await ask(journal, "2"), "shed", "per_channel", "Busy.")
+    (notice,) = await journal.close(await ask(journal, "2"), "shed", "per_channel", "Busy.") or []
     (lost,) = await answered(journal, "3")
     await journal.abandon(lost, "blocked")
     assert await spoken(journal) == [] and notice.text == "Busy." and notice.to == "2"
