@@ -10,6 +10,7 @@ import base64
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, exists, func, select, update
 
+from core import metrics
 from core.journal import storage
 from core.journal.database import JournalBusy, JournalError, file_of, open_database, parse
 from core.journal.rows import KEY, inside, key, named, plain, request_of, row_of, same, storable, waits
@@ -147,27 +149,29 @@ class Journal(Upkeep):
         owed, expired = await self._writer.do(
             lambda connection: self._backlog(connection, deadline, max_attempts, platforms)
         )
+        for platform, count in expired.items():
+            metrics.finished.labels(platform, "expired").inc(count)
         if expired:
-            log.warning("too old at the start: %d expired", expired)
+            log.warning("too old at the start: %d expired", expired.total())
         return owed
 
     def _backlog(
         self, connection: Connection, deadline: float, max_attempts: int, platforms: Collection[str] | None
-    ) -> tuple[list[Request], int]:
-        """What is owed, and how many expired."""
+    ) -> tuple[list[Request], Counter[str]]:
+        """What is owed, and how many expired on each platform."""
         now = time.time()
         waiting = select(messages).where(messages.c.state == "waiting").order_by(messages.c.id)
         if platforms is not None:
             waiting = waiting.where(messages.c.platform.in_(platforms))
         rows = connection.execute(waiting).all()
         newest = {(row.platform, row.channel): row.id for row in rows}
-        owed, expired = [], 0
+        owed, expired = [], Counter[str]()
         for row in rows:
             this = update(messages).where(messages.c.id == row.id)
             request = request_of(row)
             if row.deadline <= now and newest[row.platform, row.channel] != row.id:
                 connection.execute(this.values(state="expired", note="too old at start"))
-                expired += 1
+                expired[row.platform] += 1
                 continue
             if row.deadline <= now and row.attempts < max_attempts:
                 connection.execute(this.values(attempts=row.attempts + 1, deadline=now + deadline))

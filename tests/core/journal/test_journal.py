@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 from sqlalchemy import event, select
 
 from core.journal.database import SQLite
@@ -221,9 +222,15 @@ async def test_events_nobody_could_read_are_recorded(journal: Journal) -> None:
 async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(
     journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def counted() -> float:
+        labels = {"platform": "test", "state": "expired"}
+        return REGISTRY.get_sample_value("palaver_messages_finished_total", labels) or 0.0
+
     await journal.receive(message("1"), message("2"), message("1", channel=THERE), deadline=-1)
     await ask(journal, "3", Channel("test", "elsewhere"))
+    before = counted()
     owed = await journal.backlog(60)
+    assert counted() == before + 1
     assert [(str(r.message.channel), r.message.id, r.attempts) for r in owed] == [
         ("test:here", "2", 1),
         ("test:there", "1", 1),
