@@ -387,7 +387,7 @@ class Hearing:
         answered = {events.answers(event, self._me) for event in found.values()}
         for event in found.values():
             message = await self._missed(event, guild)
-            if message and message.id in answered and not await self._chat.replied(message.channel, message.id):
+            if message and message.id in answered:
                 message = replace(message, kind="heard")
             if message:
                 self._inbox.put_nowait(message)

@@ -163,10 +163,6 @@ class Chat:
         """Channel id -> the last message id seen there."""
         return await self.journal.watermarks(platform)
 
-    async def replied(self, channel: Channel, id: str) -> bool:
-        """Is there a reply to this message, or one on its way?"""
-        return await self.journal.replied(channel, id)
-
     async def state(self, channel: Channel, id: str) -> MessageState | None:
         """What became of this message; None: it is not known."""
         return await self.journal.state(channel, id)

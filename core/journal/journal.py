@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, and_, exists, func, select, update
+from sqlalchemy import Connection, and_, func, select, update
 
 from core import metrics
 from core.journal import storage
@@ -374,8 +374,3 @@ class Journal(Upkeep):
         """What became of this message; None: it is not known."""
         found = await self._read(select(messages.c.state).where(named(channel, id, account)))
         return found[0].state if found else None
-
-    async def replied(self, channel: Channel, id: str, account: str = "") -> bool:
-        """Is there a reply to this message that was not given up?"""
-        query = select(exists().where(named(channel, id, account), replies.c.message == messages.c.id))
-        return bool((await self._read(query))[0][0])

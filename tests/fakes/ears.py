@@ -91,9 +91,6 @@ class Ears:
     async def adopt(self, platform: str, account: str) -> None:
         self.adopted.append((platform, account))
 
-    async def replied(self, channel: Channel, id: str) -> bool:
-        return False
-
     async def identified(self, platform: str, new: bool = True) -> int:
         self.sessions += new
         return self.sessions
