@@ -212,7 +212,8 @@ class App:
         """Until cancelled: measure how late the event loop wakes, feed the watchdog, see that the engine has not
         ended and the journal's file is in its place, back it up hourly."""
         backup_at, look_at = time.monotonic() + BACKUP_EVERY, 0.0
-        backup: asyncio.Task[None] | None = None
+        backup: asyncio.Task[None] | None = None  # each may take minutes, and the watchdog does not wait
+        look: asyncio.Task[None] | None = None
         while True:
             began = time.monotonic()
             await asyncio.sleep(BEAT)
@@ -222,13 +223,16 @@ class App:
                 log.critical("%s; only a new process helps, so this one ends", why)
                 self._code = os.EX_TEMPFAIL
                 self.stop()
-            if time.monotonic() >= look_at:
+            if time.monotonic() >= look_at and (look is None or look.done()):
                 look_at = time.monotonic() + LOOK_EVERY
-                with contextlib.suppress(NotAccepted):  # /readyz tells
-                    await self.journal.look()
+                look = asyncio.create_task(self._look())
             if self.journal.is_file and time.monotonic() >= backup_at and (backup is None or backup.done()):
                 backup_at = time.monotonic() + BACKUP_EVERY
-                backup = asyncio.create_task(self._backup())  # it may take minutes, and the watchdog does not wait
+                backup = asyncio.create_task(self._backup())
+
+    async def _look(self) -> None:
+        with contextlib.suppress(NotAccepted):  # /readyz tells
+            await self.journal.look()
 
     async def _backup(self) -> None:
         try:

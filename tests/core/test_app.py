@@ -166,6 +166,27 @@ def lost(spans: object) -> Any:
     raise torch.AcceleratorError("lost", 1)
 
 
+async def test_the_watchdog_is_fed_while_a_journal_that_is_gone_from_its_place_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    saving = asyncio.Event()
+    monkeypatch.setattr("core.systemd.notify", told.append)
+    async with open_app(settings(tmp_path)) as app:
+
+        async def look() -> None:
+            told.clear()
+            saving.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(app.journal, "look", look)
+        task = await running(app, Player("one"))
+        await saving.wait()
+        await until(lambda: told.count("WATCHDOG=1") > 1)
+        app.stop()
+        assert await task == 0
+
+
 @pytest.mark.parametrize("part", ["chat", "beat"])
 async def test_a_part_of_the_house_that_dies_ends_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
