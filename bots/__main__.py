@@ -365,16 +365,24 @@ def journal_check() -> None:
 
 def _journal_file(tool: str, must_exist: bool = True) -> Path:
     """SQLite's file; PostgreSQL has `tool` for the same. Raises JournalError."""
+    _, file = _address(must_exist)
+    if file is None:
+        _stop([f"DATABASE_URL: that journal is in PostgreSQL, which has its own tool for this: {tool}"])
+    return file
+
+
+def _address(must_exist: bool = True) -> tuple[str, Path | None]:
+    """Where the journal is, and SQLite's file: to look at a journal makes none, and puts no copy in the place of one
+    that is gone. Raises JournalError."""
     from core.journal.database import JournalError, file_of, parse
 
     (settings,) = _settings(Settings)
     logging.getLogger().setLevel(logging.WARNING)
-    file = file_of(parse(settings.database_url.get_secret_value()))
-    if file is None:
-        _stop([f"DATABASE_URL: that journal is in PostgreSQL, which has its own tool for this: {tool}"])
-    if must_exist and not file.is_file():
+    url = settings.database_url.get_secret_value()
+    file = file_of(parse(url))
+    if must_exist and file and not file.exists():
         raise JournalError(f"DATABASE_URL: there is no journal at {file}")
-    return file
+    return url, file
 
 
 def _stop_as_by_hand() -> None:
@@ -408,16 +416,10 @@ def _settings(*groups: type[Any]) -> list[Any]:
 
 @contextlib.asynccontextmanager
 async def _journal() -> AsyncIterator[Journal]:
-    """One that stands there: to look at a journal makes none."""
-    from core.journal.database import JournalError, file_of, parse
+    """One that stands there."""
     from core.journal.journal import open_journal
 
-    (settings,) = _settings(Settings)
-    logging.getLogger().setLevel(logging.WARNING)
-    url = settings.database_url.get_secret_value()
-    file = file_of(parse(url))
-    if file and file.parent.is_dir() and not any(name.startswith(file.name) for name in os.listdir(file.parent)):
-        raise JournalError(f"DATABASE_URL: there is no journal at {file}")
+    url, _ = _address()
     journal = await open_journal(url)
     try:
         yield journal

@@ -35,7 +35,8 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 FOREIGN = (
     "DATABASE_URL: that database holds other tables and no journal; name an empty one, for example sqlite:///palaver.db"
 )
-SHARED = (0x40000002, 510)  # the bytes that SQLite locks for as long as it has a file open: sqlite.org/fileformat2
+HELD = {"": (0x40000002, 510), "-shm": (128, 1)}
+"""What of a file SQLite locks for as long as it is open: sqlite.org/fileformat2, and os_unix.c for its index."""
 MIGRATING = 0x70616C61766572  # PostgreSQL's advisory lock: two processes that start together migrate one by one
 
 
@@ -46,6 +47,10 @@ def prepare(file: Path) -> None:
     if file.is_dir():
         raise WrongAddress(f"DATABASE_URL: {file} is a folder; name a file in it, for example {file / 'palaver.db'}")
     missing = not file.exists() or file.stat().st_size == 0
+    if missing and _locked(file, "-shm"):
+        raise JournalError(
+            f"{file} was deleted under a palaver that runs, which saves what stood in it and ends; try again then"
+        )
     problems = [] if missing else _problems(file)
     if not problems and not missing and (tables := _tables(file)):
         if not TABLES & tables:  # opening it as a journal would already change it
@@ -222,17 +227,23 @@ def _stands(file: Path) -> bool:
 
 
 def in_use(file: Path) -> bool:
-    """Does another process have the file open? Not to be asked where this one has: that would drop its locks."""
-    start, length = SHARED
+    """Does another process have it open, even if it was deleted? Not to be asked where this one has: that would drop
+    its locks."""
+    return any(_locked(file, suffix) for suffix in HELD)
+
+
+def _locked(file: Path, suffix: str) -> bool:
+    held = file.with_name(file.name + suffix)
+    start, length = HELD[suffix]
     try:
-        with file.open("rb+") as opened:
+        with held.open("rb+") as opened:
             fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
     except FileNotFoundError:
         return False
     except BlockingIOError:
         return True
     except OSError as error:
-        raise JournalError(f"{file} cannot be opened: {error}") from error
+        raise JournalError(f"{held} cannot be opened: {error}") from error
     return False
 
 

@@ -72,6 +72,24 @@ async def test_a_running_palaver_may_be_copied_and_checked_but_not_replaced(tmp_
     assert (await palaver(tmp_path, "journal", "restore"))[0] == 0
 
 
+async def test_no_older_copy_takes_the_place_of_a_journal_that_is_gone_under_a_palaver(tmp_path: Path) -> None:
+    file = await talked(tmp_path, "one")
+    await palaver(tmp_path, "journal", "backup")
+    await talked(tmp_path, "two")
+    with contextlib.closing(sqlite3.connect(file)) as holder:
+        holder.execute("SELECT * FROM messages").fetchall()
+        file.unlink()
+        for what, says in (
+            (("journal",), "there is no journal at"),
+            (("journal", "backup"), "there is no journal at"),
+            (("journal", "restore"), "is in use; stop palaver"),
+            (("run",), "was deleted under a palaver that runs"),
+        ):
+            code, _, errors = await palaver(tmp_path, *what)
+            assert code == 75 and says in errors and not file.exists()
+    assert (await palaver(tmp_path, "journal", "restore"))[0] == 0 and said(file) == ["one"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "url", "says"),
     [
