@@ -157,7 +157,14 @@ class App:
     async def _turn(self, name: str) -> AsyncIterator[None]:
         """Entered when no other process on this journal serves the platform; none does as long as the block runs."""
         waiting = False
-        while not await insist(self.journal.lease, name, OWNER, HELD):
+        while True:
+            try:
+                if await self.journal.lease(name, OWNER, HELD):
+                    break
+            except NotAccepted:
+                await insist(self.journal.ping)
+                await asyncio.sleep(HELD)  # who has it could not renew it either, and comes first
+                continue
             if not waiting:
                 log.warning("another process serves %s from this journal; waiting to take over", name)
             waiting = True
@@ -175,11 +182,17 @@ class App:
         the journal, and the other has taken it up."""
         while True:
             await asyncio.sleep(HELD / 3)
-            with contextlib.suppress(NotAccepted):  # while the journal is away nobody can take it
-                if not await self.journal.lease(name, OWNER, HELD):
-                    log.error("another process serves %s since this one stood still: this one ends", name)
-                    logging.shutdown()
-                    os._exit(os.EX_TEMPFAIL)
+            try:
+                if await self.journal.lease(name, OWNER, HELD):
+                    continue
+            except NotAccepted:
+                continue  # while the journal is away nobody can take it
+            except Exception:
+                log.exception("%s: that this process serves it could not be noted; trying again", name)
+                continue
+            log.error("another process serves %s since this one stood still: this one ends", name)
+            logging.shutdown()
+            os._exit(os.EX_TEMPFAIL)
 
     async def _supervise(self, bot: Bot) -> None:
         """One bot, started again when it dies; the others never notice."""

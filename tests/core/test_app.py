@@ -18,7 +18,7 @@ from bots.base import Bot
 from core import app as module
 from core.app import App, open_app
 from core.chat import Chat
-from core.delivery import Unservable
+from core.delivery import NotAccepted, Unservable
 from core.engine.base import Completion, EngineClosed, SamplingParams
 from core.engine.torch_engine import TorchEngine
 from core.messages import Author, Channel, Message
@@ -128,6 +128,43 @@ async def test_a_stop_lets_an_answer_under_way_end_and_another_process_serve_at_
         app.stop()
         assert await task == 0 and len(bot.seen) == 1
         assert await app.journal.lease("here", "another process", 10)
+
+
+class Turns:
+    """A journal whose leases are answered like this, and then with True."""
+
+    def __init__(self, *answers: bool | Exception) -> None:
+        self.answers, self.steps = list(answers), list[object]()
+        self.app = App(Settings(), cast(Any, self), cast(Any, None), cast(Any, None))
+
+    async def lease(self, *_: object) -> bool:
+        answer = self.answers.pop(0) if self.answers else True
+        self.steps.append(answer)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def ping(self) -> None:
+        self.steps.append("it is back")
+
+    async def release(self, *_: object) -> None: ...
+
+    async def sleep(self, seconds: float) -> None:
+        self.steps.append(seconds)
+
+
+async def test_after_an_outage_of_the_journal_who_had_the_turn_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(NotAccepted("away"), False)
+    monkeypatch.setattr(asyncio, "sleep", turns.sleep)
+    async with turns.app._turn("one"):
+        assert turns.steps[1:] == ["it is back", module.HELD, False, module.HELD / 5, True]
+
+
+async def test_a_turn_is_kept_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns(True, NotAccepted("away"), KeyError("a bug"))
+    monkeypatch.setattr(module, "HELD", 0.03)
+    async with turns.app._turn("one"):
+        await until(lambda: turns.steps.count(True) > 2)
 
 
 async def test_every_bot_that_cannot_serve_is_named_and_the_others_go_on(tmp_path: Path) -> None:
