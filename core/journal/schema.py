@@ -1,4 +1,4 @@
-"""The journal's tables. Times are seconds since 1970 by our own clock; each text stands in one place.
+"""The journal's tables. Times are seconds since 1970 by our own clock, but for leases; each text stands in one place.
 
 messages  waiting → answered | shed | expired | cancelled | failed        heard (no question, in no history)
 replies   pending → sending → sent | abandoned

@@ -92,7 +92,7 @@ class Upkeep:
 
     async def lease(self, name: str, owner: str, seconds: float) -> bool:
         """Take or renew `name` for so long; False while another owner holds it. The lease of an owner that is dead is
-        void, and so is one that ends later than anyone could have asked for: a clock has jumped since."""
+        void, and so is one that ends later than anyone could have asked for: its clock began anew since, or jumped."""
 
         def work(connection: Connection) -> bool:
             now = self._now(connection)
@@ -109,9 +109,10 @@ class Upkeep:
         return await self._writer.do(work)
 
     def _now(self, connection: Connection) -> float:
-        """By a clock that all processes on the journal share: this machine's, or the server's."""
+        """By a clock that all processes on the journal share: this machine's since it started, which nobody sets, or
+        the server's."""
         if self._file:
-            return time.time()
+            return time.monotonic()
         return float(connection.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one())
 
     async def release(self, name: str, owner: str) -> None:

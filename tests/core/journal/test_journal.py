@@ -385,6 +385,16 @@ async def test_a_lease_from_the_future_is_void(journal: Journal) -> None:
     assert await journal.lease("poller", "me", 30)
 
 
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_a_wall_clock_that_is_set_ends_no_lease(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    assert await journal.lease("poller", "me", 30)
+    then = time.time() + 3600 * hours
+    monkeypatch.setattr(time, "time", lambda: then)
+    assert not await journal.lease("poller", "you", 30) and await journal.lease("poller", "me", 30)
+
+
 async def test_sessions_of_a_day_are_counted(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [await journal.identified("discord") for _ in range(3)] == [1, 2, 3]
     assert await journal.identified("discord", new=False) == 3
