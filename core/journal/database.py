@@ -41,6 +41,7 @@ RESCUE_EVERY = 10.0
 READ_ONLY = "25006"
 AWAY_CLASS = ("08", "25", "53", "57")
 """PostgreSQL's: no connection, read-only, no room, starting or stopping. The others are for a person to mend."""
+NO_PRIMARY = "target attribute requirement"  # the driver says so, before the server could
 ASK_FOR = 30.0
 """Seconds in which PostgreSQL may come back and say whether a commit that broke off took place."""
 
@@ -191,6 +192,7 @@ class PostgreSQL:
             connect_args={
                 "timeout": 5,
                 "command_timeout": 20,
+                "target_session_attrs": "read-write",  # of several hosts the primary, wherever it is now
                 "server_settings": {
                     "application_name": "palaver",
                     "synchronous_commit": "on",
@@ -277,8 +279,10 @@ def busy(error: BaseException) -> JournalBusy | None:
 
 def away(error: BaseException) -> bool:
     """Could PostgreSQL not be reached, or not work yet?"""
-    state = getattr(getattr(error, "orig", None) or error, "sqlstate", None)
-    return state[:2] in AWAY_CLASS if state else isinstance(error, OSError | asyncio.TimeoutError)
+    original = getattr(error, "orig", None) or error
+    if state := getattr(original, "sqlstate", None):
+        return state[:2] in AWAY_CLASS
+    return isinstance(error, OSError | asyncio.TimeoutError) or NO_PRIMARY in str(original)
 
 
 def _not_now(error: BaseException | None) -> JournalBusy:

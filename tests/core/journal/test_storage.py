@@ -372,6 +372,22 @@ async def test_postgresql_that_was_read_only_for_a_while_is_written_again(
         await journal.aclose()
 
 
+async def test_of_several_hosts_the_primary_is_found(
+    own_postgres: tuple[PostgresServer, str], postgres_url: str
+) -> None:
+    server, url = own_postgres
+    standby, primary = url.split("host=")[1], postgres_url.split("host=")[1]
+    role = postgres_url.split("//")[1].split(":")[0]
+    server.psql(f"CREATE ROLE {role} LOGIN; ALTER ROLE {role} SET default_transaction_read_only = on;")
+    with pytest.raises(JournalBusy, match="cannot be opened at"):
+        await open_journal(postgres_url.replace(primary, standby))
+    journal = await open_journal(postgres_url.replace(primary, f"{standby}:5432&host={primary}:5432"))
+    try:
+        await ask(journal, "1")
+    finally:
+        await journal.aclose()
+
+
 async def test_a_commit_that_broke_off_is_asked_about(postgres_url: str, tmp_path: Path) -> None:
     folder = Path(postgres_url.split("host=")[1])
     with tempfile.TemporaryDirectory() as near:  # the name of a socket must be short
