@@ -41,6 +41,8 @@ HELD = 10.0
 LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 START = 600.0
 """Seconds that systemd gives a start that says it is still at it, as the unit does from the beginning."""
+CLOSING = 20.0
+"""Seconds that systemd gives a stop beyond GRACE, to close what is open."""
 STEADY = 60.0
 """A bot that served this long was healthy: its next failure counts as the first."""
 
@@ -113,7 +115,7 @@ class App:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         asked = self.stopping.is_set()
         self.stopping.set()
-        systemd.notify("STOPPING=1")
+        systemd.notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(self.settings.grace + CLOSING) * 1e6:.0f}")
         await self.chat.drain(self.settings.grace)
         for task in (*serving, *ends):
             task.cancel()

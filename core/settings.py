@@ -178,7 +178,11 @@ class Settings(Group):
     queue: QueueLimits = Field(QueueLimits(), description="overload")
     delivery: DeliveryRules = Field(DeliveryRules(), description="sending")
     grace: float = Field(
-        10.0, ge=0, le=3600, description="seconds to finish answers under way at SIGTERM", examples=[10]
+        10.0,
+        ge=0,
+        le=3600,
+        description="seconds to finish answers under way at SIGTERM; a container's stop_grace_period must be 20 longer",
+        examples=[10],
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error", examples=["info"]

@@ -11,7 +11,7 @@ import socket
 
 
 def notify(state: str) -> None:
-    """`state` is READY=1, STOPPING=1, WATCHDOG=1 or EXTEND_TIMEOUT_USEC=…; never raises."""
+    """`state` is READY=1, STOPPING=1, WATCHDOG=1 or EXTEND_TIMEOUT_USEC=…, or lines of these; never raises."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return

@@ -203,6 +203,16 @@ def lost(spans: object) -> Any:
     raise torch.AcceleratorError("lost", 1)
 
 
+async def test_systemd_gives_a_stop_more_than_its_grace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("core.systemd.notify", told.append)
+    async with open_app(settings(tmp_path)) as app:
+        task = await running(app, Player("one"))
+        app.stop()
+        assert await task == 0
+    assert "STOPPING=1\nEXTEND_TIMEOUT_USEC=21000000" in told
+
+
 async def test_the_watchdog_is_fed_while_a_journal_that_is_gone_from_its_place_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
