@@ -97,6 +97,7 @@ class App:
         self.settings, self.journal, self.courier, self.chat = settings, journal, courier, chat
         self.serving: dict[str, str] = {}  # bot -> why it does not serve, "" when it does
         self.stopping = asyncio.Event()
+        self._wrongly_set = 0  # bots that ended so
         self._code = 0
 
     async def run(self, bots: Sequence[Bot]) -> int:
@@ -124,7 +125,9 @@ class App:
         for failure in failures:
             log.critical("the house fell down", exc_info=failure)
         left = asked or not bots or any(not self.serving.get(bot.name) for bot in bots)
-        return 1 if failures or not left else self._code
+        if failures:
+            return 1
+        return self._code if left else os.EX_CONFIG if self._wrongly_set == len(bots) else 1
 
     def stop(self) -> None:
         """Drain and end; called a second time, the process ends at once."""
@@ -209,6 +212,7 @@ class App:
             except Unservable as error:
                 log.error("%s cannot serve: %s", bot.name, error)
                 self.serving[bot.name] = str(error)
+                self._wrongly_set += not isinstance(error.__context__, OSError)  # a port may be free at the next start
                 return
             except Exception as error:
                 failures = 0 if time.monotonic() - began > STEADY else failures + 1

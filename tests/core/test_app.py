@@ -178,9 +178,14 @@ async def test_every_bot_that_cannot_serve_is_named_and_the_others_go_on(tmp_pat
         assert await task == 0 and [bot.starts for bot in bots] == [1, 1, 1]
 
 
-async def test_with_no_bot_left_the_process_ends_as_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("why", "code"), [(None, 78), (OSError("a taken port"), 1)])
+async def test_with_no_bot_left_the_process_ends_as_wrongly_set_where_a_restart_mends_nothing(
+    tmp_path: Path, why: Exception | None, code: int
+) -> None:
+    bots = [Player("one", Unservable("a bad token")), Player("two", Unservable("it cannot"))]
+    bots[1].lives[0].__context__ = why
     async with open_app(settings(tmp_path)) as app:
-        assert await asyncio.wait_for(app.run([Player("one", Unservable("a bad token"))]), 30) == 1
+        assert await asyncio.wait_for(app.run(bots), 30) == code
 
 
 async def test_an_engine_in_this_process_that_died_ends_the_process(
