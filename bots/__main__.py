@@ -7,6 +7,7 @@ engine cannot be opened), 78 wrong settings.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import errno
 import gc
@@ -289,8 +290,9 @@ def journal_export(
                 _stop([f"{file} belongs to the journal itself: name another file"])
             try:
                 with part.open("w", encoding="utf-8") if part else contextlib.nullcontext(sys.stdout) as out:
+                    some = codecs.lookup(out.encoding).name != "utf-8"  # letters only
                     async for line in journal.export(where):
-                        print(json.dumps(line, ensure_ascii=False).translate(ESCAPED), file=out)
+                        print(json.dumps(line, ensure_ascii=some).translate(ESCAPED), file=out)
                         lines += 1
                 if whole and part and lines:
                     part.replace(whole)
