@@ -201,7 +201,7 @@ class MemoryJournal:
                 continue
             if row.row <= self._disk.after.get(channel, 0) or (before is not None and row.row >= before):
                 continue
-            if any(sent.reply.state == "abandoned" for sent in said):
+            if any(sent.reply.state == "abandoned" and sent.reply.part == 0 for sent in said):
                 continue
             turns += [
                 Turn("user", row.message.author.name, row.message.text, 2 * row.turn, row.message.id),

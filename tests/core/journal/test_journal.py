@@ -141,6 +141,14 @@ async def test_an_answer_in_parts_is_one_turn(journal: Journal) -> None:
 
 
 @in_memory_too
+async def test_an_answer_whose_first_part_arrived_is_a_turn(journal: Journal) -> None:
+    for id, lost in (("1", 0), ("2", 1)):
+        said = await journal.answer(await ask(journal, id), ["One.", "Two."], spoken=f"re {id} .")
+        await journal.abandon(said[lost], "blocked")
+    assert await spoken(journal) == [(2, "text 2"), (3, "re 2 .")]
+
+
+@in_memory_too
 async def test_what_was_heard_shed_or_never_delivered_is_no_history(journal: Journal) -> None:
     await journal.receive(message("1", kind="heard"), deadline=60)
     (notice,) = await journal.close(await ask(journal, "2"), "shed", "per_channel", "Busy.") or []
