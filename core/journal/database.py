@@ -77,6 +77,8 @@ def parse(url: str) -> URL:
         raise WrongAddress(f"DATABASE_URL: a journal in memory would lose everything; name a file, {EXAMPLES}")
     parsed = parsed.set(drivername=drivers[parsed.drivername])
     if parsed.get_backend_name() == "sqlite":
+        if "?" in url:
+            raise WrongAddress("DATABASE_URL: for SQLite it is the file's path alone, in which there can be no ?")
         return parsed
     given = {
         {"sslmode": "ssl"}.get(name, name): value for name, value in parsed.query.items()

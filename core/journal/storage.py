@@ -102,7 +102,9 @@ async def migrate(url: URL, progress: Callable[[str], None]) -> None:
             f"the journal was written by a newer Palaver ({error}); start that version, or restore an older copy"
         ) from None
     except Exception as error:
-        where = file_of(url) or url.host or url.query.get("host")
+        where = file_of(url) or url.host or url.query.get("host") or os.getenv("PGHOST", "localhost")
+        if isinstance(where, tuple):
+            where = ", ".join(where)
         line = f"the journal cannot be opened at {where}: {busy(error) or error}"
         raise (JournalError if file_of(url) or not away(error) else JournalBusy)(line) from error
     finally:

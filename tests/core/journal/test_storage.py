@@ -75,8 +75,12 @@ def ids(file: Path) -> list[str]:
         ("sqlite:///:memory:", "in memory"),
         ("sqlite:////nowhere/at/all/palaver.db", "does not exist; make it"),
         ("sqlite:////tmp", "is a folder"),
+        ("sqlite:///palaver.db?mode=ro", "the file's path alone"),
+        ("sqlite:///file::memory:?uri=true", "the file's path alone"),
         ("postgresql://u:hunter2@127.0.0.1:1/x", "cannot be opened at 127.0.0.1"),
         ("postgresql://u:hunter2@/x?host=127.0.0.1&port=1", "cannot be opened at 127.0.0.1"),
+        ("postgresql://u:hunter2@/x?host=127.0.0.1:1&host=localhost:1", "cannot be opened at 127.0.0.1:1, localhost:1"),
+        ("postgresql://u:hunter2@:1/x", "cannot be opened at localhost"),
         ("postgresql://u:hunter2@127.0.0.1:1/x?sslmode=require", "cannot be opened at 127.0.0.1"),
         ("postgresql://u:hunter2@127.0.0.1/x?sslmode=maybe", "sslmode must be one of disable, allow"),
         ("postgresql://u:hunter2@127.0.0.1/x?host=a&port=b", "port"),
@@ -696,7 +700,7 @@ async def test_what_root_makes_beside_a_services_journal_is_the_services(file: P
 
 
 async def test_a_folder_with_any_name_will_do(tmp_path: Path) -> None:
-    folder = tmp_path / "50% off? #1"
+    folder = tmp_path / "50% off! #1"
     folder.mkdir()
     journal = await open_journal(f"sqlite:///{folder}/palaver.db")
     try:
