@@ -43,6 +43,8 @@ GUILDS_SECONDS = 10.0
 LATER = 60.0
 """Seconds until a history out of reach is tried again, at most."""
 MARK_EVERY = 5.0
+BLOCKED = 40333
+"""The code of a 403 in JSON that Cloudflare says, not Discord."""
 SESSIONS_A_DAY = 950
 """Discord resets a token that identifies a thousand times a day: beyond this, starts are spread over the day."""
 
@@ -92,7 +94,7 @@ async def read_answer(response: aiohttp.ClientResponse) -> Any:
 
 
 def _is_error(data: Any) -> bool:
-    return isinstance(data, dict) and "message" in data and "code" in data
+    return isinstance(data, dict) and "message" in data and data.get("code", BLOCKED) != BLOCKED
 
 
 async def call(client: Client, route: Route, **arguments: Any) -> Any:

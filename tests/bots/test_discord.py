@@ -28,6 +28,8 @@ from core.settings import WrongSettings, read
 from tests.fakes.discord_server import EPOCH_MS, DiscordServer, Fault
 from tests.fakes.ears import Ears
 
+CLOUDFLARES = [403, 40333, "internal network error"]
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -156,6 +158,7 @@ async def test_where_the_history_may_not_be_read_the_answer_is_no_reply(server: 
         (Fault("page", times=9), MaybeSent),
         (Fault("page", value=403, times=9), MaybeSent),
         (Fault("page", value=404, times=9), MaybeSent),
+        (Fault("error", value=CLOUDFLARES, times=9), MaybeSent),
         (Fault("flood", value=300.0, times=9), RetryAfter),
         (Fault("reset_before", times=9), MaybeSent),
         (Fault("reset_after", times=9), MaybeSent),
@@ -736,13 +739,19 @@ async def test_when_very_much_was_missed_the_newest_is_heard_and_the_rest_expire
     assert [message.text for message, _ in ears.expired] == list(map(str, range(330 - len(ears.texts) + 1)))
 
 
-@pytest.mark.parametrize("status", [200, 403, 404])
-async def test_an_answer_that_is_not_discords_closes_no_gap(server: DiscordServer, status: int) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(Fault("page", "GET", times=2, value=status) for status in (200, 403, 404)),
+        Fault("error", "GET", times=2, value=CLOUDFLARES),
+    ],
+)
+async def test_an_answer_that_is_not_discords_closes_no_gap(server: DiscordServer, fault: Fault) -> None:
     ears, general = Ears(), server.channel("general")
     async with serving(server, ears):
         await until(lambda: general in ears.marks)
     server.say(general, "ann", "away", mention=True)
-    server.faults = [Fault("page", "GET", times=2, value=status)]
+    server.faults = [fault]
     async with serving(server, ears):
         server.say(general, "ann", "back", mention=True)
         await until(lambda: len(ears.heard) == 2)
