@@ -128,7 +128,7 @@ async def call(client: Client, route: Route, **arguments: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """All before it in the inbox is stored: the channel's watermark may move here."""
+    """All before it in the inbox is stored: the channel's watermark may move here. With no id it is dropped."""
 
     channel: str
     id: str
@@ -186,7 +186,7 @@ class Hearing:
 
     async def _store(self, messages: list[Message], marks: dict[str, str]) -> None:
         """Messages and how far their channels are read, in one commit."""
-        read = {m.channel: marks[m.channel.id] for m in messages if m.channel.id in marks}
+        read = {m.channel: marks[m.channel.id] for m in messages if marks.get(m.channel.id)}
         await self._chat.receive(*messages, marks=read)
         self._stored |= {channel.id for channel in read}
 
@@ -211,6 +211,9 @@ class Hearing:
             "GUILD_CREATE": self._on_guild,
             "CHANNEL_CREATE": self._first,
             "THREAD_CREATE": self._first,
+            "THREAD_UPDATE": self._on_thread,
+            "THREAD_DELETE": self._on_gone,
+            "CHANNEL_DELETE": self._on_gone,
             "MESSAGE_CREATE": self._on_message,
             "MESSAGE_UPDATE": self._on_edit,
             "MESSAGE_DELETE": self._on_delete,
@@ -247,7 +250,7 @@ class Hearing:
 
     def _on_guild(self, event: Mapping[str, Any]) -> None:
         """The newest message of each channel comes with its server: what is behind is read, what is new is marked."""
-        behind, since = list[str](), self._last_seen
+        behind, since = dict[str, str](), self._last_seen
         if since is not None and (joined := event.get("joined_at")):
             since = max(since, discord.utils.time_snowflake(datetime.fromisoformat(joined)))
         for channel in [*(event.get("channels") or ()), *(event.get("threads") or ())]:
@@ -256,8 +259,8 @@ class Hearing:
                 self._mark(id, str(max(since, int(id) - 1)))  # new to us since; a thread may be as old as its post
             if id not in self._marks:
                 self._first(channel)
-            elif not newest or int(newest) > int(self._marks[id]):
-                behind.append(id)
+            elif "last_message_id" not in channel or int(newest or 0) > int(self._marks[id]):
+                behind[id] = str(newest or 0)
                 self._behind[id] = [*self._behind.get(id, ())]  # a new gap, which who reads an older one does not close
             else:
                 self._release(id)
@@ -272,13 +275,21 @@ class Hearing:
         if "last_message_id" in channel:
             self._mark(str(channel["id"]), str(channel["last_message_id"] or 0))
 
+    def _on_thread(self, event: Mapping[str, Any]) -> None:
+        """Nothing is said in an archived thread; one that is opened again is new to us since."""
+        if event["thread_metadata"]["archived"]:
+            self._on_gone(event)
+
+    def _on_gone(self, event: Mapping[str, Any]) -> None:
+        self._inbox.put_nowait(Mark(str(event["id"]), ""))
+
     def _on_message(self, event: Mapping[str, Any]) -> None:
         channel, id = str(int(event["channel_id"])), str(int(event["id"]))
         message = events.read(event, self._me)
         if channel not in self._marks and not event.get("guild_id") and self._last_seen is not None:
             self._mark(channel, str(self._last_seen))  # a stranger, who may have written while we were away
             self._behind[channel] = []
-            self._read(self._catch_up([channel]))
+            self._read(self._catch_up({channel: ""}))
         if message is not None:
             self._take(message)
         if channel not in self._behind:
@@ -328,21 +339,22 @@ class Hearing:
             )
         for channel in rest[CATCH_UP_DIRECT:]:
             self._release(channel)
-        await self._catch_up(rest[:CATCH_UP_DIRECT])
+        await self._catch_up(dict.fromkeys(rest[:CATCH_UP_DIRECT], ""))
 
-    async def _catch_up(self, channels: list[str], guild: str = "") -> None:
+    async def _catch_up(self, channels: Mapping[str, str], guild: str = "") -> None:
+        """Channels, each with its newest message where that is known."""
         async with asyncio.TaskGroup() as group:
-            for channel in channels:
-                group.create_task(self._catch_up_in(channel, guild))
+            for channel, newest in channels.items():
+                group.create_task(self._catch_up_in(channel, guild, newest))
 
-    async def _catch_up_in(self, channel: str, guild: str) -> None:
+    async def _catch_up_in(self, channel: str, guild: str, newest: str) -> None:
         """A channel that cannot be read now is read later: its mark must not move past what was missed."""
         failures = 0
         async with self._turn:
             while True:
                 held = self._behind.get(channel)
                 try:
-                    await self._read_missed(channel, guild)
+                    await self._read_missed(channel, guild, newest)
                     break
                 except (ConnectionError, NotAccepted) as error:
                     if not failures:
@@ -363,12 +375,15 @@ class Hearing:
         finally:
             await self._turn.acquire()
 
-    async def _read_missed(self, channel: str, guild: str) -> None:
+    async def _read_missed(self, channel: str, guild: str, newest_id: str) -> None:
         """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered. Of very
         many, or when it is long ago, all but the newest expire."""
         mark, found, expired = self._marks[channel], dict[int, dict[str, Any]](), 0
         for _ in range(CATCH_UP_PAGES):
-            page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100}) or []
+            page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100})
+            if page is None:  # what was said there is not ours, and no start asks for it again
+                self._inbox.put_nowait(Mark(channel, newest_id))
+                return
             fresh = {int(event["id"]): event for event in page if int(event["id"]) > int(mark)}
             if fresh and not found and not guild:  # nothing in a message from the history says whether it was direct
                 guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
@@ -431,7 +446,11 @@ class Hearing:
     # -- watermarks and sessions ------------------------------------------------------------------------------------
 
     def _mark(self, channel: str, id: str) -> None:
-        if int(id) > int(self._marks.get(channel, "-1")):
+        if not id and channel not in self._behind:
+            self._marks.pop(channel, None)
+            self._stored.discard(channel)
+            self._dirty.add(channel)
+        elif id and int(id) > int(self._marks.get(channel, "-1")):
             self._marks[channel] = id
             self._dirty.add(channel)
             if channel not in self._stored:
@@ -448,9 +467,9 @@ class Hearing:
             if not dirty:
                 continue
             try:
-                marks = {Channel(events.PLATFORM, channel): self._marks[channel] for channel in dirty}
+                marks = {Channel(events.PLATFORM, channel): self._marks.get(channel, "") for channel in dirty}
                 await self._chat.receive(marks=marks)
-                self._stored |= dirty
+                self._stored |= {channel.id for channel, id in marks.items() if id}
             except NotAccepted:
                 self._dirty |= dirty
                 await asyncio.sleep(MARK_EVERY)

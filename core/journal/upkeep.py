@@ -50,12 +50,17 @@ class Upkeep:
         return {row.channel: row.last_id for row in await self._read(query)}
 
     def _move_marks(self, connection: Connection, marks: Mapping[Channel, str]) -> None:
-        if not marks:
-            return
+        """A mark of "" drops the channel's."""
+        for channel in (channel for channel, id in marks.items() if not id):
+            its = and_(watermarks.c.platform == channel.platform, watermarks.c.channel == channel.id)
+            connection.execute(delete(watermarks).where(its))
         rows = [
             {"platform": c.platform, "channel": plain(c.id)[:128], "last_id": plain(id)[:128]}
             for c, id in marks.items()
+            if id
         ]
+        if not rows:
+            return
         insert = self._insert(watermarks)
         moved = insert.on_conflict_do_update(
             index_elements=["platform", "channel"], set_={"last_id": insert.excluded.last_id}

@@ -368,6 +368,37 @@ async def test_a_first_mark_that_is_refused_is_written_later(server: DiscordServ
         assert not ears.refuse
 
 
+async def test_what_is_gone_has_no_mark(server: DiscordServer) -> None:
+    ears, general, made = Ears(), server.channel("general"), server.channel("made")
+    thread, post = server.channel("a thread", thread_of=general), server.channel("a post", thread_of=general)
+    ears.marks = {server._id(): server._id()}  # of a server that was left
+    async with serving(server, ears):
+        await until(lambda: set(ears.marks) == {general, made, thread, post})
+        server.publish_raw("CHANNEL_DELETE", server.channels[made])
+        server.publish_raw("THREAD_DELETE", server.channels[post])
+        place = server.channels[thread]
+        server.publish_raw("THREAD_UPDATE", place | {"thread_metadata": place["thread_metadata"] | {"archived": True}})
+        await until(lambda: set(ears.marks) == {general})
+        server.publish_raw("THREAD_UPDATE", place)
+        server.say(thread, "ann", "open again", mention=True)
+        await until(lambda: set(ears.marks) == {general, thread})
+
+
+async def test_what_is_empty_or_hidden_is_not_read_at_every_start(server: DiscordServer) -> None:
+    ears, empty, hidden = Ears(), server.channel("empty"), server.channel("hidden")
+    async with serving(server, ears):
+        await until(lambda: set(ears.marks) == {empty, hidden})
+    said = server.say(hidden, "bob", "about you", mention=True)
+    server.faults = [Fault("error", "GET", channel=hidden, value=[403, 50001, "Missing Access"])]
+    async with serving(server, ears):
+        await until(lambda: ears.marks[hidden] == said)
+    async with serving(server, ears):
+        server.say(empty, "ann", "hi", mention=True)
+        await until(lambda: bool(ears.heard))
+    assert ears.texts == ["hi"]
+    assert [path for _, path, _ in server.calls if "/messages" in path] == [f"/channels/{hidden}/messages"]
+
+
 @pytest.mark.parametrize("trouble", ["drop", "break", "op 7", "invalid", "silence"])
 async def test_nothing_is_missed_when_the_gateway_fails(
     server: DiscordServer, trouble: str, monkeypatch: pytest.MonkeyPatch

@@ -60,7 +60,8 @@ class Ears:
             raise NotAccepted("the disk is full")
         if self.poison and any(self.poison in message.text for message in messages):
             raise ValueError("cannot be stored")
-        self.marks |= {channel.id: id for channel, id in marks.items()}
+        moved = self.marks | {channel.id: id for channel, id in marks.items()}
+        self.marks = {channel: id for channel, id in moved.items() if id}
         for message in messages:
             seen = any((m.channel, m.id, m.kind) == (message.channel, message.id, message.kind) for m in self.heard)
             if message.kind == "edit" or not seen:

@@ -377,6 +377,8 @@ async def test_watermarks_are_kept_per_channel(journal: Journal) -> None:
     await journal.receive(marks={HERE: "5"}, deadline=60)
     await journal.receive(message("9"), marks={HERE: "9", Channel("other", "here"): "1"}, deadline=60)
     assert await journal.watermarks("test") == {"here": "9"}
+    await journal.receive(marks={HERE: "", Channel("other", "here"): "2"}, deadline=60)
+    assert (await journal.watermarks("test"), await journal.watermarks("other")) == ({}, {"here": "2"})
 
 
 async def test_a_lease_has_one_owner_until_it_ends(journal: Journal) -> None:
