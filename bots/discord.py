@@ -45,6 +45,8 @@ NO_REPLYING = (160002, 160009)
 """What Discord says of replies in a channel where we may not read the history."""
 LOOK_BACK = 10
 """Pages of 100 messages that are searched for a reply in doubt."""
+RESET_SECONDS = 60.0
+"""Until what was said before a /reset is stored."""
 FORGOTTEN = "Forgotten. We start fresh."
 NOT_NOW = "That did not work just now, please try again."
 
@@ -172,7 +174,7 @@ class DiscordBot:
     async def serve(self, chat: Chat) -> None:
         """Raises Unservable for a token or an intent that Discord refuses, ConnectionError when it is out of reach."""
         client = self._build(chat)
-        hearing = Hearing(client, chat)
+        hearing = self._hearing = Hearing(client, chat)
         await hearing.open()
         if await hearing.sessions() >= SESSIONS_A_DAY:
             await asyncio.sleep(SESSION_PAUSE)
@@ -228,10 +230,13 @@ class DiscordBot:
 
         @tree.command(name="reset", description="Forget what was said in this channel and start fresh")
         async def reset(interaction: discord.Interaction) -> None:
+            channel = Channel(self.name, str(interaction.channel_id))
             try:
-                await chat.reset(Channel(self.name, str(interaction.channel_id)))
+                async with asyncio.timeout(RESET_SECONDS):  # the history may be out of reach
+                    await self._hearing.heard(channel)
+                await chat.reset(channel)
                 said = FORGOTTEN
-            except NotAccepted:
+            except (NotAccepted, TimeoutError):
                 said = NOT_NOW
             await interaction.response.send_message(said, ephemeral=True)
 

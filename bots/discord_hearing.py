@@ -134,18 +134,26 @@ class Mark:
     id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Here:
+    """Somebody waits until all before it is stored."""
+
+    channel: Channel
+    reached: asyncio.Future[None]
+
+
 class Hearing:
     """One client's ears: gateway events in their order, behind them what was missed, into chat in batches."""
 
     def __init__(self, client: Client, chat: Chat) -> None:
         self._client, self._chat = client, chat
-        self._inbox: asyncio.Queue[Message | Mark] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Message | Mark | Here] = asyncio.Queue()
         self._marks: dict[str, str] = {}
         self._dirty: set[str] = set()
         self._last_seen: int | None = None  # the newest message of all channels, when the session began
         self._stored: set[str] = set()  # channels with a mark on disk
         self._first_mark = asyncio.Event()
-        self._behind: dict[str, list[Message]] = {}  # channels to be caught up, and what is said there meanwhile
+        self._behind: dict[str, list[Message | Here]] = {}  # channels to be caught up, and what is said there meanwhile
         self._claimed: set[str] = set()  # those of them that came with their server
         self._guilds: set[str] = set()
         self._guilds_came = asyncio.Event()
@@ -175,10 +183,19 @@ class Hearing:
                     await self._insist(self._store, messages, marks)
                 for channel, id in marks.items():
                     self._mark(channel, id)
+                for item in batch:
+                    if isinstance(item, Here) and not item.reached.done():
+                        item.reached.set_result(None)
         finally:
             writing.cancel()
             for task in self._tasks:
                 task.cancel()
+
+    async def heard(self, channel: Channel) -> None:
+        """Returns when what was said in the channel until now is stored."""
+        here = Here(channel, asyncio.get_running_loop().create_future())
+        self._take(here)
+        await here.reached
 
     async def _load_marks(self) -> None:
         self._marks = await self._chat.watermarks(events.PLATFORM)
@@ -308,17 +325,17 @@ class Hearing:
         for id in event["ids"]:
             self._take(events.gone(event["channel_id"], id))
 
-    def _take(self, message: Message) -> None:
+    def _take(self, item: Message | Here) -> None:
         """Its place in line; in a channel that is behind, after what was missed."""
-        held = self._behind.get(message.channel.id)
+        held = self._behind.get(item.channel.id)
         if held is None:
-            self._inbox.put_nowait(message)
+            self._inbox.put_nowait(item)
         else:
-            held.append(message)
+            held.append(item)
 
     def _release(self, channel: str) -> None:
-        for message in self._behind.pop(channel, ()):
-            self._inbox.put_nowait(message)
+        for item in self._behind.pop(channel, ()):
+            self._inbox.put_nowait(item)
 
     def _read(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._spawn(work)

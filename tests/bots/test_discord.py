@@ -284,6 +284,38 @@ async def test_reset_is_a_slash_command(server: DiscordServer) -> None:
     assert [channel.id for channel in ears.resets] == [general, direct]
 
 
+async def test_what_was_said_before_a_reset_is_before_it(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: general in ears.marks)
+    server.say(general, "ann", "said while away", mention=True)
+    server.faults = [Fault("error", "GET", value=[503, 0, "down"])]
+    async with serving(server, ears):
+        await until(lambda: bool(server.commands))
+        assert await server.command(general, "ann", "reset") == FORGOTTEN
+        ears.full = True
+        server.say(general, "ann", "not stored yet", mention=True)
+        calls = ears.calls
+        resetting = asyncio.create_task(server.command(general, "ann", "reset"))
+        await until(lambda: ears.calls > calls)
+        ears.full = False
+        await resetting
+    assert ears.order == ["said while away", "reset", "not stored yet", "reset"]
+
+
+async def test_a_reset_waits_for_no_history_that_does_not_come(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RESET_SECONDS", 0.1)
+    ears, direct = Ears(), server.direct("ann")
+    ears.marks = {direct: server._id()}
+    server.faults = [Fault("error", "GET", times=-1, value=[503, 0, "down"])]
+    async with serving(server, ears):
+        await until(lambda: bool(server.commands))
+        assert "again" in await server.command(direct, "ann", "reset")
+    assert not ears.resets
+
+
 async def test_edits_and_deletes_are_heard(server: DiscordServer) -> None:
     ears, general = Ears(), server.channel("general")
     async with serving(server, ears):
