@@ -126,8 +126,15 @@ class Journal(Upkeep):
         state = "cancelled" if row.state == "waiting" else row.state
         gone = update(messages).where(messages.c.id == row.id)
         connection.execute(gone.values(deleted=True, text="", author_name="", state=state))
-        connection.execute(update(replies).where(replies.c.message == row.id).values(spoken=""))
+        self._unsay(connection, row.id)
         return [row.id] if state != row.state else []
+
+    def _unsay(self, connection: Connection, row: int) -> None:
+        """Of the answer to this message nothing more is sent, and no text is kept but what is looked for by it."""
+        its = update(replies).where(replies.c.message == row)
+        connection.execute(its.where(replies.c.state == "pending").values(state="abandoned", note="taken back"))
+        connection.execute(its.values(spoken=""))
+        connection.execute(its.where(~unsettled).values(text=""))
 
     async def refail(self, *batch: Message, note: str, state: MessageState = "failed") -> None:
         """Record what nobody could read, or will answer, in its final state, so that it does not come again."""

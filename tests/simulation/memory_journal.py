@@ -109,6 +109,9 @@ class MemoryJournal:
                     changed.append(self._request(known))
             elif known is not None:
                 known.deleted = True
+                for sent in self._disk.replies:
+                    if sent.reply.message == known.row and sent.reply.state == "pending":
+                        sent.reply, sent.note = replace(sent.reply, state="abandoned"), "taken back"
                 if known.state == "waiting":
                     known.state = "cancelled"
                     cancelled.append(known.row)

@@ -200,12 +200,22 @@ async def test_a_delete_takes_back_a_waiting_question_and_a_turn(journal: Journa
 
 
 async def test_of_what_was_deleted_nothing_is_kept(journal: Journal) -> None:
-    await answered(journal, "1")
+    (reply,) = await answered(journal, "1")
+    await journal.sent(reply, "77")
     await journal.receive(message("1", kind="delete"), message("1", "better", kind="edit"), deadline=60)
-    kept = select(messages.c.text, messages.c.author_name, replies.c.spoken).join(
+    kept = select(messages.c.text, messages.c.author_name, replies.c.spoken, replies.c.text).join(
         replies, replies.c.message == messages.c.id
     )
-    assert [tuple(row) for row in await journal._read(kept)] == [("", "", "")]
+    assert [tuple(row) for row in await journal._read(kept)] == [("", "", "", "")]
+
+
+@in_memory_too
+async def test_what_was_deleted_is_answered_no_more(journal: Journal) -> None:
+    (waits,), (begun,) = await answered(journal, "1"), await answered(journal, "2")
+    await journal.begin_send(begun)
+    await journal.receive(message("1", kind="delete"), message("2", kind="delete"), deadline=60)
+    assert [(reply.id, reply.text) for reply in await journal.due()] == [(begun.id, "Re 2.")], "it may have arrived"
+    assert await journal.begin_send(waits) is None and (await journal.counts())["replies"]["abandoned"] == 1
 
 
 @in_memory_too
