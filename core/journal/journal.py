@@ -31,6 +31,8 @@ __all__ = ["Journal", "JournalBusy", "JournalError", "Received", "open_journal"]
 
 log = logging.getLogger(__name__)
 NO_MARKS: Mapping[Channel, str] = {}
+RECENT = 128
+"""Turns of a channel among which a deleted answer is looked for: as many as a prompt holds of short ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +124,23 @@ class Journal(Upkeep):
     def _delete(self, connection: Connection, message: Message) -> list[int]:
         row = connection.execute(select(messages.c.id, messages.c.state).where(same(message))).first()
         if row is None:
+            self._delete_answer(connection, message)
             return []
         state = "cancelled" if row.state == "waiting" else row.state
         gone = update(messages).where(messages.c.id == row.id)
         connection.execute(gone.values(deleted=True, text="", author_name="", state=state))
         self._unsay(connection, row.id)
         return [row.id] if state != row.state else []
+
+    def _delete_answer(self, connection: Connection, message: Message) -> None:
+        """If it is one of ours, its turn is in no later history."""
+        here = and_(inside(message.channel), messages.c.account == message.account)
+        turns = select(messages.c.id).where(here, messages.c.turn.is_not(None))
+        recent = turns.order_by(messages.c.turn.desc()).limit(RECENT)
+        ours = select(replies.c.message).where(replies.c.message.in_(recent), replies.c.platform_id == message.id)
+        if (row := connection.execute(ours).scalar()) is not None:
+            connection.execute(update(messages).where(messages.c.id == row).values(deleted=True))
+            self._unsay(connection, row)
 
     def _unsay(self, connection: Connection, row: int) -> None:
         """Of the answer to this message nothing more is sent, and no text is kept but what is looked for by it."""

@@ -209,6 +209,16 @@ async def test_of_what_was_deleted_nothing_is_kept(journal: Journal) -> None:
     assert [tuple(row) for row in await journal._read(kept)] == [("", "", "", "")]
 
 
+async def test_an_answer_that_was_deleted_is_in_no_history(journal: Journal) -> None:
+    for id in ("1", "2"):
+        (reply,) = await answered(journal, id)
+        await journal.sent(reply, f"re {id}")
+    await journal.receive(message("re 1", kind="delete"), message("re 2", channel=THERE, kind="delete"), deadline=60)
+    assert [turn.id for turn in await journal.history(HERE)] == ["2", "2"]
+    kept = select(replies.c.text, replies.c.spoken).order_by(replies.c.id)
+    assert [tuple(row) for row in await journal._read(kept)] == [("", ""), ("Re 2.", "re 2 .")]
+
+
 @in_memory_too
 async def test_what_was_deleted_is_answered_no_more(journal: Journal) -> None:
     (waits,), (begun,) = await answered(journal, "1"), await answered(journal, "2")
