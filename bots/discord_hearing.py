@@ -289,8 +289,11 @@ class Hearing:
 
     def _first(self, channel: Mapping[str, Any]) -> None:
         """A channel new to us: what was said there before is not ours, what is said from now on is."""
-        if "last_message_id" in channel:
-            self._mark(str(channel["id"]), str(channel["last_message_id"] or 0))
+        id = str(channel["id"])
+        if id in self._marks or "last_message_id" not in channel:
+            return
+        newly = channel.get("newly_created")  # then it names the first post, which is yet to come
+        self._mark(id, str(int(id) - 1 if newly else channel["last_message_id"] or 0))
 
     def _on_thread(self, event: Mapping[str, Any]) -> None:
         """Nothing is said in an archived thread; one that is opened again is new to us since."""

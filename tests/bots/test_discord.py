@@ -556,6 +556,21 @@ async def test_a_thread_made_while_away_from_an_older_message_is_read(server: Di
     assert ears.texts == ["before", "in the thread"]
 
 
+async def test_a_thread_that_is_named_is_not_read_yet(server: DiscordServer) -> None:
+    """Because it is new, its first post about to come; or because we are added to it once more."""
+    ears, general = Ears(), server.channel("general")
+    thread, post = server.channel("a thread", thread_of=general), server._id()
+    async with serving(server, ears):
+        await until(lambda: thread in ears.marks)
+        ears.full = True
+        id = server.say(thread, "ann", "not stored yet", mention=True)
+        place = server.channels[thread]
+        server.publish_raw("THREAD_CREATE", place)
+        server.publish_raw("THREAD_CREATE", place | {"id": post, "last_message_id": post, "newly_created": True})
+        await until(lambda: post in ears.marks)
+    assert int(ears.marks[thread]) < int(id) and int(ears.marks[post]) < int(post)
+
+
 @pytest.mark.parametrize("away", ["a session lost", "a start"])
 async def test_what_a_stranger_wrote_while_away_is_heard_when_they_write_again(
     server: DiscordServer, away: str
