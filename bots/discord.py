@@ -230,6 +230,7 @@ class DiscordBot:
 
         @tree.command(name="reset", description="Forget what was said in this channel and start fresh")
         async def reset(interaction: discord.Interaction) -> None:
+            await interaction.response.defer(ephemeral=True)  # Discord waits three seconds
             channel = Channel(self.name, str(interaction.channel_id))
             try:
                 async with asyncio.timeout(RESET_SECONDS):  # the history may be out of reach
@@ -238,7 +239,7 @@ class DiscordBot:
                 said = FORGOTTEN
             except (NotAccepted, TimeoutError):
                 said = NOT_NOW
-            await interaction.response.send_message(said, ephemeral=True)
+            await interaction.followup.send(said, ephemeral=True)
 
         self._tree = tree
         return client

@@ -298,6 +298,7 @@ async def test_what_was_said_before_a_reset_is_before_it(server: DiscordServer) 
         calls = ears.calls
         resetting = asyncio.create_task(server.command(general, "ann", "reset"))
         await until(lambda: ears.calls > calls)
+        await until(lambda: sum("/interactions/" in path for _, path, _ in server.calls) == 2)  # Discord does not wait
         ears.full = False
         await resetting
     assert ears.order == ["said while away", "reset", "not stored yet", "reset"]

@@ -471,6 +471,8 @@ class DiscordServer:
                 return _reset(request)
         if method != "GET" and path.startswith("/interactions/"):
             answer = await self._callback(path, body)
+        elif method == "POST" and path.startswith("/webhooks/"):
+            answer = await self._followup(path, body)
         elif request.headers.get("Authorization") != f"Bot {self.token}":
             answer = _json({"message": "401: Unauthorized", "code": 0}, 401)
         else:
@@ -561,10 +563,16 @@ class DiscordServer:
         return _json({**message, "nonce": nonce})
 
     async def _callback(self, path: str, body: Json) -> web.Response:
-        self.said_to_commands.append((path.split("/")[2], str((body.get("data") or {}).get("content", ""))))
-        await self._notify()
+        if body["type"] != 5:  # "thinking", and a followup tells
+            self.said_to_commands.append((path.split("/")[2], str((body.get("data") or {}).get("content", ""))))
+            await self._notify()
         interaction = {"id": path.split("/")[2], "type": 2, "response_message_id": None}
         return _json({"interaction": interaction, "resource": {"type": body["type"]}})
+
+    async def _followup(self, path: str, body: Json) -> web.Response:
+        self.said_to_commands.append((path.split("/")[3], str(body["content"])))
+        await self._notify()
+        return _json(self._message("0", self.me, body["content"]))
 
     def _fault(self, method: str, path: str, channel: str) -> Fault | None:
         for fault in self.faults:
