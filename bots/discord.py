@@ -296,8 +296,9 @@ class DiscordBot:
 
     async def find_sent(self, reply: Reply) -> str | None:
         """Our message in the channel that replies to the question with this text; "" when there is none, None when too
-        much was said there since. It replies to nothing when the question was gone by then."""
-        last = reply.to
+        much was said there since or nothing at all is shown. It replies to nothing when the question was gone by then.
+        """
+        first = last = str(int(reply.to) - 1)  # with the question: where not even that is shown, nobody can tell
         begun = reply.created_at - timedelta(minutes=1)  # two clocks
         for _ in range(LOOK_BACK):
             page = await self._after(reply.channel.id, last)
@@ -309,7 +310,7 @@ class DiscordBot:
                 if known or event.get("nonce") == reply.nonce:
                     return str(event["id"])
             if len(page) < 100 or int(page[-1]["id"]) <= int(last):
-                return ""
+                return "" if page or last != first else None
             last = str(page[-1]["id"])
         return None
 

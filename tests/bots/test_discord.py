@@ -145,6 +145,7 @@ async def test_where_the_history_may_not_be_read_the_answer_is_no_reply(server: 
     async with serving(server, Ears()) as bot:
         asked = server.say(general, "ann", "hi", mention=True)
         assert await bot.send(reply(server, general, asked)) == server.ledger[0].id
+        assert await bot.find_sent(reply(server, general, asked)) is None, "nobody can tell"
     assert [(sent.text, sent.reply_to) for sent in server.ledger] == [("Hello.", None)]
 
 
