@@ -267,12 +267,16 @@ class Hearing:
 
     def _on_guild(self, event: Mapping[str, Any]) -> None:
         """The newest message of each channel comes with its server: what is behind is read, what is new is marked."""
-        behind, since = dict[str, str](), self._last_seen
-        if since is not None and (joined := event.get("joined_at")):
-            since = max(since, discord.utils.time_snowflake(datetime.fromisoformat(joined)))
+        behind, since, joined = dict[str, str](), self._last_seen, 0
+        if at := event.get("joined_at"):
+            joined = discord.utils.time_snowflake(datetime.fromisoformat(at))
+        if since is not None:
+            since = max(since, joined)
         for channel in [*(event.get("channels") or ()), *(event.get("threads") or ())]:
             id, newest = str(channel["id"]), channel.get("last_message_id")
-            if id not in self._marks and since is not None and max(int(id), int(newest or 0)) > since:
+            if id in self._marks:
+                self._mark(id, str(joined))  # later, if we were thrown out and invited again
+            elif since is not None and max(int(id), int(newest or 0)) > since:
                 self._mark(id, str(max(since, int(id) - 1)))  # new to us since; a thread may be as old as its post
             if id not in self._marks:
                 self._first(channel)

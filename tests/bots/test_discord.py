@@ -558,6 +558,19 @@ async def test_a_thread_made_while_away_from_an_older_message_is_read(server: Di
     assert ears.texts == ["before", "in the thread"]
 
 
+async def test_what_was_said_between_kicked_and_invited_again_is_not_heard(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: general in ears.marks)
+    server.say(general, "ann", "good riddance", mention=True)
+    await asyncio.sleep(0.01)
+    server.joined = datetime.now(UTC).isoformat()
+    async with serving(server, ears):
+        server.say(general, "ann", "welcome back", mention=True)
+        await until(lambda: "welcome back" in ears.texts)
+    assert ears.texts == ["welcome back"]
+
+
 async def test_a_thread_that_is_named_is_not_read_yet(server: DiscordServer) -> None:
     """Because it is new, its first post about to come; or because we are added to it once more."""
     ears, general = Ears(), server.channel("general")

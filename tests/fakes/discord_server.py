@@ -124,6 +124,8 @@ class DiscordServer:
         """Where sessions are resumed, if it is elsewhere."""
         self.unconfirmed = 0
         """So many IDENTIFYs and RESUMEs more are taken and never heard of again."""
+        self.joined = "2024-01-01T00:00:00+00:00"
+        """When the bot was invited."""
         self._away = False
         self._sessions: dict[str, Session] = {}
         self._sockets: set[Socket] = set()
@@ -640,6 +642,7 @@ class DiscordServer:
             "id": self.guild,
             "name": "A Server",
             "owner_id": self.me["id"],
+            "joined_at": self.joined,
             "channels": [channel for channel in mine if channel["type"] == 0],
             "threads": [channel for channel in mine if channel["type"] == 11],
             "members": [self._member(self.me)],
