@@ -25,6 +25,7 @@ from pydantic import Field, SecretStr, field_validator
 from bots import discord_events as events
 from bots.discord_hearing import SESSIONS_A_DAY, Client, Hearing, Rejected, call, read_answer
 from bots.splitting import split
+from core.backoff import backoff
 from core.delivery import NotAccepted, NotSent, Unservable
 from core.messages import Channel, MessageState, Reply
 from core.settings import Group
@@ -259,10 +260,15 @@ class DiscordBot:
             offering.cancel()
 
     async def _offer_commands(self) -> None:
-        try:
-            await self._tree.sync()
-        except (discord.DiscordException, aiohttp.ClientError, OSError, KeyError) as error:
-            log.warning("/reset could not be offered on Discord: %s", error)
+        tries = 0
+        while True:
+            try:
+                await self._tree.sync()
+                return
+            except (discord.DiscordException, aiohttp.ClientError, OSError, KeyError) as error:
+                log.warning("/reset could not be offered on Discord, trying again: %s", error)
+            await asyncio.sleep(backoff(tries, 600.0, first=5.0))
+            tries += 1
 
     # -- speaking ------------------------------------------------------------------------------------------------
 

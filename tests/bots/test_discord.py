@@ -285,6 +285,13 @@ async def test_reset_is_a_slash_command(server: DiscordServer) -> None:
     assert [channel.id for channel in ears.resets] == [general, direct]
 
 
+async def test_reset_is_offered_until_discord_takes_it(server: DiscordServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "backoff", lambda tries, longest, first: 0.01)
+    server.faults = [Fault("error", "PUT", "/commands", times=2, value=[503, 0, "down"])]
+    async with serving(server, Ears()):
+        await until(lambda: bool(server.commands))
+
+
 async def test_what_was_said_before_a_reset_is_before_it(server: DiscordServer) -> None:
     ears, general = Ears(), server.channel("general")
     async with serving(server, ears):
