@@ -6,7 +6,7 @@ Source: discord.com/developers/docs/resources/message.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,20 +19,21 @@ SPOKEN = (0, 19)
 EPOCH_MS = 1_420_070_400_000
 
 
-def read(event: Mapping[str, Any], me: str, kind: Kind = "ask") -> Message | None:
+def read(event: Mapping[str, Any], me: str, kind: Kind = "ask", roles: Collection[str] = ()) -> Message | None:
     """The message if it is said to us: in a direct message, with our mention, or as a reply to what we said.
 
     None for everything else: other bots, webhooks, system messages, @everyone, a text with nothing in it. An edit is
     read whoever it mentions, since only the journal knows whether its message was ours; one that leaves no text that we
-    are shown takes the message back. Raises KeyError, TypeError or ValueError for what is no message.
+    are shown takes the message back. `roles` are ours alone. Raises KeyError, TypeError or ValueError for what is no
+    message.
     """
     author = event["author"]
     if event.get("type", 0) not in SPOKEN or author.get("bot") or event.get("webhook_id"):
         return None
     direct = not event.get("guild_id") and not event.get("member")
-    if kind != "edit" and not direct and not mentions(event, me) and not replies_to(event, me):
+    if kind != "edit" and not direct and not mentions(event, me, roles) and not replies_to(event, me):
         return None
-    text = strip_mention(str(event.get("content") or "")[: 4 * MAX_CHARS], me)
+    text = strip_mention(str(event.get("content") or "")[: 4 * MAX_CHARS], me, roles)
     if not text and kind != "edit":
         return None
     name = clean(str(author.get("global_name") or author.get("username") or ""))
@@ -47,9 +48,10 @@ def read(event: Mapping[str, Any], me: str, kind: Kind = "ask") -> Message | Non
     )
 
 
-def mentions(event: Mapping[str, Any], me: str) -> bool:
-    """Us by name; @everyone and roles are not us."""
+def mentions(event: Mapping[str, Any], me: str, roles: Collection[str] = ()) -> bool:
+    """Us by name or by our own role; @everyone and other roles are not us."""
     named = any(str(user.get("id")) == me for user in event.get("mentions") or ())
+    named = named or any(str(role) in roles for role in event.get("mention_roles") or ())
     return named or bool(re.search(rf"<@!?{me}>", str(event.get("content") or "")))
 
 
@@ -68,9 +70,14 @@ def is_by(event: Mapping[str, Any], user: str) -> bool:
     return str((event.get("author") or {}).get("id")) == user
 
 
-def strip_mention(text: str, me: str) -> str:
+def own_role(role: Mapping[str, Any], me: str) -> bool:
+    """Discord makes one for each bot that is invited, of the same name."""
+    return str((role.get("tags") or {}).get("bot_id")) == me
+
+
+def strip_mention(text: str, me: str, roles: Collection[str] = ()) -> str:
     """Without our mention, and without the comma that followed it."""
-    bare, found = re.subn(rf"<@!?{me}>", " ", text)
+    bare, found = re.subn("|".join([rf"<@!?{me}>", *(f"<@&{role}>" for role in roles)]), " ", text)
     return re.sub(r"[ \t]{2,}", " ", bare).strip().lstrip(",:;").strip() if found else text.strip()
 
 

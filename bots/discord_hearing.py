@@ -155,6 +155,7 @@ class Hearing:
         self._first_mark = asyncio.Event()
         self._behind: dict[str, list[Message | Here]] = {}  # channels to be caught up, and what is said there meanwhile
         self._claimed: set[str] = set()  # those of them that came with their server
+        self._roles: set[str] = set()  # ours alone, one in each server
         self._guilds: set[str] = set()
         self._guilds_came = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -268,6 +269,7 @@ class Hearing:
     def _on_guild(self, event: Mapping[str, Any]) -> None:
         """The newest message of each channel comes with its server: what is behind is read, what is new is marked."""
         behind, since, joined = dict[str, str](), self._last_seen, 0
+        self._roles |= {str(role["id"]) for role in event.get("roles") or () if events.own_role(role, self._me)}
         if at := event.get("joined_at"):
             joined = discord.utils.time_snowflake(datetime.fromisoformat(at))
         if since is not None:
@@ -309,7 +311,7 @@ class Hearing:
 
     def _on_message(self, event: Mapping[str, Any]) -> None:
         channel, id = str(int(event["channel_id"])), str(int(event["id"]))
-        message = events.read(event, self._me)
+        message = events.read(event, self._me, roles=self._roles)
         if channel not in self._marks and not event.get("guild_id") and self._last_seen is not None:
             self._mark(channel, str(self._last_seen))  # a stranger, who may have written while we were away
             self._behind[channel] = []
@@ -321,7 +323,7 @@ class Hearing:
 
     def _on_edit(self, event: Mapping[str, Any]) -> None:
         if "content" in event and event.get("edited_timestamp", "?"):  # else its embeds changed
-            message = events.read({"author": {"id": 0}, **event}, self._me, "edit")
+            message = events.read({"author": {"id": 0}, **event}, self._me, "edit", self._roles)
             if message is not None:
                 self._take(message)
 
@@ -437,7 +439,7 @@ class Hearing:
     async def _missed(self, event: dict[str, Any], guild: str) -> Message | None:
         """An event from the history, if it is said to us."""
         try:
-            message = events.read({**event, **({"guild_id": guild} if guild else {})}, self._me)
+            message = events.read({**event, **({"guild_id": guild} if guild else {})}, self._me, roles=self._roles)
             return replace(message, missed=True) if message else None
         except Exception as error:
             await self._insist(self._unread, event, type(error).__name__)

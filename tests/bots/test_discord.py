@@ -960,13 +960,14 @@ async def test_a_gateway_closed_for_good_is_named(server: DiscordServer, code: i
         await asyncio.wait_for(task, 30)
 
 
-async def test_with_the_intent_a_reply_without_a_ping_is_heard() -> None:
+async def test_with_the_intent_a_reply_without_a_ping_and_a_mention_of_our_role_are_heard() -> None:
     async with DiscordServer(granted=1 << 15) as server:
         ears, general = Ears(), server.channel("general")
         async with serving(server, ears, content=True) as bot:
             sent = await bot.send(reply(server, general, "1"))
             server.say(general, "ann", "no ping", reply_to=sent)
-            await until(lambda: ears.texts == ["no ping"])
+            server.say(general, "ann", f"<@&{server.role}>, by your role", mention_roles=[server.role])
+            await until(lambda: ears.texts == ["no ping", "by your role"])
 
 
 def test_the_settings_refuse_placeholders(monkeypatch: pytest.MonkeyPatch) -> None:

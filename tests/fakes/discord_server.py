@@ -98,6 +98,8 @@ class DiscordServer:
         self._last_id = 0
         self.guild = self._id()
         self.me = self._user("Palaver", bot=True)
+        self.role = self._id()
+        """The bot's own."""
         self.users: dict[str, Json] = {}
         self.channels: dict[str, Json] = {}
         self.messages: dict[str, list[Json]] = {}
@@ -646,7 +648,17 @@ class DiscordServer:
             "channels": [channel for channel in mine if channel["type"] == 0],
             "threads": [channel for channel in mine if channel["type"] == 11],
             "members": [self._member(self.me)],
-            "roles": [{"id": self.guild, "name": "@everyone", "permissions": "0", "position": 0, "color": 0}],
+            "roles": [
+                {"id": self.guild, "name": "@everyone", "permissions": "0", "position": 0, "color": 0},
+                {
+                    "id": self.role,
+                    "name": "Palaver",
+                    "permissions": "0",
+                    "position": 1,
+                    "color": 0,
+                    "tags": {"bot_id": self.me["id"]},
+                },
+            ],
             "member_count": 3,
             "large": False,
             "unavailable": False,
