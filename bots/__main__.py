@@ -1,7 +1,7 @@
 """The command line: run, chat, engine, finetune, eval, bench, journal.
 
-Exit codes: 0 fine, 1 it failed, 74 the journal's disk or file failed under it, 75 try again later (the journal or the
-engine cannot be opened), 78 wrong settings.
+Exit codes: 0 fine, 1 it failed, 74 the journal's disk or file failed under it, 75 try again later (the journal, the
+engine or the hub cannot be opened), 78 wrong settings.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def finetune(
         if not find_spec(name):
             _stop([f"palaver finetune needs {name}: in Palaver's folder, pip install '.[train]'"])
     from core.engine import hub
-    from core.engine.base import BadCheckpoint
+    from core.engine.base import BadCheckpoint, HubAway
     from core.engine.machine import cores
     from core.training.datasets import BadData, read_dialogues
 
@@ -157,6 +157,9 @@ def finetune(
         progress = finetune(data, out, base, valid=valid, recipe=recipe)
     except BadCheckpoint as error:
         _stop([_of_setting(error)])
+    except HubAway as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(EX_TEMPFAIL) from None
     except BadData as error:
         _stop([str(error)])
     except OSError as error:
@@ -441,16 +444,30 @@ def _of_setting(error: Exception) -> str:
 
 
 async def _serve(settings: Settings, bots: list[Bot], waits: bool = False) -> int:
-    """Loading may take minutes, and a container's first process hears no signal that it has not asked for."""
-    from core.app import open_app
+    """Loading may take minutes, and a container's first process hears no signal that it has not asked for. If it
+    `waits`, a hub that is away comes back, as PostgreSQL does."""
+    from core import systemd
+    from core.app import START, open_app
+    from core.backoff import backoff
+    from core.engine.base import HubAway
 
     loop, opening = asyncio.get_running_loop(), asyncio.current_task()
     assert opening
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, opening.cancel)  # app.run hears them from then on
     try:
-        async with open_app(settings, waits) as app:
-            return await app.run(bots)
+        tries = 0
+        while True:
+            try:
+                async with open_app(settings, waits) as app:
+                    return await app.run(bots)
+            except HubAway as error:
+                if not waits:
+                    raise
+                logging.getLogger("palaver").warning("%s; waiting for it", error)
+            systemd.notify(f"EXTEND_TIMEOUT_USEC={START * 1e6:.0f}")
+            await asyncio.sleep(backoff(tries, 30.0, first=1.0))
+            tries += 1
     except asyncio.CancelledError:
         print("stopped before it served", file=sys.stderr)
         return 0  # as it was asked to, and as when it had served: systemd calls all else a failure

@@ -7,6 +7,7 @@ EngineError
  ├─ Cancelled       the request was given up (deadline, client gone)
  ├─ OtherModel      the engine has another model than the one whose tokenizer is asked with
  ├─ BadCheckpoint   the model cannot be loaded; the text says which file and what to do
+ ├─ HubAway         the hub that has the model cannot be reached or is overloaded; try later
  └─ Failed          this request raised; others did not suffer
 """
 
@@ -41,6 +42,9 @@ class OtherModel(EngineError): ...
 
 
 class BadCheckpoint(EngineError): ...
+
+
+class HubAway(EngineError): ...
 
 
 class Failed(EngineError): ...

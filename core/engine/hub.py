@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from core.engine.base import BadCheckpoint
+from core.engine.base import BadCheckpoint, HubAway
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "tiny"
 SMALL_FILES = ["*.json", "vocab.*", "merges.txt"]
@@ -21,7 +22,7 @@ WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
 def resolve(model: str | Path, revision: str | None = None) -> Path:
     """The folder of `model`, fetched from the hub (with a progress bar) where it must be.
 
-    Raises BadCheckpoint, one line that says what to do.
+    Raises BadCheckpoint, one line that says what to do, or HubAway.
     """
     if str(model) == "embedded":
         return _checked(EMBEDDED)
@@ -45,7 +46,9 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
 
 def _fetch(name: str, revision: str | None) -> Path:
     """Download what is missing into the hub's cache. Weights in safetensors if the repository has them."""
-    from huggingface_hub import snapshot_download
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else two lines for each of its tries
+    from httpx2 import HTTPError
+    from huggingface_hub import get_session, snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -55,6 +58,9 @@ def _fetch(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    hooks = get_session().event_hooks["request"]
+    if _in_time not in hooks:
+        hooks.append(_in_time)
     try:
         for weights in WEIGHT_FILES:
             wanted = [*SMALL_FILES, weights]
@@ -65,14 +71,34 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise BadCheckpoint(f"{name} has no revision {revision}: check MODEL_REVISION") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadCheckpoint(f"{name} is no folder here and no public repository on the hub: check MODEL") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OSError) as error:
+        cause = (error.__cause__ or error) if isinstance(error, LocalEntryNotFoundError) else error
+        if isinstance(cause, OfflineModeIsEnabled):
+            raise BadCheckpoint(
+                f"{name} is no folder here, not in the hub's cache, and HF_HUB_OFFLINE is set: fetch it once online"
+            ) from error
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+            if status >= 500 or status in (408, 429):
+                raise HubAway(
+                    f"{name} is not fetched yet, and the hub is overloaded (HTTP {status}): try later"
+                ) from error
+        elif isinstance(cause, HTTPError):
+            reason = " ".join(str(cause).split())[:200] or type(cause).__name__
+            raise HubAway(f"{name} is not fetched yet, and the hub is out of reach ({reason}): try later") from error
+        reason = " ".join(str(cause).split())[:200]
         raise BadCheckpoint(
-            f"{name} is no folder here, not in the hub's cache, and the hub is out of reach: fetch it once while online"
+            f"{name} could not be fetched from the hub ({reason}): see to that and try again"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadCheckpoint(f"{name} could not be fetched from the hub ({reason}): try again") from error
     return folder
+
+
+def _in_time(request: Any) -> None:
+    """What the client would ask without a limit of time: a hub that accepts and stays silent is away."""
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+
+    given = request.extensions["timeout"]
+    request.extensions["timeout"] = {of: HF_HUB_ETAG_TIMEOUT if s is None else s for of, s in given.items()}
 
 
 def _checked(folder: Path) -> Path:

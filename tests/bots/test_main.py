@@ -292,6 +292,28 @@ async def test_a_signal_while_the_model_is_fetched_ends_it(
     assert process.returncode == code and b"Traceback" not in errors and b"http" not in errors, errors.decode()
 
 
+async def test_a_hub_that_is_away_is_waited_for_by_run_and_said_by_others(tmp_path: Path) -> None:
+    files = {file: (EMBEDDED / file).read_bytes() for file in ("config.json", "tokenizer.json", "model.safetensors")}
+    (tmp_path / "talks.jsonl").write_text('["hi", "hello"]\n')
+    with hub(files) as address:
+        Hub.trouble = "503"
+        settings = {"MODEL": "some/model", "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "WEB_PORT": "0"}
+        settings |= {"ENGINE": "inprocess", "HF_HUB_DISABLE_XET": "1"}
+        for command in (("chat",), ("finetune", "talks.jsonl", "mine")):
+            code, output, errors = await palaver(tmp_path, *command, **settings)
+            assert code == 75 and output == "" and errors.splitlines()[-1].endswith("overloaded (HTTP 503): try later")
+        process = await start(tmp_path, "run", **settings)
+        assert process.stdout and process.stderr
+        async with asyncio.timeout(PATIENCE):
+            while b"HTTP 503): try later; waiting for it" not in (line := await process.stderr.readline()):
+                assert line
+            Hub.trouble = ""
+            assert b"Palaver talks at" in await process.stdout.readline()
+            process.terminate()
+            await process.communicate()
+    assert process.returncode == 0
+
+
 async def test_an_engine_that_comes_back_with_another_model_ends_it_and_the_next_start_answers(
     tmp_path: Path, browser: aiohttp.ClientSession
 ) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import http.server
 import json
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +23,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     fetched: ClassVar[list[str]] = []
     drip: ClassVar[float] = 0.0
     """Seconds between two pieces of a file."""
+    trouble: ClassVar[str] = ""
+    """What it does instead: answer with this status, fall "silent", or "break" off in a file."""
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
@@ -30,6 +34,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         path = self.path.split("?")[0].strip("/")
+        if self.trouble.isdigit():
+            return self._fail(int(self.trouble), "")
+        if self.trouble == "silent":
+            self.rfile.read(1)  # until who asked has gone
+            return None
         if path in (f"api/models/some/model/revision/{r}" for r in ("main", "v2", COMMIT)):
             siblings = [{"rfilename": name} for name in self.files]
             return self._send(json.dumps({"id": "some/model", "sha": COMMIT, "siblings": siblings}).encode(), with_body)
@@ -45,15 +54,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if name in self.files:
             if with_body:
                 self.fetched.append(name)
-            return self._send(self.files[name], with_body)
+            return self._send(self.files[name], with_body, self.trouble == "break")
         return self._fail(404, "EntryNotFound" if path.startswith("some/model") else "RepoNotFound")
 
-    def _send(self, body: bytes, with_body: bool) -> None:
+    def _send(self, body: bytes, with_body: bool, breaks: bool = False) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
+        if breaks and with_body:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            return
         step = 1000 if self.drip else len(body) or 1
         with contextlib.suppress(OSError):  # who asked has gone
             for at in range(0, len(body) if with_body else 0, step):
@@ -72,7 +85,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def hub(files: dict[str, bytes], drip: float = 0.0) -> Iterator[str]:
     """Its address. What it was asked for stands in Hub.fetched."""
-    Hub.files, Hub.fetched, Hub.drip = files, [], drip
+    Hub.files, Hub.fetched, Hub.drip, Hub.trouble = files, [], drip, ""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever)

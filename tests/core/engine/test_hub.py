@@ -26,9 +26,10 @@ def hub(tmp_path: Path) -> Iterator[Callable[..., str]]:
 
         def ask(name: str, revision: str | None = None, **environment: str) -> str:
             code = (
-                "import sys; from core.engine.base import BadCheckpoint; from core.engine.hub import resolve\n"
+                "import sys; from core.engine.base import BadCheckpoint, HubAway; from core.engine.hub import resolve\n"
                 "try: print(resolve(sys.argv[1], sys.argv[2] or None))\n"
                 "except BadCheckpoint as error: print('bad:', error)\n"
+                "except HubAway as error: print('away:', error)\n"
                 "assert 'torch' not in sys.modules"
             )
             settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -40,6 +41,7 @@ def hub(tmp_path: Path) -> Iterator[Callable[..., str]]:
                 timeout=120,
                 check=True,
             )
+            assert "Traceback" not in ran.stderr and "Retrying" not in ran.stderr
             return ran.stdout.strip()
 
         yield ask
@@ -65,10 +67,25 @@ def test_a_repository_with_bin_files_only(hub: Callable[..., str]) -> None:
 def test_what_is_not_there_is_one_line(hub: Callable[..., str]) -> None:
     assert hub("some/model", "v9") == "bad: some/model has no revision v9: check MODEL_REVISION"
     assert hub("no/model") == "bad: no/model is no folder here and no public repository on the hub: check MODEL"
-    assert "fetch it once while online" in hub("some/model", HF_HUB_OFFLINE="1")
-    assert "is out of reach" in hub("some/model", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "HF_HUB_OFFLINE is set: fetch it once online" in hub("some/model", HF_HUB_OFFLINE="1")
     Hub.files = {"README.md": b"no model"}
     assert "has no config.json" in hub("some/model")
+
+
+@pytest.mark.parametrize("trouble", ["429", "503", "silent", "break"])
+def test_a_hub_in_trouble_is_away_and_a_model_in_the_cache_serves(hub: Callable[..., str], trouble: str) -> None:
+    Hub.files, Hub.trouble = {"config.json": b"{}", "model.safetensors": b"s" * 99}, trouble
+    said = hub("some/model", HF_HUB_ETAG_TIMEOUT="1")
+    why = f"overloaded (HTTP {trouble})" if trouble.isdigit() else "out of reach ("
+    assert said.startswith(f"away: some/model is not fetched yet, and the hub is {why}") and said.endswith("try later")
+    Hub.trouble = ""
+    folder = hub("some/model")
+    Hub.trouble = trouble
+    assert hub("some/model", HF_HUB_ETAG_TIMEOUT="1") == folder
+
+
+def test_a_hub_that_is_not_there_is_away(hub: Callable[..., str]) -> None:
+    assert "is out of reach" in hub("some/model", HF_ENDPOINT="http://127.0.0.1:9")
 
 
 def test_local_names(tmp_path: Path) -> None:
