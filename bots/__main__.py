@@ -87,9 +87,12 @@ def chat() -> None:
     from bots.console import ConsoleBot
 
     (settings,) = _settings(Settings)
+    bot = ConsoleBot(settings.queue.deadline + 15)
     if "log_level" not in settings.model_fields_set:
         logging.getLogger().setLevel(logging.WARNING)
-    raise typer.Exit(_go(_serve(settings, [ConsoleBot(settings.queue.deadline + 15)])))
+        if bot.at_terminal and settings.engine in ("process", "inprocess"):
+            print(f"loading {settings.model} …", file=sys.stderr, flush=True)
+    raise typer.Exit(_go(_serve(settings, [bot])))
 
 
 @cli.command()

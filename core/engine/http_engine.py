@@ -373,8 +373,8 @@ async def spawn_engine(settings: Settings) -> HttpEngine:
 
     What must be fetched from the hub is fetched here, where the terminal is: the child needs no network.
     """
-    folder = await asyncio.to_thread(resolve, settings.model, settings.model_revision or None)
     log.info("loading %s …", settings.model)
+    folder = await asyncio.to_thread(resolve, settings.model, settings.model_revision or None)
     process = EngineProcess(
         settings.model,
         {

@@ -86,10 +86,10 @@ async def test_a_reader_that_leaves_ends_it(tmp_path: Path) -> None:
 class Terminal:
     """Both ends of a pseudo terminal and the program between them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: str) -> None:
         self.mine, theirs = pty.openpty()
         self.process = subprocess.Popen(
-            command("chat"), cwd=folder, env=environment(), stdin=theirs, stdout=theirs, stderr=theirs
+            command("chat"), cwd=folder, env=environment(**settings), stdin=theirs, stdout=theirs, stderr=theirs
         )
         os.close(theirs)
         self.seen = ""
@@ -113,11 +113,11 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Callable[[], Terminal]]:
+def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def start() -> Terminal:
-        opened.append(Terminal(tmp_path))
+    def start(**settings: str) -> Terminal:
+        opened.append(Terminal(tmp_path, **settings))
         return opened[-1]
 
     yield start
@@ -150,6 +150,12 @@ async def test_a_person_leaves(terminal: Callable[[], Terminal], end: str | sign
     else:
         window.process.send_signal(end)
     assert await window.ends() == 0
+
+
+async def test_a_person_sees_that_a_model_loads(terminal: Callable[..., Terminal]) -> None:
+    window = terminal(ENGINE="process", MODEL="./nowhere")
+    await window.shows("loading ./nowhere …")
+    assert await window.ends() == 78
 
 
 async def test_a_person_is_remembered_and_a_script_is_not() -> None:
