@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 ENV_FILE = ".env"
 JOURNALS = ("sqlite", "sqlite+aiosqlite", "postgres", "postgresql", "postgresql+asyncpg")
 SECRET = (SecretStr, SecretStr | None)
+OTHERS = re.compile(r"HF_\w+|(HTTPS?|ALL|NO)_PROXY|SSL_CERT_(FILE|DIR)", re.IGNORECASE)
+"""What libraries read from the environment alone."""
 GroupT = TypeVar("GroupT", bound="Group")
 _NESTED = ConfigDict(frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -229,8 +231,12 @@ def _has_port(url: str) -> bool:
 
 
 def read(*groups: type[GroupT]) -> list[GroupT]:
-    """One instance of each group. Raises WrongSettings with the mistakes of all of them."""
+    """One instance of each group; what .env says to libraries goes into the environment. Raises WrongSettings with the
+    mistakes of all groups."""
     found, lines = [], _misspelt(groups)  # raises when .env cannot be read at all
+    for name, value in _dotenv().items():
+        if value and OTHERS.fullmatch(name):
+            os.environ.setdefault(name, value)
     for group in groups:
         try:
             found.append(group())

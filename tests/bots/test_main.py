@@ -149,6 +149,12 @@ async def test_a_platform_out_of_reach_is_a_line_and_no_failure_when_stopped(tmp
     assert b"Discord is out of reach: Cannot connect to host 127.0.0.1:9" in line
 
 
+async def test_the_file_speaks_to_the_hub_too(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("HF_HUB_OFFLINE=1\nHF_HOME=hf\n")
+    code, _, errors = await palaver(tmp_path, "chat", ENGINE="inprocess", MODEL="some/model", HF_HOME="other")
+    assert code == 78 and "HF_HUB_OFFLINE is set" in errors and not (tmp_path / "hf").exists()
+
+
 async def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     code, _, errors = await palaver(tmp_path, "run", ENGINE="inprocess", MODEL=str(tmp_path / "nothing"))
     assert code == 78 and errors.splitlines()[-1].startswith("MODEL: ") and "Traceback" not in errors
