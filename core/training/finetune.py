@@ -7,6 +7,7 @@ stopped in between or not; not with `minutes`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from itertools import count
@@ -36,7 +38,7 @@ from core.training.datasets import BadData, Example, Tally, batches, encode, rea
 from core.training.muon import Muon
 from core.training.outcome import plot, save, write_card
 
-CHECKPOINT, HALF_DONE, NOTES = "checkpoint.pt", "checkpoint.tmp", "progress.json"
+CHECKPOINT, HALF_DONE, NOTES, LOCK = "checkpoint.pt", "checkpoint.tmp", "progress.json", ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,22 +135,34 @@ def finetune(
         talks = [talk for index, talk in enumerate(talks) if index % 50]
     if not talks or not held_back:
         raise BadData(f"{valid if valid and talks else data} holds too few dialogues to learn from: write one a line")
-    out.mkdir(parents=True, exist_ok=True)
     examples, measured = ([example for talk in some for example in talk] for some in (talks, held_back))
-    trainer = Trainer(model, examples, measured, recipe, out, quiet=quiet)
-    progress = trainer.progress
-    progress.dialogues, progress.held_out = len(talks), len(held_back)
-    if trainer.finished:
-        say(f"{out} is already finished, nothing was trained: more epochs or minutes go on")
-    else:
-        trainer.run()
-    try:
-        save(model, folder, out)
-        plot(progress, out / "losses.png")
-        write_card(out / "README.md", model, recipe, progress)
-    except (OSError, SafetensorError) as error:
-        raise _unwritten(out, error) from error
+    with _held(out):
+        trainer = Trainer(model, examples, measured, recipe, out, quiet=quiet)
+        progress = trainer.progress
+        progress.dialogues, progress.held_out = len(talks), len(held_back)
+        if trainer.finished:
+            say(f"{out} is already finished, nothing was trained: more epochs or minutes go on")
+        else:
+            trainer.run()
+        try:
+            save(model, folder, out)
+            plot(progress, out / "losses.png")
+            write_card(out / "README.md", model, recipe, progress)
+        except (OSError, SafetensorError) as error:
+            raise _unwritten(out, error) from error
     return progress
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Make `out` if need be; nobody else trains in it meanwhile, or BadData is raised."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadData(f"{out} is being trained by another process: wait for it, or name another folder") from None
+        yield
 
 
 def _spare(out: Path, base: Path) -> None:
@@ -158,7 +172,7 @@ def _spare(out: Path, base: Path) -> None:
     if out.samefile(base):
         raise BadData(f"{out} is the model to begin with: name another folder for the new one")
     names = {path.name for path in out.iterdir()}
-    others = sorted(names - {HALF_DONE, NOTES})
+    others = sorted(names - {HALF_DONE, NOTES, LOCK})
     if others and CHECKPOINT not in names:
         raise BadData(f"{out} holds {others[0]} and no run to go on with: name a new folder")
 

@@ -241,6 +241,16 @@ def test_other_peoples_folders_are_left_alone(folder: Path) -> None:
         finetune(folder / "talk.tsv", base, base, recipe=recipe())
 
 
+def test_nobody_trains_where_another_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train() -> None:
+        base = micro(Tokenizer.load(folder))
+        finetune(folder / "talk.tsv", folder / "out", base, tokenizer_folder=folder, recipe=recipe(), quiet=True)
+
+    monkeypatch.setattr(Trainer, "run", lambda _: train())
+    with pytest.raises(BadData, match="out is being trained by another process: wait for it"):
+        train()
+
+
 def test_a_full_disk_leaves_what_was_saved(folder: Path) -> None:
     make_trainer(folder, epochs=1).run()
     more = make_trainer(folder, epochs=2)
