@@ -42,8 +42,8 @@ class ConsoleBot:
 
     async def serve(self, chat: Chat) -> None:
         """Returns at the end of the input or at /quit. Raises Unservable when nothing can be shown."""
-        self._show(f"{WELCOME}\n> " if self.at_terminal else "")
         try:
+            self._show(f"{WELCOME}\n> " if self.at_terminal else "")
             async for line in read_lines():
                 if line == "/quit":
                     break

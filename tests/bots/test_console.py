@@ -83,6 +83,22 @@ async def test_a_reader_that_leaves_ends_it(tmp_path: Path) -> None:
     assert (process.returncode, output, errors) == (0, b"Hello\n", b"")
 
 
+async def test_a_welcome_that_cannot_be_written_ends_it(tmp_path: Path) -> None:
+    mine, theirs = pty.openpty()
+    full = os.open("/dev/full", os.O_WRONLY)
+    process = await asyncio.create_subprocess_exec(
+        *command("chat"), cwd=tmp_path, env=environment(), stdin=theirs, stdout=full, stderr=-1
+    )
+    try:
+        _, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        for end in (mine, theirs, full):
+            os.close(end)
+    assert process.returncode == 1 and b"standard output cannot be written: No space left on device" in errors
+
+
 class Terminal:
     """Both ends of a pseudo terminal and the program between them."""
 
