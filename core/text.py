@@ -6,6 +6,7 @@ DialoGPT was trained on spaced text, `hi , how are you ?`. `normalise` brings wh
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from functools import cache
@@ -69,8 +70,14 @@ class _Splits(Protocol):
 @cache
 def _tweet_tokenizer() -> _Splits:
     # here and not above: it costs what nobody who only cleans should pay
-    from nltk.tokenize.casual import TweetTokenizer
-
+    homeless = os.path.expanduser("~/") == "~/"
+    if homeless:  # nltk wants a home, at its import alone
+        os.environ["HOME"] = "/"
+    try:
+        from nltk.tokenize.casual import TweetTokenizer
+    finally:
+        if homeless:
+            del os.environ["HOME"]
     tokenizer: _Splits = TweetTokenizer(preserve_case=True, reduce_len=False, strip_handles=False)
     return tokenizer
 

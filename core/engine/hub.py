@@ -49,6 +49,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else two lines for each of its tries
     from httpx2 import HTTPError
     from huggingface_hub import get_session, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -58,6 +59,8 @@ def _fetch(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    if HF_HUB_CACHE.startswith("~"):
+        raise BadCheckpoint(f"{name} has no place to be kept in: set HOME or HF_HOME")
     hooks = get_session().event_hooks["request"]
     if _in_time not in hooks:
         hooks.append(_in_time)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 import unicodedata
 
@@ -41,6 +44,19 @@ SPACED = st.lists(
 )
 def test_typed_text_becomes_spaced(typed: str, spaced: str) -> None:
     assert normalise(typed) == spaced
+
+
+def test_no_home_is_needed() -> None:
+    """As for a user without an entry in /etc/passwd and without HOME."""
+    code = (
+        "import os, pwd\n"
+        "pwd.getpwuid = {}.__getitem__\n"
+        "from core.text import normalise\n"
+        "print(normalise('hi!'), os.environ.get('HOME'))"
+    )
+    homeless = {name: value for name, value in os.environ.items() if name != "HOME"}
+    ran = subprocess.run([sys.executable, "-c", code], env=homeless, capture_output=True, text=True, check=True)
+    assert ran.stdout == "hi ! None\n"
 
 
 @pytest.mark.parametrize(

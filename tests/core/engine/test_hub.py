@@ -88,6 +88,12 @@ def test_a_hub_that_is_not_there_is_away(hub: Callable[..., str]) -> None:
     assert "is out of reach" in hub("some/model", HF_ENDPOINT="http://127.0.0.1:9")
 
 
+def test_without_a_home_one_must_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    with pytest.raises(BadCheckpoint, match="some/model has no place to be kept in: set HOME or HF_HOME"):
+        resolve("some/model")
+
+
 def test_local_names(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve(tmp_path) == resolve(str(tmp_path)) == tmp_path
