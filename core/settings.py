@@ -187,7 +187,7 @@ class Settings(Group):
         examples=[10],
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="debug, info, warning or error", examples=["info"]
+        "info", description="how much is logged: debug, info, warning or error", examples=["info"]
     )
 
     @field_validator("database_url")
@@ -205,6 +205,12 @@ class Settings(Group):
         if not scheme.startswith("sqlite") and not _has_port(url.get_secret_value().strip()):
             raise ValueError("has a port that is no number up to 65535")
         return SecretStr(url.get_secret_value().strip())
+
+    @field_validator("device", "dtype", "engine", "log_level", mode="before")
+    @classmethod
+    def _in_any_case(cls, value: object) -> object:
+        """Words; an address stays as it is."""
+        return value.lower() if isinstance(value, str) and re.fullmatch(r"\w+(:\d+)?", value) else value
 
     @field_validator("device")
     @classmethod

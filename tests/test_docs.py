@@ -30,8 +30,9 @@ def env_example() -> str:
     for title, group in GROUPS.items():
         lines += ["", f"# {title}"]
         for name, default, example, about in variables(group):
+            first = about[:1] if default and about.startswith(default) else about[:1].upper()
             lines += [
-                f"# {about[:1].upper()}{about[1:]}" + (f" (default {default})" if default else ""),
+                f"# {first}{about[1:]}" + (f" (default {default})" if default else ""),
                 f"#{name}={example}",
             ]
     return "\n".join(lines) + "\n"

@@ -122,6 +122,16 @@ def test_a_strange_field_of_an_object_is_a_mistake(monkeypatch: pytest.MonkeyPat
     ]
 
 
+def test_words_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("DEVICE", "CUDA:0"), ("DTYPE", "Float32"), ("ENGINE", "InProcess"), ("LOG_LEVEL", "WARNING")):
+        monkeypatch.setenv(name, value)
+    (settings,) = read(Settings)
+    assert (settings.device, settings.dtype, settings.engine) == ("cuda:0", "float32", "inprocess")
+    assert settings.log_level == "warning"
+    monkeypatch.setenv("ENGINE", "unix:/tmp/Engine")
+    assert read(Settings)[0].engine == "unix:/tmp/Engine"
+
+
 def test_addresses_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATABASE_URL", " sqlite:////data/palaver.db\n")
     monkeypatch.setenv("ENGINE", "http://engine:8000/")
