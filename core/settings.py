@@ -314,7 +314,11 @@ def _misspelt(groups: tuple[type[GroupT], ...]) -> list[str]:
     inner = [(name.upper(), key) for name, value in given.items() if name.upper() in nested for key in _keys(value)]
     lines += [f"{name}: its fields are in small letters, not {key}" for name, key in inner if key != key.lower()]
     for name in {*map(str.upper, given), *(f"{name}__{key.upper()}" for name, key in inner)}:
-        near = _near(name, known, 0.85)
+        near = _near(name, known, 0.85) or [
+            short  # of which one wrong letter is a larger part
+            for short in _near(name, known, 0.8)
+            if (len(short), short[0]) == (len(name), name[0])
+        ]
         if name not in ours and (near or name.split("__")[0] in nested):
             lines.append(f"{name}: is no setting" + (f"; did you mean {near[0]}?" if near else ""))
     for name in {name.upper() for name in os.environ} - ours:  # others set variables too: no mistake, but worth a word

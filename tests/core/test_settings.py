@@ -85,6 +85,23 @@ def test_a_misspelt_name_is_a_mistake(empty_house: Path, monkeypatch: pytest.Mon
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("MODLE", "MODEL"), ("MIDEL", "MODEL"), ("GRAEC", "GRACE"), ("DEIVCE", "DEVICE"), ("DTYEP", "DTYPE")],
+)
+def test_a_slip_in_a_short_name_is_a_mistake(empty_house: Path, name: str, meant: str) -> None:
+    (empty_house / ".env").write_text(f"{name}=x\n")
+    assert mistakes(Settings) == [f"{name}: is no setting; did you mean {meant}?"]
+
+
+def test_names_of_others_are_no_slips(empty_house: Path) -> None:
+    others = (
+        "HOME PATH NODE_ENV MODEL_NAME PORT DATABASE DATABASE_HOST DATABASE_PORT DEVICE_ID TRACE WEBHOOK_PORT QUEUE_URL"
+    )
+    (empty_house / ".env").write_text("".join(f"{name}=x\n" for name in others.split()))
+    read(Settings)
+
+
 def test_only_a_secret_has_a_file(
     empty_house: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
