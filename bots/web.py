@@ -95,6 +95,14 @@ class WebSettings(Group):
         "", description="how browsers reach the page, behind a reverse proxy", examples=["https://chat.example.com"]
     )
 
+    @field_validator("web_host")
+    @classmethod
+    def _a_host(cls, value: str) -> str:
+        with contextlib.suppress(ValueError):
+            if re.fullmatch(r"[\w.-]+", value) or ip_address(value):
+                return value
+        raise ValueError("must be an address or a name alone: no http://, no brackets, and the port is WEB_PORT's")
+
     @field_validator("web_origin")
     @classmethod
     def _an_origin(cls, value: str) -> str:
