@@ -245,6 +245,24 @@ async def test_a_signal_while_the_model_loads_ends_it(tmp_path: Path, name: sign
     assert not any(Path(f"/proc/{pid}").exists() for pid in engines)
 
 
+async def test_ctrl_c_while_it_is_imported_ends_it() -> None:
+    code = """
+import sys
+import bots
+
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, CtrlC())
+bots.main()
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
+    _, errors = await asyncio.wait_for(process.communicate(), PATIENCE)
+    assert (process.returncode, errors) == (130, b"")
+
+
 def engine_of(folder: Path) -> list[int]:
     """Processes that serve an engine for bots in the folder."""
     found = []
