@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
@@ -20,7 +20,13 @@ from urllib.parse import urlsplit
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from core.engine.base import SamplingParams
 
@@ -83,15 +89,20 @@ def _dotenv() -> dict[str, str | None]:
     wrong = [line.original for line in parsed if line.error or (line.key and line.value is None)]
     if lines := [bad.line + len(bad.string) - len(bad.string.lstrip("\n")) for bad in wrong]:
         raise WrongSettings([f"{ENV_FILE}: line {number} is not NAME=value" for number in lines])
-    return dotenv_values(stream=StringIO(text))
+    return dotenv_values(stream=StringIO(text), interpolate=False)
+
+
+class _Dotenv(EnvSettingsSource):
+    """The file as it stands: ${ in a password is no variable."""
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return {name.lower(): value for name, value in _dotenv().items() if value}
 
 
 class Group(BaseSettings):
     """What a room or a bot wants set. Field names in capitals are the variables; nested fields join with __."""
 
     model_config = SettingsConfigDict(
-        env_file=ENV_FILE,
-        env_file_encoding="utf-8",
         env_nested_delimiter="__",
         env_ignore_empty=True,
         extra="ignore",
@@ -109,7 +120,7 @@ class Group(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, _Files(settings_cls), env_settings, dotenv_settings
+        return init_settings, _Files(settings_cls), env_settings, _Dotenv(settings_cls)
 
 
 class QueueLimits(BaseModel):

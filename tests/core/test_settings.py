@@ -164,6 +164,12 @@ def test_the_environment_goes_before_the_file(empty_house: Path, monkeypatch: py
     assert (settings.history_tokens, settings.queue.total, settings.model) == (32, 7, "embedded")
 
 
+def test_the_file_is_taken_as_it_stands(empty_house: Path) -> None:
+    (empty_house / ".env").write_text("SOME_TOKEN=pa${HOME}ss\n")
+    (tokens,) = read(Tokens)
+    assert tokens.some_token is not None and tokens.some_token.get_secret_value() == "pa${HOME}ss"
+
+
 def test_secrets_come_from_credentials_then_files_then_the_environment(
     empty_house: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
