@@ -213,8 +213,11 @@ class Settings(Group):
             raise ValueError(
                 "wants three slashes before a file's name, sqlite:///palaver.db, and four before a path's /"
             )
-        if not scheme.startswith("sqlite") and not _has_port(url.get_secret_value().strip()):
-            raise ValueError("has a port that is no number up to 65535")
+        if not scheme.startswith("sqlite"):
+            if re.match(r"[^:/]*:[^@]*@[^/?]*@", rest):
+                raise ValueError("has an @ in its password, where it must be %40")
+            if not _has_port("//" + rest.rpartition("@")[2]):  # a password may have signs that end a host
+                raise ValueError("has a port that is no number up to 65535")
         return SecretStr(url.get_secret_value().strip())
 
     @field_validator("device", "dtype", "engine", "log_level", mode="before")
@@ -260,9 +263,8 @@ def read(*groups: type[GroupT]) -> list[GroupT]:
         except ValidationError as error:
             lines += _explain(group, error)
         except SettingsError as error:
-            lines.append(
-                f"{_field_in(error)}: is not valid JSON; set its fields one by one, for example {_nested(group)}"
-            )
+            name = _field_in(error)
+            lines.append(f"{name}: is not valid JSON; {_nested(group, name)}")
         except WrongSettings as error:
             lines += error.lines
     if lines:
@@ -297,6 +299,9 @@ def _explain(group: type[BaseSettings], error: ValidationError) -> Iterator[str]
             field, what = what.split(" ", 1)
             path.append(field.upper())
         name = "__".join(path)
+        if mistake["type"] in ("model_type", "dataclass_type"):
+            yield f"{name}: is no object in JSON; {_nested(group, name)}"
+            continue
         example = examples.get(name, "")
         yield f"{name}: {what[:1].lower()}{what[1:]}" + (f"; for example {name}={example}" if example else "")
 
@@ -307,8 +312,9 @@ def _field_in(error: SettingsError) -> str:
     return parts[1].upper() if len(parts) > 1 else ENV_FILE
 
 
-def _nested(group: type[BaseSettings]) -> str:
-    return next((f"{name}={example}" for name, _, example, _ in variables(group) if "__" in name), "NAME=value")
+def _nested(group: type[BaseSettings], above: str) -> str:
+    examples = (f"{name}={example}" for name, _, example, _ in variables(group) if name.startswith(f"{above}__"))
+    return f"set its fields one by one, for example {next(examples, 'NAME=value')}"
 
 
 def _misspelt(groups: tuple[type[GroupT], ...]) -> list[str]:

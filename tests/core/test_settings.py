@@ -45,6 +45,7 @@ def test_without_any_setting_all_is_well() -> None:
         ("DATABASE_URL", "sqlite:///:memory:"),
         ("DATABASE_URL", "sqlite://palaver.db"),
         ("DATABASE_URL", "postgresql://u@h:99999/x"),
+        ("DATABASE_URL", "postgresql://u:p@ss@h/x"),
         ("ENGINE", "http://"),
         ("ENGINE", "http://h:99999"),
         ("ENGINE", "http://[::1"),
@@ -67,6 +68,22 @@ def test_a_wrong_value_is_one_line_with_an_example(name: str, value: str, monkey
     assert (
         line.startswith(f"{name}: ") and f"for example {name}=" in line and value not in line.split("; for")[0].split()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "example"),
+    [
+        ("SAMPLING", "[1]", "SAMPLING__TEMPERATURE=0.4"),
+        ("QUEUE", "5", "QUEUE__PER_CHANNEL=20"),
+        ("QUEUE", "{", "QUEUE__"),
+    ],
+)
+def test_an_object_that_is_none_is_named_by_its_fields(
+    name: str, value: str, example: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    (line,) = mistakes(Settings)
+    assert f"set its fields one by one, for example {example}" in line and line.startswith(f"{name}: is no")
 
 
 def test_all_mistakes_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +170,9 @@ def test_addresses_as_people_write_them(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("DATABASE_URL", " sqlite:////data/palaver.db\n")
     monkeypatch.setenv("ENGINE", "http://engine:8000/")
     (settings,) = read(Settings)
+    for address in ("postgresql://u:pa#s/s@h/x", "postgresql://u@there:p@h:5432/x", "postgresql://u:p@/x?host=/tmp/@"):
+        monkeypatch.setenv("DATABASE_URL", address)
+        assert read(Settings)[0].database_url.get_secret_value() == address
     assert settings.database_url.get_secret_value() == "sqlite:////data/palaver.db"
     assert settings.engine == "http://engine:8000"
 
