@@ -106,6 +106,8 @@ async def migrate(url: URL, progress: Callable[[str], None]) -> None:
         if isinstance(where, tuple):
             where = ", ".join(where)
         line = f"the journal cannot be opened at {where}: {busy(error) or error}"
+        if getattr(getattr(error, "orig", None), "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
+            line = f"{where} cannot be written; give it to who runs palaver"
         raise (JournalError if file_of(url) or not away(error) else JournalBusy)(line) from error
     finally:
         await database.dispose()
@@ -123,6 +125,7 @@ def _upgrade(connection: Connection, progress: Callable[[str], None]) -> None:
     if tables:
         progress("the journal is checked for migrations")
     command.upgrade(config, "head")
+    connection.execute(text("UPDATE alembic_version SET version_num = '' WHERE 1 = 0"))  # may we write?
 
 
 def parts(file: Path) -> list[Path]:

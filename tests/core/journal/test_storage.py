@@ -675,18 +675,29 @@ async def test_a_copy_takes_nothing_elses_place(file: Path, tmp_path: Path) -> N
     assert notes.read_text() == "mine" and pipe.is_fifo() and ids(file) == ["1"]
 
 
+def opened_by_nobody_special(file: Path) -> str:
+    """What is said when who opens the journal may do what its files' modes say, and no more."""
+    opens = "from core.journal.journal import open_journal as o; import asyncio, sys; asyncio.run(o(sys.argv[1]))"
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    command = [*(drop if os.geteuid() == 0 else []), sys.executable, "-c", opens, url_of(file)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stderr
+
+
 async def test_copies_that_cannot_be_read_are_not_taken_for_none(file: Path) -> None:
     await filled(file, "1")
     file.unlink()
-    opens = "from core.journal.journal import open_journal as o; import asyncio, sys; asyncio.run(o(sys.argv[1]))"
     os.chmod(storage.copies(file), 0)
     try:
-        drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
-        command = [*(drop if os.geteuid() == 0 else []), sys.executable, "-c", opens, url_of(file)]
-        done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, cwd=ROOT)
+        errors = opened_by_nobody_special(file)
     finally:
         os.chmod(storage.copies(file), 0o700)
-    assert "give it to who runs palaver" in done.stderr and not file.exists()
+    assert "give it to who runs palaver" in errors and not file.exists()
+
+
+async def test_a_file_that_is_not_ours_to_write_is_refused(file: Path) -> None:
+    await filled(file, "1")
+    os.chmod(file, 0o400)
+    assert f"JournalError: {file} cannot be written; give it to who runs palaver" in opened_by_nobody_special(file)
 
 
 async def test_what_root_makes_beside_a_services_journal_is_the_services(file: Path) -> None:
