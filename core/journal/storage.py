@@ -49,7 +49,7 @@ def prepare(file: Path) -> None:
     missing = not file.exists() or file.stat().st_size == 0
     if missing and _locked(file, "-shm"):
         raise JournalError(
-            f"{file} was deleted under a palaver that runs, which saves what stood in it and ends; try again then"
+            f"{file} was deleted under a process that has it open still; a palaver saves it and ends, so try again then"
         )
     problems = [] if missing else _problems(file)
     if not problems and not missing and (tables := _tables(file)):

@@ -83,7 +83,7 @@ async def test_no_older_copy_takes_the_place_of_a_journal_that_is_gone_under_a_p
             (("journal",), "there is no journal at"),
             (("journal", "backup"), "there is no journal at"),
             (("journal", "restore"), "is in use; stop palaver"),
-            (("run",), "was deleted under a palaver that runs"),
+            (("run",), "was deleted under a process"),
         ):
             code, _, errors = await palaver(tmp_path, *what)
             assert code == 75 and says in errors and not file.exists()
