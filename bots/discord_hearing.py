@@ -39,6 +39,8 @@ CATCH_UP_PAGES = 500
 CATCH_UP_DIRECT = 100
 CATCH_UP_HOURS = 24
 """What was said so long before the newest message of its channel expires; our own clock has no say."""
+EDITED_SECONDS = 300.0
+"""A message that an edit makes one to us is heard when it is no older than that."""
 GUILDS_SECONDS = 10.0
 LATER = 60.0
 """Seconds until a history out of reach is tried again, at most."""
@@ -322,10 +324,15 @@ class Hearing:
             self._inbox.put_nowait(Mark(channel, id))
 
     def _on_edit(self, event: Mapping[str, Any]) -> None:
-        if "content" in event and event.get("edited_timestamp", "?"):  # else its embeds changed
+        edited = event.get("edited_timestamp", "")
+        if "content" in event and edited is not None:  # else its embeds changed
             message = events.read({"author": {"id": 0}, **event}, self._me, "edit", self._roles)
-            if message is not None:
-                self._take(message)
+            if message is None:
+                return
+            late = edited and (datetime.fromisoformat(edited) - message.sent_at).total_seconds() > EDITED_SECONDS
+            if "author" in event and not late and (asked := events.read(event, self._me, roles=self._roles)):
+                self._take(asked)  # it may name us only now; what is stored already is not stored again
+            self._take(message)
 
     def _on_delete(self, event: Mapping[str, Any]) -> None:
         self._take(events.gone(event["channel_id"], event["id"]))

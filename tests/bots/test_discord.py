@@ -347,6 +347,17 @@ async def test_an_edit_that_leaves_no_text_takes_the_message_back(server: Discor
     ]
 
 
+async def test_a_mention_that_is_edited_in_is_heard_once(server: DiscordServer) -> None:
+    ears, general = Ears(), server.channel("general")
+    long_ago = str((int((time.time() - 600) * 1000) - EPOCH_MS) << 22)
+    async with serving(server, ears):
+        said = [server.say(general, "ann", "hi", id=id) for id in (long_ago, server._id())]
+        for id in [*said, said[1]]:
+            server.edit(general, id, f"<@{server.me['id']}> hi there")
+        await until(lambda: len(ears.heard) == 4)
+    assert [(message.kind, message.id) for message in ears.heard if message.kind == "ask"] == [("ask", said[1])]
+
+
 async def test_a_preview_that_appears_is_no_edit(server: DiscordServer) -> None:
     ears, general = Ears(), server.channel("general")
     async with serving(server, ears):

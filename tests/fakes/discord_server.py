@@ -256,6 +256,7 @@ class DiscordServer:
         message = self.find(channel, id)
         assert message is not None
         message |= {"content": text, "edited_timestamp": datetime.now(UTC).isoformat()}
+        message["mentions"] = [self.me] if f"<@{self.me['id']}>" in text else []
         self._publish("MESSAGE_UPDATE", message)
 
     def delete(self, channel: str, id: str) -> None:
