@@ -329,8 +329,8 @@ class Hearing:
             message = events.read({"author": {"id": 0}, **event}, self._me, "edit", self._roles)
             if message is None:
                 return
-            late = edited and (datetime.fromisoformat(edited) - message.sent_at).total_seconds() > EDITED_SECONDS
-            if "author" in event and not late and (asked := events.read(event, self._me, roles=self._roles)):
+            soon = edited and (datetime.fromisoformat(edited) - message.sent_at).total_seconds() < EDITED_SECONDS
+            if soon and "author" in event and (asked := events.read(event, self._me, roles=self._roles)):
                 self._take(asked)  # it may name us only now; what is stored already is not stored again
             self._take(message)
 
