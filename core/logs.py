@@ -47,12 +47,13 @@ class Redacting(logging.Formatter):
 
 
 def announce(log: logging.Logger, line: str) -> None:
-    """To standard output, for scripts, and to the log."""
+    """To standard output, for scripts, and to the log; once where a person sees both."""
     try:
         print(line, flush=True)
     except OSError:  # nobody reads it, or the disk is full; what its buffer holds must not fail once more at the exit
         sys.stdout = None
-    log.info("%s", line)
+    if not all(stream and stream.isatty() for stream in (sys.stdout, sys.stderr)):
+        log.info("%s", line)
 
 
 def set_up(level: str, secrets: Iterable[str] = ()) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 
-from core.logs import Redacting
+import pytest
+
+from core.logs import Redacting, announce
 
 SECRET = "canary-7f3a9b2c"
 TELEGRAM = "123456789:AAEhBOweik6ad9r_QXMENQjcrGbqCr4K-bc"
@@ -35,3 +37,17 @@ def test_a_name_cannot_forge_a_line() -> None:
 
 def test_a_traceback_cannot_forge_a_line() -> None:
     assert all(rest.startswith("| ") for rest in line("x", error=True).splitlines()[1:])
+
+
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_who_sees_both_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    at_terminal: bool,
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: at_terminal)
+    with caplog.at_level("INFO"):
+        announce(logging.getLogger("palaver"), "ready")
+    assert capsys.readouterr().out == "ready\n" and caplog.messages == ([] if at_terminal else ["ready"])
