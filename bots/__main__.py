@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from importlib.util import find_spec
 from io import TextIOWrapper
 from pathlib import Path
@@ -46,10 +47,23 @@ cli = typer.Typer(
     rich_markup_mode="markdown",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 journal_cli = typer.Typer(help="The journal, where every message and reply stands: counts, exports, copies, checks.")
 cli.add_typer(journal_cli, name="journal")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"palaver {version('palaver')}")
+        raise typer.Exit
+
+
+@cli.callback()
+def options(
+    _: Annotated[bool, typer.Option("--version", help="which Palaver this is", callback=_show_version)] = False,
+) -> None: ...
 
 
 @cli.command()
@@ -82,7 +96,7 @@ def chat() -> None:
 
     /reset starts anew, /quit ends. At the terminal, the conversation goes on where it ended last time; piped input is
     a conversation of its own each time, so that a script gives the same again (with SAMPLING__SEED set). A line with
-    nothing to answer, blank or only emoji, gets a blank line.
+    nothing to answer, blank or without a word, gets a blank line.
     """
     from bots.console import ConsoleBot
 
@@ -135,7 +149,9 @@ def finetune(
     """
     for name in ("torch", "transformers", "matplotlib"):
         if not find_spec(name):
-            _stop([f"palaver finetune needs {name}: in Palaver's folder, pip install '.[train]'"])
+            _stop(
+                [f"palaver finetune needs {name}: in Palaver's folder, {sys.executable} -m pip install -e '.[train]'"]
+            )
     from core.engine import hub
     from core.engine.base import BadCheckpoint, HubAway
     from core.engine.machine import cores
@@ -168,8 +184,9 @@ def finetune(
     except OSError as error:
         _stop([f"{error.filename}: {error.strerror}" if error.filename else str(error)])
     except KeyboardInterrupt as stopped:
+        saved = (out / "checkpoint.pt").is_file()
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"stopped; the same command goes on where {out} stands", file=sys.stderr)
+            print(f"stopped; the same command goes on where {out} stands" if saved else "stopped", file=sys.stderr)
         raise typer.Exit(128 + (stopped.args or [signal.SIGINT])[0]) from None
     print(f"{summary(progress)}\ntalk to it: MODEL={out} palaver chat")
     if not progress.valid[-1][1] < progress.valid[0][1]:

@@ -12,6 +12,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from pathlib import Path
 
 import aiohttp
@@ -165,6 +166,12 @@ def test_help_says_something(arguments: tuple[str, ...]) -> None:
     said = CliRunner().invoke(cli, [*arguments, "--help"], prog_name="palaver", env={"TERM": "dumb"})
     assert said.exit_code == 0 and "Usage: palaver" in said.stdout and said.stderr == ""
     assert len(said.stdout.splitlines()) > 8
+
+
+def test_short_questions() -> None:
+    runner = CliRunner()
+    assert runner.invoke(cli, ["chat", "-h"]).stdout == runner.invoke(cli, ["chat", "--help"]).stdout != ""
+    assert runner.invoke(cli, ["--version"]).stdout == f"palaver {version('palaver')}\n"
 
 
 async def test_the_journal_counts_and_exports(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -56,6 +57,22 @@ async def test_stopped_by_a_signal_it_saves_and_says_how_to_go_on(tmp_path: Path
         assert (tmp_path / out / "checkpoint.pt").is_file()
 
     await asyncio.gather(*map(stop, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
+
+
+async def test_stopped_before_anything_was_saved_it_promises_nothing(tmp_path: Path) -> None:
+    os.mkfifo(talks := tmp_path / "talks.jsonl")
+    process = await start(tmp_path, "finetune", str(talks), "mine")
+    pipe = None
+    async with asyncio.timeout(PATIENCE):
+        while pipe is None:
+            with contextlib.suppress(OSError):  # until it reads
+                pipe = os.open(talks, os.O_WRONLY | os.O_NONBLOCK)
+            assert process.returncode is None
+            await asyncio.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = await process.communicate()
+    os.close(pipe)
+    assert process.returncode == 143 and errors.endswith(b"\nstopped\n"), errors.decode()
 
 
 def test_nohup_is_heeded() -> None:
