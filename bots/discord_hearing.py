@@ -305,7 +305,7 @@ class Hearing:
 
     def _on_thread(self, event: Mapping[str, Any]) -> None:
         """Nothing is said in an archived thread; one that is opened again is new to us since."""
-        if event["thread_metadata"]["archived"]:
+        if (event.get("thread_metadata") or {}).get("archived"):
             self._on_gone(event)
 
     def _on_gone(self, event: Mapping[str, Any]) -> None:
