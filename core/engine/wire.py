@@ -21,6 +21,7 @@ from core.engine.base import (
     EngineClosed,
     EngineError,
     Failed,
+    HubAway,
     ModelInfo,
     OtherModel,
     PromptTooLong,
@@ -35,6 +36,7 @@ STATUS: dict[type[EngineError], int] = {
     Cancelled: 504,
     OtherModel: 409,
     BadCheckpoint: 500,
+    HubAway: 503,
     Failed: 500,
 }
 """Every refusal and its HTTP status. The name in the body decides; the status is for those who only see that."""
