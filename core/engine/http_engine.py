@@ -369,7 +369,7 @@ async def connect_engine(address: str, patience: float = PATIENCE) -> HttpEngine
 
 
 async def spawn_engine(settings: Settings) -> HttpEngine:
-    """An engine in a child process with the model of `settings`. Raises BadCheckpoint or EngineClosed.
+    """An engine in a child process with the model of `settings`. Raises BadCheckpoint, HubAway or EngineClosed.
 
     What must be fetched from the hub is fetched here, where the terminal is: the child needs no network.
     """

@@ -243,7 +243,7 @@ def _bind_unix(path: Path) -> socket.socket:
 async def open_local(kind: str, model: str, revision: str, device: str, dtype: str, threads: int) -> Engine:
     """The engine in this process: an echo with the model's tokenizer where `kind` says so, else torch.
 
-    Raises BadCheckpoint, or EngineClosed where torch is not installed.
+    Raises BadCheckpoint, HubAway, or EngineClosed where torch is not installed.
     """
     if kind == "echo":
         from core.engine.echo_engine import EchoEngine

@@ -113,7 +113,7 @@ def finetune(
     `valid`: dialogues to measure on; without it every 50th of `data` is kept back. The tokenizer comes from
     `tokenizer_folder`, by default the base's own folder. Stopped, also by Ctrl-C, the same call goes on where it was.
     Unless `quiet`, what was split or left out goes to standard error.
-    Raises BadData, BadCheckpoint, OSError.
+    Raises BadData, BadCheckpoint, HubAway, OSError.
     """
     recipe = recipe or Recipe()
     choose_device(recipe.device)  # a wrong one is told before anything is read
