@@ -134,7 +134,7 @@ def test_interrupted_before_anything_was_measured(run: Run, tmp_path: Path) -> N
         (("--model", "{}/nowhere"), "nowhere/config.json cannot be read"),
         (("--model", "{}/file"), "file/config.json cannot be read"),
         (("--model", "{}/empty"), "empty/config.json cannot be read"),
-        (("--model", "{}/endless"), "eos_token_id None is not in the vocabulary"),
+        (("--model", "{}/endless"), "eos_token_id None is not one id in the vocabulary"),
         (("--model", "{}/short"), "short has 75 positions: name a model with 76 or more"),
         (("--model", "{}/own"), "an output layer of its own"),
         (("--work", "{}/file/x"), "name another folder with --work or --out"),
