@@ -334,6 +334,31 @@ def journal_export(
     raise typer.Exit(code)
 
 
+@journal_cli.command("forget")
+def journal_forget(
+    person: Annotated[str, typer.Argument(help="platform:id of who is to be forgotten, for example discord:123")],
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+) -> None:
+    """Delete what a person said, in every channel, and the replies to it, also while palaver runs.
+
+    Copies made before still have it, and the hourly ones beside the journal for 5 hours more. Exit code 1: the journal
+    has nothing of that person, or it failed.
+    """
+    platform, _, author = person.partition(":")
+    if not (platform and author):
+        _stop([f"a person is written platform:id, for example discord:123, not {person!r}"])
+    if not yes and not typer.confirm(f"Delete all that {person} said?", err=True):
+        raise typer.Exit(1)
+
+    async def forget() -> int:
+        async with _journal() as journal:
+            gone = await journal.forget(platform, author)
+        print(f"{gone} messages deleted" if gone else f"the journal has nothing of {person}", file=sys.stderr)
+        return 0 if gone else 1
+
+    raise typer.Exit(_go(forget()))
+
+
 @journal_cli.command("backup")
 def journal_backup(
     file: Annotated[

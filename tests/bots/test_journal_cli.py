@@ -90,6 +90,21 @@ async def test_no_older_copy_takes_the_place_of_a_journal_that_is_gone_under_a_p
     assert (await palaver(tmp_path, "journal", "restore"))[0] == 0 and said(file) == ["one"]
 
 
+async def test_a_person_is_forgotten_when_that_is_meant(tmp_path: Path) -> None:
+    file = await talked(tmp_path, "one")
+    with contextlib.closing(sqlite3.connect(file)) as opened:
+        [[author]] = opened.execute("SELECT DISTINCT author FROM messages").fetchall()
+    who = f"console:{author}"
+    assert (await palaver(tmp_path, "journal", "forget", who))[0] == 1, "nobody said yes"
+    assert said(file) == ["one"]
+    code, _, errors = await palaver(tmp_path, "journal", "forget", who, "--yes")
+    assert (code, errors) == (0, "1 messages deleted\n") and said(file) == []
+    code, _, errors = await palaver(tmp_path, "journal", "forget", who, "--yes")
+    assert (code, errors) == (1, f"the journal has nothing of {who}\n")
+    code, _, errors = await palaver(tmp_path, "journal", "forget", "somebody", "--yes")
+    assert code == 78 and errors == "a person is written platform:id, for example discord:123, not 'somebody'\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "url", "says"),
     [
