@@ -12,7 +12,7 @@ from playwright.async_api import Browser, async_playwright
 
 from tests.bots.process import ROOT, running
 
-TALK = ["Hi, my name is Mira", "I love the sea", "What is my name?", "And what do I love?", "Tell me a joke"]
+TALK = ["Hi! My name is Mira", "I like music", "What is my name?", "What do I like?", "Tell me a joke"]
 SEED = "7"
 SIZES: dict[str, dict[str, Any]] = {
     "desk": {"viewport": {"width": 1000, "height": 760}},
