@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, select, update
+from sqlalchemy import Connection, and_, case, exists, func, select, update
 
 from core import metrics
 from core.journal import storage
@@ -31,6 +31,8 @@ __all__ = ["Journal", "JournalBusy", "JournalError", "Received", "open_journal"]
 
 log = logging.getLogger(__name__)
 NO_MARKS: Mapping[Channel, str] = {}
+KEPT = case((exists().where(messages.c.id == replies.c.message, messages.c.deleted), ""), else_=replies.c.text)
+"""Of the text of a reply that is settled: nothing, when its question was deleted meanwhile."""
 RECENT = 128
 """Turns of a channel among which a deleted answer is looked for: as many as a prompt holds of short ones."""
 
@@ -371,7 +373,7 @@ class Journal(Upkeep):
 
     async def sent(self, reply: Reply, id: str) -> None:
         """T4: it arrived, as the platform's `id`."""
-        await self._set(reply, state="sent", platform_id=plain(id)[:128])
+        await self._set(reply, state="sent", platform_id=plain(id)[:128], text=KEPT)
 
     async def pending(self, reply: Reply) -> None:
         """It certainly did not arrive."""
@@ -382,7 +384,7 @@ class Journal(Upkeep):
         follow, since it may have arrived."""
         parts = replies.c.part == reply.part if alone else replies.c.part >= reply.part
         gone = update(replies).where(replies.c.message == reply.message, parts, unsettled)
-        gone = gone.values(state="abandoned", note=plain(note)[:500])
+        gone = gone.values(state="abandoned", note=plain(note)[:500], text=KEPT)
         await self._writer.do(lambda connection: connection.execute(gone))
 
     async def _set(self, reply: Reply, **values: Any) -> bool:

@@ -209,6 +209,16 @@ async def test_of_what_was_deleted_nothing_is_kept(journal: Journal) -> None:
     assert [tuple(row) for row in await journal._read(kept)] == [("", "", "", "")]
 
 
+async def test_of_what_was_deleted_while_its_answer_was_on_its_way_nothing_is_kept_either(journal: Journal) -> None:
+    for id in ("1", "2"):
+        (reply,) = await answered(journal, id)
+        await journal.begin_send(reply)
+        await journal.receive(message(id, kind="delete"), deadline=60)
+        await (journal.sent(reply, "77") if id == "1" else journal.abandon(reply, "no"))
+    kept = select(replies.c.state, replies.c.text).order_by(replies.c.id)
+    assert [tuple(row) for row in await journal._read(kept)] == [("sent", ""), ("abandoned", "")]
+
+
 async def test_an_answer_that_was_deleted_is_in_no_history(journal: Journal) -> None:
     for id in ("1", "2"):
         (reply,) = await answered(journal, id)
