@@ -56,11 +56,9 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
 
         engine = EchoEngine()
     elif settings.engine == "inprocess":
-        from core.engine.server import open_local
+        from core.engine.server import local_options, open_local
 
-        engine = await open_local(
-            "torch", settings.model, settings.model_revision, settings.device, settings.dtype, settings.threads
-        )
+        engine = await open_local(**local_options(settings))
     elif settings.engine == "process":
         from core.engine.http_engine import spawn_engine
 

@@ -30,6 +30,7 @@ from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelI
 from core.engine.folder import PrivateFolder
 from core.engine.hub import resolve
 from core.engine.process import EngineProcess
+from core.engine.server import local_options
 
 if TYPE_CHECKING:
     from core.settings import Settings
@@ -375,15 +376,5 @@ async def spawn_engine(settings: Settings) -> HttpEngine:
     """
     log.info("loading %s …", settings.model)
     folder = await asyncio.to_thread(resolve, settings.model, settings.model_revision or None)
-    process = EngineProcess(
-        settings.model,
-        {
-            "kind": "torch",
-            "model": str(folder),
-            "revision": "",
-            "device": settings.device,
-            "dtype": settings.dtype,
-            "threads": settings.threads,
-        },
-    )
+    process = EngineProcess(settings.model, local_options(settings) | {"model": str(folder), "revision": ""})
     return await HttpEngine(f"unix:{process.path}", process).open()

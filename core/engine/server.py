@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -240,6 +240,18 @@ def _bind_unix(path: Path) -> socket.socket:
     return sock
 
 
+def local_options(settings: Settings) -> dict[str, Any]:
+    """What `open_local` is told, as JSON."""
+    return {
+        "kind": "echo" if settings.engine == "echo" else "torch",
+        "model": settings.model,
+        "revision": settings.model_revision,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "threads": settings.threads,
+    }
+
+
 async def open_local(kind: str, model: str, revision: str, device: str, dtype: str, threads: int) -> Engine:
     """The engine in this process: an echo with the model's tokenizer where `kind` says so, else torch.
 
@@ -277,16 +289,7 @@ async def serve_engine(settings: Settings, address: str) -> int:
     with bound(address) as sock:
         async with contextlib.AsyncExitStack() as stack, server.listening(sock, settings.grace):
             print(f"loading {settings.model} …", file=sys.stderr, flush=True)
-            opening = asyncio.ensure_future(
-                open_local(
-                    "echo" if settings.engine == "echo" else "torch",
-                    settings.model,
-                    settings.model_revision,
-                    settings.device,
-                    settings.dtype,
-                    settings.threads,
-                )
-            )
+            opening = asyncio.ensure_future(open_local(**local_options(settings)))
             stopped = asyncio.ensure_future(stopping.wait())
             await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not opening.done():
