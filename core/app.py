@@ -56,7 +56,8 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
 
         engine = EchoEngine()
     elif settings.engine == "inprocess":
-        from core.engine.server import local_options, open_local
+        from core.engine.process import local_options
+        from core.engine.server import open_local
 
         engine = await open_local(**local_options(settings))
     elif settings.engine == "process":

@@ -29,8 +29,7 @@ from core.engine import wire
 from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelInfo, OtherModel, SamplingParams
 from core.engine.folder import PrivateFolder
 from core.engine.hub import resolve
-from core.engine.process import EngineProcess
-from core.engine.server import local_options
+from core.engine.process import EngineProcess, local_options
 
 if TYPE_CHECKING:
     from core.settings import Settings

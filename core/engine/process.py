@@ -16,13 +16,16 @@ import sys
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core import metrics
 from core.backoff import backoff
 from core.engine import wire
 from core.engine.base import EngineClosed, EngineError, ModelInfo
 from core.engine.folder import PrivateFolder
+
+if TYPE_CHECKING:
+    from core.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -206,3 +209,15 @@ def _how(returncode: int | None) -> str:
         name = {s.value: s.name for s in signal.Signals}.get(-returncode, f"signal {-returncode}")
         return f"was killed by {name}{cause}"
     return f"ended with exit code {returncode}"
+
+
+def local_options(settings: Settings) -> dict[str, Any]:
+    """What core.engine.server.open_local is told, as JSON."""
+    return {
+        "kind": "echo" if settings.engine == "echo" else "torch",
+        "model": settings.model,
+        "revision": settings.model_revision,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "threads": settings.threads,
+    }

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -31,6 +31,7 @@ from core.engine import wire
 from core.engine.base import Completion, Engine, EngineClosed, EngineError, Failed, ModelInfo, OtherModel
 from core.engine.hub import resolve
 from core.engine.machine import spin_briefly
+from core.engine.process import local_options
 from core.logs import announce
 
 if TYPE_CHECKING:
@@ -238,18 +239,6 @@ def _bind_unix(path: Path) -> socket.socket:
     finally:
         os.umask(others)
     return sock
-
-
-def local_options(settings: Settings) -> dict[str, Any]:
-    """What `open_local` is told, as JSON."""
-    return {
-        "kind": "echo" if settings.engine == "echo" else "torch",
-        "model": settings.model,
-        "revision": settings.model_revision,
-        "device": settings.device,
-        "dtype": settings.dtype,
-        "threads": settings.threads,
-    }
 
 
 async def open_local(kind: str, model: str, revision: str, device: str, dtype: str, threads: int) -> Engine:
