@@ -313,7 +313,7 @@ def journal_export(
                 _stop([f"{file} belongs to the journal itself: name another file"])
             try:
                 with part.open("w", encoding="utf-8") if part else contextlib.nullcontext(sys.stdout) as out:
-                    some = codecs.lookup(out.encoding).name != "utf-8"  # letters only
+                    some = codecs.lookup(getattr(out, "encoding", "utf-8")).name != "utf-8"  # letters only
                     async for line in journal.export(where):
                         print(json.dumps(line, ensure_ascii=some).translate(ESCAPED), file=out)
                         lines += 1
@@ -341,8 +341,8 @@ def journal_forget(
 ) -> None:
     """Delete what a person said, in every channel, and the replies to it, also while palaver runs.
 
-    Copies made before still have it, and the hourly ones beside the journal for 5 hours more. Exit code 1: the journal
-    has nothing of that person, or it failed.
+    Copies made before still have it; while palaver runs, those beside the journal are replaced within 5 hours. Exit
+    code 1: the journal has nothing of that person, or it failed.
     """
     platform, _, author = person.partition(":")
     if not (platform and author):

@@ -232,11 +232,9 @@ class DiscordBot:
         @tree.command(name="reset", description="Forget what was said in this channel and start fresh")
         async def reset(interaction: discord.Interaction) -> None:
             await interaction.response.defer(ephemeral=True)  # Discord waits three seconds
-            channel = Channel(self.name, str(interaction.channel_id))
             try:
                 async with asyncio.timeout(RESET_SECONDS):  # the history may be out of reach
-                    await self._hearing.heard(channel)
-                await chat.reset(channel)
+                    await self._hearing.reset(Channel(self.name, str(interaction.channel_id)))
                 said = FORGOTTEN
             except (NotAccepted, TimeoutError):
                 said = NOT_NOW

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -40,7 +40,9 @@ CATCH_UP_DIRECT = 100
 CATCH_UP_HOURS = 24
 """What was said so long before the newest message of its channel expires; our own clock has no say."""
 EDITED_SECONDS = 300.0
-"""A message that an edit makes one to us is heard when it is no older than that."""
+"""A message that an edit makes one to us is heard when it was no older than that."""
+EDITED_NOW = 3600.0
+"""And now, by our own clock, is no older than that."""
 GUILDS_SECONDS = 10.0
 LATER = 60.0
 """Seconds until a history out of reach is tried again, at most."""
@@ -137,11 +139,11 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
-    """Somebody waits until all before it is stored."""
+class Reset:
+    """The channel starts anew when all before it is stored, and nothing behind it."""
 
     channel: Channel
-    reached: asyncio.Future[None]
+    done: asyncio.Future[None]
 
 
 class Hearing:
@@ -149,13 +151,14 @@ class Hearing:
 
     def __init__(self, client: Client, chat: Chat) -> None:
         self._client, self._chat = client, chat
-        self._inbox: asyncio.Queue[Message | Mark | Here] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Message | Mark | Reset] = asyncio.Queue()
         self._marks: dict[str, str] = {}
         self._dirty: set[str] = set()
         self._last_seen: int | None = None  # the newest message of all channels, when the session began
         self._stored: set[str] = set()  # channels with a mark on disk
         self._first_mark = asyncio.Event()
-        self._behind: dict[str, list[Message | Here]] = {}  # channels to be caught up, and what is said there meanwhile
+        # Channels to be caught up, and what comes there meanwhile.
+        self._behind: dict[str, list[Message | Reset]] = {}
         self._claimed: set[str] = set()  # those of them that came with their server
         self._roles: set[str] = set()  # ours alone, one in each server
         self._guilds: set[str] = set()
@@ -178,7 +181,7 @@ class Hearing:
         try:
             while True:
                 batch = [await self._inbox.get()]
-                while not self._inbox.empty() and len(batch) < 200:
+                while not (isinstance(batch[-1], Reset) or self._inbox.empty()) and len(batch) < 200:
                     batch.append(self._inbox.get_nowait())
                 messages = [item for item in batch if isinstance(item, Message)]
                 marks = {item.channel: item.id for item in batch if isinstance(item, Mark)}
@@ -186,19 +189,30 @@ class Hearing:
                     await self._insist(self._store, messages, marks)
                 for channel, id in marks.items():
                     self._mark(channel, id)
-                for item in batch:
-                    if isinstance(item, Here) and not item.reached.done():
-                        item.reached.set_result(None)
+                if isinstance(batch[-1], Reset):
+                    await self._start_anew(batch[-1])
         finally:
             writing.cancel()
             for task in self._tasks:
                 task.cancel()
 
-    async def heard(self, channel: Channel) -> None:
-        """Returns when what was said in the channel until now is stored."""
-        here = Here(channel, asyncio.get_running_loop().create_future())
-        self._take(here)
-        await here.reached
+    async def reset(self, channel: Channel) -> None:
+        """Start the channel's conversation anew, after what was said there until now. Raises NotAccepted."""
+        reset = Reset(channel, asyncio.get_running_loop().create_future())
+        self._take(reset)
+        await reset.done
+
+    async def _start_anew(self, reset: Reset) -> None:
+        if reset.done.done():
+            return  # nobody waits for it any more, and was told so
+        try:
+            await self._chat.reset(reset.channel)
+        except NotAccepted as error:
+            if not reset.done.done():
+                reset.done.set_exception(error)
+        else:
+            if not reset.done.done():
+                reset.done.set_result(None)
 
     async def _load_marks(self) -> None:
         self._marks = await self._chat.watermarks(events.PLATFORM)
@@ -330,6 +344,7 @@ class Hearing:
             if message is None:
                 return
             soon = edited and (datetime.fromisoformat(edited) - message.sent_at).total_seconds() < EDITED_SECONDS
+            soon = soon and (datetime.now(UTC) - message.sent_at).total_seconds() < EDITED_NOW  # a pin is told so, too
             if soon and "author" in event and (asked := events.read(event, self._me, roles=self._roles)):
                 self._take(asked)  # it may name us only now; what is stored already is not stored again
             self._take(message)
@@ -341,7 +356,7 @@ class Hearing:
         for id in event["ids"]:
             self._take(events.gone(event["channel_id"], id))
 
-    def _take(self, item: Message | Here) -> None:
+    def _take(self, item: Message | Reset) -> None:
         """Its place in line; in a channel that is behind, after what was missed."""
         held = self._behind.get(item.channel.id)
         if held is None:

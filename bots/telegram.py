@@ -23,7 +23,19 @@ from bots.base import MaybeSent, NotSent, Refused, RetryAfter, SendError, Unserv
 from bots.splitting import split
 from bots.telegram_api import LOOPBACK, Pace, Rejected, TelegramApi, Unreadable
 from bots.telegram_polling import Poller
-from bots.telegram_updates import COMMANDS, MAX_TEXT, PLATFORM, WANTED, Command, Me, Moved, failed, read, target
+from bots.telegram_updates import (
+    COMMANDS,
+    MAX_TEXT,
+    PLATFORM,
+    WANTED,
+    Command,
+    Me,
+    Moved,
+    edited_soon,
+    failed,
+    read,
+    target,
+)
 from bots.telegram_webhook import Webhook, listening
 from core.delivery import NotAccepted
 from core.messages import Channel, Message, MessageState, Reply
@@ -43,7 +55,7 @@ GREETING_GROUP = (
     "Hello! I am a chat bot: mention me, or reply to what I said, and I make up an answer. "
     "/reset makes me forget our conversation."
 )
-UNHEARD = "I can only read words. Could you write it out?"
+UNHEARD = "I can only read words. Could you write it out, in a new message?"
 FORGOTTEN = "Forgotten. We start fresh."
 NOT_NOW = "That did not work just now, please try again."
 CONFIRMATIONS = 3
@@ -196,7 +208,7 @@ class TelegramBot:
         what did before is stored already. Of media alone nothing is stored."""
         what = read(update, self._me)
         found = [what] if what else []
-        if isinstance(what, Message) and what.kind == "edit":
+        if isinstance(what, Message) and what.kind == "edit" and edited_soon(update["edited_message"]):
             anew = read({"message": update["edited_message"]}, self._me)
             found += [anew] if isinstance(anew, Message) else []
         for each in found:
@@ -276,7 +288,8 @@ class TelegramBot:
 
     async def _confirm(self, asked: Message, said: str) -> None:
         """Said directly, for a while until it arrives: whoever does not see it can ask again."""
-        channel, left = asked.channel, CONFIRMED_WITHIN
+        channel, loop = asked.channel, asyncio.get_running_loop()
+        end = loop.time() + CONFIRMED_WITHIN
         try:
             while True:
                 try:
@@ -285,8 +298,7 @@ class TelegramBot:
                     return
                 except (NotSent, RetryAfter) as error:
                     wait = max(AGAIN, error.seconds) if isinstance(error, RetryAfter) else AGAIN
-                    left -= wait
-                    if left < 0:
+                    if loop.time() + wait > end:
                         raise
                     await asyncio.sleep(wait)
         except SendError as error:

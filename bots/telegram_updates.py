@@ -24,6 +24,8 @@ MAX_TEXT = 4096
 WANTED = ["message", "edited_message", "my_chat_member"]
 SPEAKS_FOR_A_CHAT = (1087968824, 136817688)
 """GroupAnonymousBot and Channel_Bot: people who write in the name of their group or channel, not bots."""
+EDITED_SECONDS = 300
+"""A message that an edit makes one to us is heard when it was no older than that."""
 MEDIA = frozenset({"audio", "document", "photo", "sticker", "video", "video_note", "voice"})
 """What people say without words; an animation is a document, too. Of an album one has the words."""
 T = TypeVar("T")
@@ -203,6 +205,14 @@ def _moved(message: Mapping[str, Any], chat_id: int) -> Moved | None:
         return None
     pair = (chat_id, new) if new is not None else (old, chat_id)
     return Moved(Channel(PLATFORM, str(pair[0])), Channel(PLATFORM, str(pair[1])))
+
+
+def edited_soon(message: Mapping[str, Any]) -> bool:
+    """Was it edited soon after it was sent? Nobody expects an answer to what was said long ago."""
+    try:
+        return bool(message["edit_date"] - message["date"] <= EDITED_SECONDS)
+    except (KeyError, TypeError):
+        return False
 
 
 def _date(message: Mapping[str, Any]) -> datetime:

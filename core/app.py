@@ -49,7 +49,7 @@ STEADY = 60.0
 
 @contextlib.asynccontextmanager
 async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
-    """The engine that `ENGINE` names. Raises BadCheckpoint or EngineClosed, one clear line."""
+    """The engine that `ENGINE` names. Raises BadCheckpoint, HubAway or EngineClosed, one clear line."""
     engine: Engine
     if settings.engine == "echo":
         from core.engine.echo_engine import EchoEngine
@@ -241,6 +241,8 @@ class App:
                 log.critical("%s; only a new process helps, so this one ends", why)
                 self._code = os.EX_TEMPFAIL
                 self.stop()
+            if look and look.done():
+                look.result()  # a journal that has ended ends the house
             if time.monotonic() >= look_at and (look is None or look.done()):
                 look_at = time.monotonic() + LOOK_EVERY
                 look = asyncio.create_task(self._look())

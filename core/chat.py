@@ -109,9 +109,10 @@ class Chat:
         for request in received.asked if self._taking else ():  # nothing is awaited: arrival order is answer order
             unsent = self._courier.unsent(request.message.channel)
             bound = self._queue.full(request, unsent)
-            if bound == "per_channel" and (missed := self._queue.give_way(request.message.channel)):
+            gives = bound == "per_channel" and not self._queue.full(request, unsent - 1)  # one place less is enough
+            if gives and (missed := self._queue.give_way(request.message.channel)):
                 self._spawn(self._shed(missed, bound))
-                bound = self._queue.full(request, unsent)
+                bound = ""
             if bound:
                 self._spawn(self._shed(request, bound))
             else:

@@ -255,8 +255,8 @@ def read(*groups: type[GroupT]) -> list[GroupT]:
     mistakes of all groups."""
     found, lines = [], _misspelt(groups)  # raises when .env cannot be read at all
     for name, value in _dotenv().items():
-        if value and OTHERS.fullmatch(name):
-            os.environ.setdefault(name, value)
+        if value and OTHERS.fullmatch(name) and os.environ.keys().isdisjoint({name, name.lower(), name.upper()}):
+            os.environ[name] = value
     for group in groups:
         try:
             found.append(group())

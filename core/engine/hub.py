@@ -74,7 +74,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise BadCheckpoint(f"{name} has no revision {revision}: check MODEL_REVISION") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BadCheckpoint(f"{name} is no folder here and no public repository on the hub: check MODEL") from error
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # the last is hf_xet's, whatever its wire or server does
         cause = (error.__cause__ or error) if isinstance(error, LocalEntryNotFoundError) else error
         if isinstance(cause, OfflineModeIsEnabled):
             raise BadCheckpoint(
@@ -86,7 +86,7 @@ def _fetch(name: str, revision: str | None) -> Path:
                 raise HubAway(
                     f"{name} is not fetched yet, and the hub is overloaded (HTTP {status}): try later"
                 ) from error
-        elif isinstance(cause, HTTPError):
+        elif isinstance(cause, HTTPError | RuntimeError):
             reason = " ".join(str(cause).split())[:200] or type(cause).__name__
             raise HubAway(f"{name} is not fetched yet, and the hub is out of reach ({reason}): try later") from error
         reason = " ".join(str(cause).split())[:200]

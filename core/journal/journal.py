@@ -31,8 +31,10 @@ __all__ = ["Journal", "JournalBusy", "JournalError", "Received", "open_journal"]
 
 log = logging.getLogger(__name__)
 NO_MARKS: Mapping[Channel, str] = {}
-KEPT = case((exists().where(messages.c.id == replies.c.message, messages.c.deleted), ""), else_=replies.c.text)
-"""Of the text of a reply that is settled: nothing, when its question was deleted meanwhile."""
+TAKEN_BACK = exists().where(messages.c.id == replies.c.message, messages.c.deleted)
+"""A reply's question was deleted."""
+KEPT = case((TAKEN_BACK, ""), else_=replies.c.text)
+"""Of the text of a reply that is settled."""
 RECENT = 128
 """Turns of a channel among which a deleted answer is looked for: as many as a prompt holds of short ones."""
 
@@ -182,6 +184,10 @@ class Journal(Upkeep):
     ) -> tuple[list[Request], Counter[str]]:
         """What is owed, and how many expired on each platform."""
         now = time.time()
+        here = and_(messages.c.platform == channels.c.platform, messages.c.channel == channels.c.channel)
+        before_a_reset = exists().where(here, messages.c.id <= channels.c.history_after)
+        forgotten = update(messages).where(messages.c.state == "waiting", before_a_reset)
+        connection.execute(forgotten.values(state="cancelled", note="forgotten"))  # a stop came between
         waiting = select(messages).where(messages.c.state == "waiting").order_by(messages.c.id)
         if platforms is not None:
             waiting = waiting.where(messages.c.platform.in_(platforms))
@@ -366,10 +372,17 @@ class Journal(Upkeep):
         ]
 
     async def begin_send(self, reply: Reply) -> Reply | None:
-        """T3: an attempt is about to leave. None: another process has settled the reply."""
+        """T3: an attempt is about to leave. None: another process has settled the reply, or its question is deleted."""
         first = func.coalesce(replies.c.first_try_at, time.time())
-        begun = await self._set(reply, state="sending", tries=reply.tries + 1, first_try_at=first)
-        return replace(reply, state="sending", tries=reply.tries + 1) if begun else None
+        its = update(replies).where(replies.c.id == reply.id, unsettled)
+        begin = its.values(state="sending", tries=reply.tries + 1, first_try_at=first)
+        drop = its.where(TAKEN_BACK).values(state="abandoned", note="taken back", text="")
+
+        def work(connection: Connection) -> bool:
+            connection.execute(drop)
+            return connection.execute(begin).rowcount > 0
+
+        return replace(reply, state="sending", tries=reply.tries + 1) if await self._writer.do(work) else None
 
     async def sent(self, reply: Reply, id: str) -> None:
         """T4: it arrived, as the platform's `id`."""

@@ -298,7 +298,7 @@ async def test_what_was_said_before_a_reset_is_before_it(server: DiscordServer) 
         await until(lambda: general in ears.marks)
     server.say(general, "ann", "said while away", mention=True)
     server.faults = [Fault("error", "GET", value=[503, 0, "down"])]
-    async with serving(server, ears):
+    async with serving(server, ears) as bot:
         await until(lambda: bool(server.commands))
         assert await server.command(general, "ann", "reset") == FORGOTTEN
         ears.full = True
@@ -307,9 +307,12 @@ async def test_what_was_said_before_a_reset_is_before_it(server: DiscordServer) 
         resetting = asyncio.create_task(server.command(general, "ann", "reset"))
         await until(lambda: ears.calls > calls)
         await until(lambda: sum("/interactions/" in path for _, path, _ in server.calls) == 2)  # Discord does not wait
+        server.say(general, "ann", "said after it", mention=True)
+        await until(lambda: bot._hearing._inbox.qsize() >= 3)
         ears.full = False
         await resetting
-    assert ears.order == ["said while away", "reset", "not stored yet", "reset"]
+        await until(lambda: "said after it" in ears.order)
+    assert ears.order == ["said while away", "reset", "not stored yet", "reset", "said after it"]
 
 
 async def test_a_reset_waits_for_no_history_that_does_not_come(

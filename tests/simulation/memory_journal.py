@@ -122,6 +122,9 @@ class MemoryJournal:
         self, deadline: float, max_attempts: int = 3, platforms: Collection[str] | None = None
     ) -> list[Request]:
         await self._before()
+        for row in self._disk.rows:
+            if row.state == "waiting" and row.row <= self._disk.after.get(row.message.channel, 0):
+                row.state = "cancelled"
         waiting = [
             row
             for row in self._disk.rows

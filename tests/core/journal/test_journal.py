@@ -215,8 +215,13 @@ async def test_of_what_was_deleted_while_its_answer_was_on_its_way_nothing_is_ke
         await journal.begin_send(reply)
         await journal.receive(message(id, kind="delete"), deadline=60)
         await (journal.sent(reply, "77") if id == "1" else journal.abandon(reply, "no"))
+    (reply,) = await answered(journal, "3")
+    await journal.begin_send(reply)
+    await journal.receive(message("3", kind="delete"), deadline=60)
+    await journal.pending(reply)
+    assert await journal.begin_send(reply) is None, "it did not arrive, and shall not"
     kept = select(replies.c.state, replies.c.text).order_by(replies.c.id)
-    assert [tuple(row) for row in await journal._read(kept)] == [("sent", ""), ("abandoned", "")]
+    assert [tuple(row) for row in await journal._read(kept)] == [("sent", ""), ("abandoned", ""), ("abandoned", "")]
 
 
 async def test_an_answer_that_was_deleted_is_in_no_history(journal: Journal) -> None:
@@ -255,6 +260,16 @@ async def test_events_nobody_could_read_are_recorded(journal: Journal) -> None:
     await journal.refail(message("1", "raw"), note="no field x")
     await journal.refail(message("2", "raw"), note="long ago", state="expired")
     assert await states(journal) == {"failed": 1, "expired": 1}
+
+
+@in_memory_too
+async def test_what_waited_when_a_stop_came_behind_a_reset_is_not_owed(journal: Journal) -> None:
+    await ask(journal, "1")
+    await ask(journal, "1", THERE)
+    await journal.reset(HERE)
+    await ask(journal, "2")
+    assert [(r.message.channel, r.message.id) for r in await journal.backlog(60)] == [(THERE, "1"), (HERE, "2")]
+    assert await states(journal) == {"cancelled": 1, "waiting": 2}
 
 
 async def test_the_backlog_is_in_order_and_of_what_is_late_only_the_newest(
