@@ -184,14 +184,14 @@ class Journal(Upkeep):
     ) -> tuple[list[Request], Counter[str]]:
         """What is owed, and how many expired on each platform."""
         now = time.time()
+        ours = messages.c.state == "waiting"
+        if platforms is not None:
+            ours = and_(ours, messages.c.platform.in_(platforms))
         here = and_(messages.c.platform == channels.c.platform, messages.c.channel == channels.c.channel)
         before_a_reset = exists().where(here, messages.c.id <= channels.c.history_after)
-        forgotten = update(messages).where(messages.c.state == "waiting", before_a_reset)
+        forgotten = update(messages).where(ours, before_a_reset)
         connection.execute(forgotten.values(state="cancelled", note="forgotten"))  # a stop came between
-        waiting = select(messages).where(messages.c.state == "waiting").order_by(messages.c.id)
-        if platforms is not None:
-            waiting = waiting.where(messages.c.platform.in_(platforms))
-        rows = connection.execute(waiting).all()
+        rows = connection.execute(select(messages).where(ours).order_by(messages.c.id)).all()
         newest = {(row.platform, row.channel): row.id for row in rows}
         owed, expired = [], Counter[str]()
         for row in rows:

@@ -122,14 +122,15 @@ class MemoryJournal:
         self, deadline: float, max_attempts: int = 3, platforms: Collection[str] | None = None
     ) -> list[Request]:
         await self._before()
-        for row in self._disk.rows:
-            if row.state == "waiting" and row.row <= self._disk.after.get(row.message.channel, 0):
-                row.state = "cancelled"
         waiting = [
             row
             for row in self._disk.rows
             if row.state == "waiting" and (platforms is None or row.message.channel.platform in platforms)
         ]
+        for row in waiting:
+            if row.row <= self._disk.after.get(row.message.channel, 0):
+                row.state = "cancelled"
+        waiting = [row for row in waiting if row.state == "waiting"]
         newest = {row.message.channel: row.row for row in waiting if row.deadline <= self._now()}
         for row in waiting:
             if row.deadline > self._now():

@@ -268,6 +268,7 @@ async def test_what_waited_when_a_stop_came_behind_a_reset_is_not_owed(journal: 
     await ask(journal, "1", THERE)
     await journal.reset(HERE)
     await ask(journal, "2")
+    assert await journal.backlog(60, platforms=["another"]) == [] and (await states(journal))["waiting"] == 3
     assert [(r.message.channel, r.message.id) for r in await journal.backlog(60)] == [(THERE, "1"), (HERE, "2")]
     assert await states(journal) == {"cancelled": 1, "waiting": 2}
 
