@@ -263,30 +263,16 @@ def _stop_as_by_hand() -> None:
 
 
 async def _serve(settings: Settings, bots: list[Bot], waits: bool = False) -> int:
-    """Loading may take minutes, and a container's first process hears no signal that it has not asked for. If it
-    `waits`, a hub that is away comes back, as PostgreSQL does."""
-    from core import systemd
-    from core.app import START, open_app
-    from core.backoff import backoff
-    from core.engine.base import HubAway
+    """Loading may take minutes, and a container's first process hears no signal that it has not asked for."""
+    from core.app import open_app
 
     loop, opening = asyncio.get_running_loop(), asyncio.current_task()
     assert opening
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, opening.cancel)  # app.run hears them from then on
     try:
-        tries = 0
-        while True:
-            try:
-                async with open_app(settings, waits) as app:
-                    return await app.run(bots)
-            except HubAway as error:
-                if not waits:
-                    raise
-                logging.getLogger("palaver").warning("%s; waiting for it", error)
-            systemd.notify(f"EXTEND_TIMEOUT_USEC={START * 1e6:.0f}")
-            await asyncio.sleep(backoff(tries, 30.0, first=1.0))
-            tries += 1
+        async with open_app(settings, waits) as app:
+            return await app.run(bots)
     except asyncio.CancelledError:
         print("stopped before it served", file=sys.stderr)
         return 0  # as it was asked to, and as when it had served: systemd calls all else a failure

@@ -12,15 +12,15 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from core import metrics, systemd
 from core.backoff import backoff
 from core.chat import Chat
 from core.courier import Courier, insist
 from core.delivery import NotAccepted, Unservable
-from core.engine.base import Engine
+from core.engine.base import Engine, HubAway
 from core.owner import OWNER
 from core.queue import RequestQueue
 from core.settings import Settings
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OpenT = TypeVar("OpenT")
 BACKUP_EVERY = 3600.0
 LOOK_EVERY = 10.0
 BEAT = 0.25
@@ -126,7 +127,9 @@ class App:
         left = asked or not bots or any(not self.serving.get(bot.name) for bot in bots)
         if failures:
             return 1
-        return self._code if left else os.EX_CONFIG if self._wrongly_set == len(bots) else 1
+        if left:
+            return self._code
+        return os.EX_CONFIG if self._wrongly_set == len(bots) else 1
 
     def stop(self) -> None:
         """Drain and end; called a second time, the process ends at once."""
@@ -287,14 +290,15 @@ async def _all(tasks: Collection[asyncio.Task[None]]) -> bool:
     return bool(await asyncio.wait(tasks))
 
 
-async def _open_journal(url: str, waits: bool) -> Journal:
-    from core.journal.journal import JournalBusy, open_journal
+async def _opened(attempt: Callable[[], Awaitable[OpenT]], waits: bool) -> OpenT:
+    """What `attempt` opens; if it `waits`, tried again while PostgreSQL or the hub is away."""
+    from core.journal.journal import JournalBusy
 
     tries = 0
     while True:
         try:
-            return await open_journal(url, progress=log.info)
-        except JournalBusy as error:
+            return await attempt()
+        except (JournalBusy, HubAway) as error:
             if not waits:
                 raise
             log.warning("%s; waiting for it", error)
@@ -306,11 +310,14 @@ async def _open_journal(url: str, waits: bool) -> Journal:
 @contextlib.asynccontextmanager
 async def open_app(settings: Settings, waits: bool = False) -> AsyncIterator[App]:
     """Journal, engine, courier, chat. Raises JournalError or EngineError, one clear line each; if it `waits`, not for a
-    PostgreSQL that is away: that comes back, as under a house that runs."""
+    PostgreSQL or a hub that is away: they come back, as under a house that runs."""
+    from core.journal.journal import open_journal
+
+    url = settings.database_url.get_secret_value()
     async with contextlib.AsyncExitStack() as stack:
-        journal = await _open_journal(settings.database_url.get_secret_value(), waits)
+        journal = await _opened(lambda: open_journal(url, progress=log.info), waits)
         stack.push_async_callback(journal.aclose)
-        voice = await stack.enter_async_context(open_voice(settings))
+        voice = await _opened(lambda: stack.enter_async_context(open_voice(settings)), waits)
         courier = Courier(journal, settings.delivery)
         stack.push_async_callback(courier.aclose)
         chat = Chat(journal, RequestQueue(settings.queue), courier, voice, settings.queue)

@@ -76,6 +76,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise BadCheckpoint(f"{name} is no folder here and no public repository on the hub: check MODEL") from error
     except (HTTPError, OSError, RuntimeError) as error:  # the last is hf_xet's, whatever its wire or server does
         cause = (error.__cause__ or error) if isinstance(error, LocalEntryNotFoundError) else error
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         if isinstance(cause, OfflineModeIsEnabled):
             raise BadCheckpoint(
                 f"{name} is no folder here, not in the hub's cache, and HF_HUB_OFFLINE is set: fetch it once online"
@@ -87,9 +88,7 @@ def _fetch(name: str, revision: str | None) -> Path:
                     f"{name} is not fetched yet, and the hub is overloaded (HTTP {status}): try later"
                 ) from error
         elif isinstance(cause, HTTPError | RuntimeError):
-            reason = " ".join(str(cause).split())[:200] or type(cause).__name__
             raise HubAway(f"{name} is not fetched yet, and the hub is out of reach ({reason}): try later") from error
-        reason = " ".join(str(cause).split())[:200]
         raise BadCheckpoint(
             f"{name} could not be fetched from the hub ({reason}): see to that and try again"
         ) from error

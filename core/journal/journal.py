@@ -374,15 +374,20 @@ class Journal(Upkeep):
     async def begin_send(self, reply: Reply) -> Reply | None:
         """T3: an attempt is about to leave. None: another process has settled the reply, or its question is deleted."""
         first = func.coalesce(replies.c.first_try_at, time.time())
-        its = update(replies).where(replies.c.id == reply.id, unsettled)
-        begin = its.values(state="sending", tries=reply.tries + 1, first_try_at=first)
-        drop = its.where(TAKEN_BACK).values(state="abandoned", note="taken back", text="")
-
-        def work(connection: Connection) -> bool:
-            connection.execute(drop)
-            return connection.execute(begin).rowcount > 0
-
-        return replace(reply, state="sending", tries=reply.tries + 1) if await self._writer.do(work) else None
+        begin = (
+            update(replies)
+            .where(replies.c.id == reply.id, unsettled)
+            .values(
+                state=case((TAKEN_BACK, "abandoned"), else_="sending"),
+                note=case((TAKEN_BACK, "taken back"), else_=replies.c.note),
+                text=KEPT,
+                tries=reply.tries + 1,
+                first_try_at=first,
+            )
+        )
+        begun = begin.returning(replies.c.state)
+        state = await self._writer.do(lambda connection: connection.execute(begun).scalar())
+        return replace(reply, state="sending", tries=reply.tries + 1) if state == "sending" else None
 
     async def sent(self, reply: Reply, id: str) -> None:
         """T4: it arrived, as the platform's `id`."""
