@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := core/engine/native/step.cpp
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c deploy/constraints.txt
+# Python compiles what it imports; to compile all that these packages hold takes half a minute.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c deploy/constraints.txt
 
 .PHONY: run test check format clean
 

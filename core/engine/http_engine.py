@@ -266,12 +266,13 @@ class HttpEngine:
         exchange.cancel()
 
     async def _exchange(self, method: str, path: str, body: dict[str, object], number: str = "") -> dict[str, Any]:
+        session = str(body.get("session") or number)
         try:
             async with self._session.request(
                 method,
                 f"{self._base}{path}",
                 json=body if method == "POST" else None,
-                headers={wire.REQUEST: number},
+                headers={wire.REQUEST: number, wire.SESSION: wire.affinity(session)},
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(sock_connect=10.0, sock_read=None if path == "/generate" else SILENCE),
             ) as answer:

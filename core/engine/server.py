@@ -55,10 +55,11 @@ class _UnderWay:
 
 
 class Server:
-    """The routes over one engine. `why` is the line for those who ask before it is there, or while it ends."""
+    """The routes over one engine. `why` is the line for those who ask before it is there, or while it ends. With
+    `replicas`, others like it answer at the same address."""
 
-    def __init__(self, engine: Engine | None = None, why: str = "the model is loading") -> None:
-        self.engine, self.why = engine, why
+    def __init__(self, engine: Engine | None = None, why: str = "the model is loading", replicas: int = 1) -> None:
+        self.engine, self.why, self._replicas = engine, why, replicas
         self._fingerprint = ""
         self.running: dict[object, _UnderWay] = {}
         self.counts: Counter[str] = Counter()
@@ -130,7 +131,8 @@ class Server:
 
     async def info(self, request: web.Request) -> web.Response:
         engine = self._open(request)
-        return web.json_response(asdict(engine.info) | {"fingerprint": self._model(engine)})
+        at_once = self._replicas * engine.info.at_once
+        return web.json_response(asdict(engine.info) | {"fingerprint": self._model(engine), "at_once": at_once})
 
     async def tokenizer(self, request: web.Request) -> web.Response:
         files = await asyncio.to_thread(_tokenizer_files, self._open(request).info)

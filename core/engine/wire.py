@@ -3,7 +3,8 @@
 A request is {"prompt": [ids], "params": {…}, "session": "", "deadline": seconds or null}, its answer
 {"completions": [{…}]}; a hint of what to prepare is {"prompt": [ids], "session": ""}, its answer {}; a refusal is
 {"error": the exception's name, "message": one line}. The header MODEL says whose ids they are, as /info names it; an
-engine with another model refuses. What comes with the same REQUEST is one request, computed once.
+engine with another model refuses. What comes with the same REQUEST is one request, computed once. What comes with the
+same SESSION is best sent to the same engine, where there are several.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ERRORS = {error.__name__: error for error in STATUS}
 BAD_REQUEST = "BadRequest"
 TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 """What a client elsewhere needs of the checkpoint's folder."""
-MODEL, REQUEST = "Palaver-Model", "Palaver-Request"
+MODEL, REQUEST, SESSION = "Palaver-Model", "Palaver-Request", "X-Session-Id"
 _KNOBS = [field.name for field in fields(SamplingParams)]
 _FARTHEST = 1e9
 """Seconds to a deadline, from now."""
@@ -84,6 +85,11 @@ def load_session(asked: dict[str, Any]) -> str:
     if not isinstance(session, str) or len(session) > _LONGEST_SESSION:
         raise ValueError(f"session must be text of at most {_LONGEST_SESSION} characters")
     return session
+
+
+def affinity(session: str) -> str:
+    """What SESSION says: alike for all who ask for `session`, and not its name."""
+    return hashlib.sha256(session.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def load_object(body: bytes, *known: str) -> dict[str, Any]:
