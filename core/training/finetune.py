@@ -25,12 +25,13 @@ from threading import Lock
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy, dropout
 from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from core.engine import hub
+from core.engine import hub, weights
 from core.engine.base import BadCheckpoint
 from core.engine.choice import choose_device, computes_bfloat16
 from core.tokenizer import Tokenizer
@@ -204,9 +205,13 @@ def _open(base: str | Path | GPT2Config, tokenizer_folder: Path | None, dropout:
         model, folder = GPT2LMHeadModel(base), tokenizer_folder
     else:
         folder = hub.resolve(base)
+        checkpoint = weights.load(folder)  # as the engine: transformers draws at random what it does not find
+        found = {name: checkpoint.take(name, torch.float32) for name in checkpoint.config.shapes()}
+        state = {name if name == "lm_head.weight" else f"transformer.{name}": found[name] for name in found}
         try:
-            model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, **dropouts)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            config = GPT2Config.from_pretrained(folder, n_positions=checkpoint.config.n_positions, **dropouts)
+            model = GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+        except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
             raise BadCheckpoint(f"{base} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
     if model.config.activation_function == "gelu_new":
         for block in model.transformer.h:

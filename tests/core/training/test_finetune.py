@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from core.engine.base import BadCheckpoint
 from core.tokenizer import Tokenizer
 from core.training.datasets import BadData, encode, write_tsv
 from core.training.finetune import Progress, Recipe, Trainer, finetune, optimizers
 from core.training.outcome import summary
 from core.training.tiny import train_tokenizer
+from tests.checkpoints import make_checkpoint, save_tensors
 
 TALK = [[(0, "how are you ?"), (1, "fine , thanks .")], [(0, "hello"), (1, "hello there .")]] * 40
 
@@ -137,6 +140,25 @@ def test_a_checkpoint_is_trained_further(folder: Path) -> None:
     progress = finetune(folder / "talk.tsv", folder / "out", base, recipe=recipe(epochs=2), quiet=True)
     assert progress.step > 0
     assert Tokenizer.load(folder / "out").eos_id == Tokenizer.load(base).eos_id
+
+
+def test_it_begins_with_what_the_engine_loads(folder: Path) -> None:
+    """Nothing of a base is drawn at random, whatever its numbers are called; a wrong one is refused."""
+    own = make_checkpoint(folder / "own", head="own")
+    decoder = make_checkpoint(folder / "decoder", head="decoder", form="bin", n_ctx=256)
+    module = make_checkpoint(folder / "module", head="own")
+    save_tensors(module, {f"module.{name}": tensor for name, tensor in load_file(own / "model.safetensors").items()})
+    short = recipe(epochs=0.1)
+    losses = [
+        finetune(folder / "talk.tsv", folder / f"{base.name}-out", base, recipe=short, quiet=True).valid
+        for base in (own, decoder, module)
+    ]
+    assert losses[0] == losses[1] == losses[2]
+    save_tensors(module, {"lm_head.weight": torch.zeros(384, 64)})
+    odd = make_checkpoint(folder / "odd", initializer_range="small")
+    for base, complaint in ((module, "safetensors lacks"), (odd, "odd cannot be loaded: .*initializer_range")):
+        with pytest.raises(BadCheckpoint, match=complaint):
+            finetune(folder / "talk.tsv", folder / "out", base, recipe=short, quiet=True)
 
 
 def test_threads_change_neither_batches_nor_steps(folder: Path) -> None:
