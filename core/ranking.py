@@ -1,4 +1,5 @@
-"""Choose among candidates: first those that say something new, then the likeliest per token."""
+"""Choose among candidates: first those that say something new, then those that came to their end, then the likeliest
+per token. (A reply that runs in a circle until it is cut off is the likeliest of all.)"""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ def choose(completions: Sequence[Completion], said: Sequence[str], recent: Seque
     """(index of the best candidate, whether it is new and not blank). `said`: their texts; `recent`: the bot's last."""
     old = {_core(text) for text in (*recent, "")}
 
-    def score(index: int) -> tuple[bool, float]:
+    def score(index: int) -> tuple[bool, bool, float]:
         completion = completions[index]
-        return _core(said[index]) not in old, completion.logprob / (len(completion.token_ids) + 1)
+        ended = completion.finish_reason == "stop"
+        return _core(said[index]) not in old, ended, completion.logprob / (len(completion.token_ids) + 1)
 
     best = max(range(len(completions)), key=score)
     return best, score(best)[0]

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from core.engine.base import Completion
+from core.engine.base import Completion, FinishReason
 from core.ranking import choose
 
 
-def completion(logprob: float, length: int = 1) -> Completion:
-    return Completion([1] * length, logprob, "stop", 0)
+def completion(logprob: float, length: int = 1, reason: FinishReason = "stop") -> Completion:
+    return Completion([1] * length, logprob, reason, 0)
 
 
 def test_the_likeliest_per_token_wins() -> None:
@@ -17,3 +17,9 @@ def test_what_was_just_said_loses_to_anything_new() -> None:
     assert choose([completion(-1), completion(-9)], ["Why ?", "I see ."], ["why?"]) == (1, True)
     assert choose([completion(-1)], ["why ?"], ["Why?"]) == (0, False)
     assert choose([completion(-1), completion(-5)], [" . ", "hm"], []) == (1, True)
+
+
+def test_what_was_cut_off_loses_to_what_ended_but_not_to_a_repetition() -> None:
+    found = [completion(-1, 64, "length"), completion(-9, 3)]
+    assert choose(found, ["ha ha ha", "that is funny ."], []) == (1, True)
+    assert choose(found, ["ha ha ha", "that is funny ."], ["That is funny."]) == (0, True)
