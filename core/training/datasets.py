@@ -67,7 +67,7 @@ def read_dialogues(path: Path, *, normalised: bool = True) -> Iterator[Dialogue]
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+                text = line.decode("utf-8-sig").strip("\r\n")  # files that were put together have its sign anywhere
                 if not text.strip():
                     continue
                 dialogue = _from_json(text, normalised) if suffix == ".jsonl" else _from_tsv(text)

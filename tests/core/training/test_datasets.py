@@ -81,7 +81,7 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path: Path) -> None:
 
 
 def test_what_windows_writes_is_read(tmp_path: Path) -> None:
-    (tmp_path / "A.JSONL").write_bytes('\ufeff["hi", "ho"]\r\n["a", "b"]\r\n'.encode())
+    (tmp_path / "A.JSONL").write_bytes('\ufeff["hi", "ho"]\r\n\ufeff["a", "b"]\r\n\ufeff'.encode())
     assert list(read_dialogues(tmp_path / "A.JSONL")) == [[(1, "hi"), (1, "ho")], [(1, "a"), (1, "b")]]
 
 
