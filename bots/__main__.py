@@ -121,8 +121,10 @@ def engine(
 def finetune(
     data: Annotated[Path, typer.Argument(help="dialogues: .jsonl, a list of turns on each line, or DialoGPT's .tsv")],
     out: Annotated[Path, typer.Argument(help="folder for the new model; MODEL=FOLDER talks with it")],
-    valid: Annotated[Path | None, typer.Option(help="dialogues to measure on; else every 50th of DATA")] = None,
-    epochs: Annotated[float, typer.Option(min=0.001, help="how often all dialogues are seen")] = 1.0,
+    valid: Annotated[
+        Path | None, typer.Option(help="dialogues to measure on; else every 50th of DATA, 500 or so at most")
+    ] = None,
+    epochs: Annotated[float, typer.Option(min=0.001, max=1e6, help="how often all dialogues are seen")] = 1.0,
     minutes: Annotated[float, typer.Option(min=0, help="train that long instead; 0 goes by epochs")] = 0.0,
     learning_rate: Annotated[float, typer.Option(min=1e-7, max=1.0, help="at its peak")] = 5e-5,
     batch_tokens: Annotated[int, typer.Option(min=16, help="tokens in one step; fewer need less memory")] = 4096,

@@ -41,6 +41,9 @@ from core.training.outcome import plot, save, write_card
 
 CHECKPOINT, HALF_DONE, NOTES, LOCK = "checkpoint.pt", "checkpoint.tmp", "progress.json", ".lock"
 
+MEASURED = 500
+"""Dialogues held out of a large file: more would be measured for longer than is trained between two saves."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -111,8 +114,9 @@ def finetune(
 ) -> Progress:
     """Train `base` (a folder, a hub name, or a config to start from nothing) on `data`; write everything to `out`.
 
-    `valid`: dialogues to measure on; without it every 50th of `data` is kept back. The tokenizer comes from
-    `tokenizer_folder`, by default the base's own folder. Stopped, also by Ctrl-C, the same call goes on where it was.
+    `valid`: dialogues to measure on; without it every 50th of `data`, some 500 at most, is kept back. The tokenizer
+    comes from `tokenizer_folder`, by default the base's own folder. Stopped, also by Ctrl-C, the same call goes on
+    where it was.
     Unless `quiet`, what was split or left out goes to standard error.
     Raises BadData, BadCheckpoint, HubAway, OSError.
     """
@@ -131,11 +135,14 @@ def finetune(
     if recipe.max_length > model.config.n_positions:
         raise BadData(f"max_length {recipe.max_length} is more than the model's {model.config.n_positions} positions")
     talks = _read(data, tokenizer, recipe, say)
-    held_back = _read(valid, tokenizer, recipe, say) if valid else talks[::50]
+    every = max(50, len(talks) // MEASURED)
+    held_back = _read(valid, tokenizer, recipe, say) if valid else talks[::every]
     if not valid:
-        talks = [talk for index, talk in enumerate(talks) if index % 50]
+        talks = [talk for index, talk in enumerate(talks) if index % every]
     if not talks or not held_back:
         raise BadData(f"{valid if valid and talks else data} holds too few dialogues to learn from: write one a line")
+    if both := _in_both(talks, held_back):
+        say(f"{both} of the {len(held_back)} dialogues to measure on are learnt as well: they flatter the model")
     examples, measured = ([example for talk in some for example in talk] for some in (talks, held_back))
     with _held(out):
         trainer = Trainer(model, examples, measured, recipe, out, quiet=quiet)
@@ -152,6 +159,17 @@ def finetune(
         except (OSError, SafetensorError) as error:
             raise _unwritten(out, error) from error
     return progress
+
+
+def _in_both(talks: list[list[Example]], held_back: list[list[Example]]) -> int:
+    """How many of `held_back` stand in `talks`, word for word."""
+
+    def key(talk: list[Example]) -> tuple[bytes, ...]:
+        return tuple(example.ids.tobytes() for example in talk)
+
+    held = set(map(key, held_back))
+    learnt = {found for talk in talks if (found := key(talk)) in held}
+    return sum(key(talk) in learnt for talk in held_back)
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from bots.__main__ import _stop_as_by_hand
+from bots.__main__ import _stop_as_by_hand, cli
 from tests.bots.process import PATIENCE, command, environment, palaver, start
 from tests.checkpoints import make_checkpoint
 
@@ -109,6 +110,11 @@ async def test_what_cannot_be_learnt_is_one_line(tmp_path: Path) -> None:
     assert (
         code == 78 and "talks.jsonl:1: a line is a list of at least two turns" in errors and "Traceback" not in errors
     )
+
+
+def test_a_training_without_an_end_is_refused() -> None:
+    said = CliRunner().invoke(cli, ["finetune", "talks.jsonl", "mine", "--epochs", "inf"], env={"TERM": "dumb"})
+    assert said.exit_code == 2 and "--epochs" in said.stderr
 
 
 async def test_a_wrong_model_is_one_line(tmp_path: Path, talks: Path) -> None:

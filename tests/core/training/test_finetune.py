@@ -324,3 +324,19 @@ def test_long_talks_are_held_out_whole(folder: Path, capsys: pytest.CaptureFixtu
     assert (progress.dialogues, progress.held_out) == (3, 1)
     said = capsys.readouterr().err
     assert "talk.jsonl: 4 dialogues; 4 longer than 32 tokens and split between turns; 64 turns left out" in said
+
+
+def test_of_a_large_file_no_more_is_held_out_than_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.training.finetune.MEASURED", 10)
+    write_tsv(folder / "many.tsv", TALK * 10)
+    progress = finetune(folder / "many.tsv", folder / "out", make_base(folder), recipe=recipe(epochs=0.1), quiet=True)
+    assert (progress.dialogues, progress.held_out) == (790, 10)
+
+
+def test_what_is_learnt_and_measured_too_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, short = make_base(folder), recipe(epochs=0.1)
+    finetune(folder / "talk.tsv", folder / "out", base, recipe=short)
+    assert "2 of the 2 dialogues to measure on are learnt as well" in capsys.readouterr().err
+    write_tsv(folder / "other.tsv", [[(0, "how are you ?"), (1, "hello .")]])
+    finetune(folder / "talk.tsv", folder / "valid", base, valid=folder / "other.tsv", recipe=short)
+    assert "learnt as well" not in capsys.readouterr().err
