@@ -134,13 +134,14 @@ def finetune(
 
     if recipe.max_length > model.config.n_positions:
         raise BadData(f"max_length {recipe.max_length} is more than the model's {model.config.n_positions} positions")
-    talks = _read(data, tokenizer, recipe, say)
+    talks = _read(data, tokenizer, recipe, say, quiet)
     every = max(50, len(talks) // MEASURED)
-    held_back = _read(valid, tokenizer, recipe, say) if valid else talks[::every]
+    held_back = _read(valid, tokenizer, recipe, say, quiet) if valid else talks[::every]
     if not valid:
         talks = [talk for index, talk in enumerate(talks) if index % every]
     if not talks or not held_back:
-        raise BadData(f"{valid if valid and talks else data} holds too few dialogues to learn from: write one a line")
+        few = valid if valid and talks else data
+        raise BadData(f"{few} holds too few dialogues to learn from: two at least, each with something and its answer")
     if both := _in_both(talks, held_back):
         say(f"{both} of the {len(held_back)} dialogues to measure on are learnt as well: they flatter the model")
     examples, measured = ([example for talk in some for example in talk] for some in (talks, held_back))
@@ -196,10 +197,18 @@ def _spare(out: Path, base: Path) -> None:
         raise BadData(f"{out} holds {others[0]} and no run to go on with: name a new folder")
 
 
-def _read(path: Path, tokenizer: Tokenizer, recipe: Recipe, say: Callable[[str], None]) -> list[list[Example]]:
+def _read(
+    path: Path, tokenizer: Tokenizer, recipe: Recipe, say: Callable[[str], None], quiet: bool
+) -> list[list[Example]]:
     """The examples of each dialogue that has some."""
-    tally, talks = Tally(), []
-    for dialogue in read_dialogues(path, normalised=recipe.normalise):
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import track
+
+    tally, talks, console = Tally(), [], Console(stderr=True)
+    dialogues = read_dialogues(path, normalised=recipe.normalise)
+    hidden = quiet or not console.is_terminal  # where it would be an empty line
+    for dialogue in track(dialogues, escape(f"reading {path}"), console=console, transient=True, disable=hidden):
         found = encode([dialogue], tokenizer, recipe.max_length, reverse=recipe.reverse, cut=recipe.cut, tally=tally)
         if found:
             talks.append(found)

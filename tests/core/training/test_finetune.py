@@ -340,3 +340,15 @@ def test_what_is_learnt_and_measured_too_is_told(folder: Path, capsys: pytest.Ca
     write_tsv(folder / "other.tsv", [[(0, "how are you ?"), (1, "hello .")]])
     finetune(folder / "talk.tsv", folder / "valid", base, valid=folder / "other.tsv", recipe=short)
     assert "learnt as well" not in capsys.readouterr().err
+
+
+def test_reading_shows_at_a_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    talk = Path("talk.tsv").rename("talk [part 2].tsv")
+    for forced in (False, True):
+        if forced:
+            monkeypatch.setenv("FORCE_COLOR", "1")
+        finetune(talk, folder / f"{forced}", make_base(folder), recipe=recipe(epochs=0.1))
+        assert ("reading talk [part 2].tsv" in capsys.readouterr().err) == forced
