@@ -119,7 +119,10 @@ def engine(
 
 @cli.command()
 def finetune(
-    data: Annotated[Path, typer.Argument(help="dialogues: .jsonl, a list of turns on each line, or DialoGPT's .tsv")],
+    data: Annotated[
+        Path,
+        typer.Argument(help="dialogues: .jsonl, a list of turns a line; DialoGPT's .tsv; a chat exported to .json"),
+    ],
     out: Annotated[Path, typer.Argument(help="folder for the new model; MODEL=FOLDER talks with it")],
     valid: Annotated[
         Path | None, typer.Option(help="dialogues to measure on; else every 50th of DATA, 500 or so at most")
@@ -136,7 +139,7 @@ def finetune(
 
     Stopped with Ctrl-C or SIGTERM? The same command goes on where it was; kill -9 costs the last 5 minutes. With more
     epochs it goes on after its end; with other dialogues or options, OUT must be another folder. In the end the folder
-    holds the model, a plot of the losses and a card. NORMALISE=false takes the texts of a .jsonl as they are.
+    holds the model, a plot of the losses and a card. NORMALISE=false takes all texts as they are, not a .tsv's alone.
     """
     for name in ("torch", "transformers", "matplotlib"):
         if not find_spec(name):

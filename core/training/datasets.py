@@ -1,9 +1,10 @@
-"""Dialogues on disk, as DialoGPT's TSV or as JSONL, and as token ids.
+"""Dialogues on disk, as DialoGPT's TSV, as JSONL or as a chat's export, and as token ids.
 
 TSV, one dialogue a line: `weight turn EOS weight turn ... <tab> weight target`; weight 0 means no loss on that turn.
 Its texts are in DialoGPT's spelling already.
 JSONL, one dialogue a line: a list of turns, or an object whose "turns" is one; a turn is a string (weight 1) or an
 object with "text" and, if it should not be learnt, "weight": 0.
+JSON, a chat's export or a folder of them: core.training.exports.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from core.text import normalise
 from core.tokenizer import Tokenizer
+from core.training.exports import read_export
 
 Dialogue = list[tuple[int, str]]
 """(weight, text) of each turn, oldest first."""
@@ -57,13 +59,21 @@ EXAMPLES = {
 
 
 def read_dialogues(path: Path, *, normalised: bool = True) -> Iterator[Dialogue]:
-    """Every dialogue of a .jsonl or .tsv file. Raises BadData, OSError.
+    """Every dialogue of a .jsonl or .tsv file, or of an export or a folder of them. Raises BadData, OSError.
 
-    `normalised`: bring JSONL's texts into DialoGPT's spelling; what has no sign in it becomes a turn without text.
+    `normalised`: bring the texts, TSV's excepted, into DialoGPT's spelling; what has no sign in it becomes a turn
+    without text.
     """
     suffix = path.suffix.lower()
+    if path.is_dir() or suffix == ".json":
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            yield from _from_export(file, normalised)
+        return
     if suffix not in EXAMPLES:
-        raise BadData(f"{path}: dialogues come as .jsonl or .tsv: convert the file, or give it the name that fits")
+        raise BadData(
+            f"{path}: dialogues come as .jsonl or .tsv, or as a chat exported to .json: convert the file, or give it "
+            "the name that fits"
+        )
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -78,6 +88,20 @@ def read_dialogues(path: Path, *, normalised: bool = True) -> Iterator[Dialogue]
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise BadData(f"{path}:{number}: a line is {EXAMPLES[suffix]}") from None
             yield dialogue
+
+
+def _from_export(path: Path, normalised: bool) -> Iterator[Dialogue]:
+    try:
+        for talk in read_export(path):
+            yield [(1, _spelled(text, normalised)) for text in talk]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise BadData(
+            f"{path} is no whole export of Telegram Desktop or DiscordChatExporter: export the chat again, as JSON"
+        ) from None
+
+
+def _spelled(text: str, normalised: bool) -> str:
+    return normalise(text) if normalised else " ".join(text.split())
 
 
 def write_tsv(path: Path, dialogues: Iterable[Dialogue]) -> int:
@@ -109,7 +133,7 @@ def _from_json(line: str, normalised: bool) -> Dialogue:
         text, weight = (turn, 1) if isinstance(turn, str) else (turn["text"], turn.get("weight", 1))
         if not isinstance(text, str):
             raise TypeError("no text")
-        dialogue.append((int(weight > 0), normalise(text) if normalised else " ".join(text.split())))
+        dialogue.append((int(weight > 0), _spelled(text, normalised)))
     return dialogue
 
 

@@ -85,7 +85,7 @@ def test_what_windows_writes_is_read(tmp_path: Path) -> None:
     assert list(read_dialogues(tmp_path / "A.JSONL")) == [[(1, "hi"), (1, "ho")], [(1, "a"), (1, "b")]]
 
 
-@pytest.mark.parametrize("name", ["talks.json", "talks.txt", "talks"])
+@pytest.mark.parametrize("name", ["talks.html", "talks.txt", "talks"])
 def test_other_files_are_refused_by_their_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('["hi", "ho"]\n')
     with pytest.raises(BadData, match=f"{name}: dialogues come as .jsonl or .tsv"):
