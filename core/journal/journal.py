@@ -22,8 +22,8 @@ from sqlalchemy import Connection, and_, case, exists, func, select, update
 from core import metrics
 from core.journal import storage
 from core.journal.database import JournalBusy, JournalError, file_of, open_database, parse
-from core.journal.rows import KEY, inside, key, named, plain, request_of, row_of, same, storable, waits
-from core.journal.schema import channels, messages, replies, unsettled
+from core.journal.rows import KEY, few, inside, key, named, plain, request_of, row_of, same, storable, waits
+from core.journal.schema import channels, messages, replies, unsettled, waiting
 from core.journal.upkeep import Upkeep
 from core.messages import Channel, Message, MessageState, Reply, Request, Turn
 
@@ -184,9 +184,9 @@ class Journal(Upkeep):
     ) -> tuple[list[Request], Counter[str]]:
         """What is owed, and how many expired on each platform."""
         now = time.time()
-        ours = messages.c.state == "waiting"
+        ours = waiting
         if platforms is not None:
-            ours = and_(ours, messages.c.platform.in_(platforms))
+            ours = and_(ours, few(messages.c.platform).in_(platforms))
         here = and_(messages.c.platform == channels.c.platform, messages.c.channel == channels.c.channel)
         before_a_reset = exists().where(here, messages.c.id <= channels.c.history_after)
         forgotten = update(messages).where(ours, before_a_reset)
@@ -284,7 +284,7 @@ class Journal(Upkeep):
 
     async def question(self, row: int) -> Request | None:
         """As it stands now; None when it waits no more."""
-        found = await self._read(select(messages).where(messages.c.id == row, messages.c.state == "waiting"))
+        found = await self._read(select(messages).where(messages.c.id == row, waiting))
         return request_of(found[0]) if found else None
 
     async def attempt(self, request: Request) -> int:
@@ -299,13 +299,14 @@ class Journal(Upkeep):
         after = select(channels.c.history_after).where(
             channels.c.platform == channel.platform, channels.c.channel == channel.id
         )
+        said = (messages.c.turn, messages.c.author_name, messages.c.text, messages.c.platform_id, replies.c.spoken)
+        hidden = messages.c.id <= func.coalesce(after.scalar_subquery(), 0)
         query = (
-            select(messages.c.turn, messages.c.author_name, messages.c.text, messages.c.platform_id, replies.c.spoken)
+            select(*said, hidden.label("hidden"))
             .join(replies, and_(replies.c.message == messages.c.id, replies.c.part == 0))
             .where(
                 inside(channel),
                 messages.c.turn.is_not(None),
-                messages.c.id > func.coalesce(after.scalar_subquery(), 0),
                 ~messages.c.deleted,
                 ~replies.c.notice,
                 replies.c.state != "abandoned",
@@ -317,6 +318,8 @@ class Journal(Upkeep):
             query = query.where(messages.c.id < before)
         turns: list[Turn] = []
         for row in reversed(await self._read(query)):
+            if row.hidden:
+                continue  # as a condition it would have all that was before the reset read, in search of `limit` turns
             turns.append(Turn("user", row.author_name, row.text, 2 * row.turn, row.platform_id))
             turns.append(Turn("assistant", "", row.spoken, 2 * row.turn + 1, row.platform_id))
         return turns[-limit:]
@@ -325,7 +328,7 @@ class Journal(Upkeep):
         """What was said before is in no later history, what still waits for its answer included. With the message that
         `asked` for it, only when that is not stored yet: False when it is."""
         here = {"platform": channel.platform, "channel": channel.id}
-        newest = select(func.coalesce(func.max(messages.c.id), 0)).where(inside(channel)).scalar_subquery()
+        newest = select(func.coalesce(func.max(messages.c.id), 0)).scalar_subquery()  # of all channels: found at once
         insert = self._insert(channels).values(**here, next_turn=0, history_after=newest)
         forget = insert.on_conflict_do_update(
             index_elements=list(here), set_={"history_after": insert.excluded.history_after}
@@ -354,7 +357,7 @@ class Journal(Upkeep):
             .limit(limit)
         )
         if channel is not None:
-            query = query.where(inside(channel))
+            query = query.where(few(messages.c.platform) == channel.platform, few(messages.c.channel) == channel.id)
         return [
             Reply(
                 row.id,

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    literal_column,
 )
 
 metadata = MetaData()
@@ -49,8 +50,9 @@ messages = Table(
 )
 Index("messages_history", messages.c.platform, messages.c.channel, messages.c.turn)
 Index("messages_author", messages.c.platform, messages.c.author)
-_waiting = messages.c.state == "waiting"
-Index("messages_waiting", messages.c.id, sqlite_where=_waiting, postgresql_where=_waiting)
+# Spelled out: with a parameter SQLite would read the whole table, not the index of these few.
+waiting = messages.c.state == literal_column("'waiting'")
+Index("messages_waiting", messages.c.id, sqlite_where=waiting, postgresql_where=waiting)
 
 replies = Table(
     "replies",
@@ -72,7 +74,7 @@ replies = Table(
     Column("note", Text, nullable=False, default=""),
     UniqueConstraint("message", "part", name="replies_once"),
 )
-unsettled = replies.c.state.in_(("pending", "sending"))
+unsettled = replies.c.state.in_((literal_column("'pending'"), literal_column("'sending'")))
 Index("replies_due", replies.c.id, sqlite_where=unsettled, postgresql_where=unsettled)
 
 channels = Table(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -391,26 +394,68 @@ async def test_an_export_holds_every_message_and_what_became_of_it(journal: Jour
     assert lines[0]["replies"] == [{"text": "Re 1.", "state": "sent", "id": "77", "seed": None}]
 
 
-async def test_a_long_channel_costs_its_length_to_export_and_nothing_to_look_one_up_in(tmp_path: Path) -> None:
-    journal = await open_journal(f"sqlite:///{tmp_path / 'journal.db'}")
-    assert isinstance(journal._readers, SQLite)
-    steps = 0  # of SQLite's, by the hundred
+def steps_of(journal: Journal) -> Callable[[], int]:
+    """How many SQLite has taken since the last time, by the hundred."""
+    steps = 0
 
     def count() -> None:
         nonlocal steps
         steps += 1
 
-    event.listen(journal._readers._engine, "connect", lambda c, _: c.set_progress_handler(count, 100))
+    def since() -> int:
+        nonlocal steps
+        taken, steps = steps, 0
+        return taken
+
+    for database in (journal._readers, journal._writer._database):
+        assert isinstance(database, SQLite)
+        event.listen(database._engine, "connect", lambda connection, _: connection.set_progress_handler(count, 100))
+        database._engine.dispose()
+    return since
+
+
+async def test_a_long_channel_costs_its_length_to_export_and_nothing_to_look_one_up_in(tmp_path: Path) -> None:
+    journal = await open_journal(f"sqlite:///{tmp_path / 'journal.db'}")
+    steps = steps_of(journal)
     costs = []
     for channel, length in ((HERE, 1000), (THERE, 4000)):
         await journal.receive(*(message(str(n), channel=channel) for n in range(length)), deadline=60)
-        before, lines = steps, [line["id"] async for line in journal.export(channel)]
+        steps()
+        lines = [line["id"] async for line in journal.export(channel)]
         assert lines == [str(n) for n in range(length)]
-        costs.append(steps - before)
+        costs.append(steps())
     assert costs[1] < 6 * costs[0]
-    before = steps
     assert await journal.state(THERE, "3999") == "waiting"
-    assert steps - before < 10
+    assert steps() < 10
+    await journal.aclose()
+
+
+async def test_nothing_on_a_messages_path_costs_more_with_years_of_history(tmp_path: Path) -> None:
+    file = tmp_path / "journal.db"
+    journal = await open_journal(f"sqlite:///{file}")
+    (reply,) = await answered(journal, "old")
+    await journal.sent(reply, "77")
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as years:
+        for table in ("messages", "replies"):
+            own = {"id": "n", "message": "n", "turn": "n", "platform_id": "'m' || n", "nonce": "'n' || n"}
+            values = [own.get(row[1], row[1]) for row in years.execute(f"PRAGMA table_info({table})")]
+            numbers = "WITH RECURSIVE of(n) AS (SELECT 2 UNION ALL SELECT n + 1 FROM of WHERE n < 5000)"
+            copies = f"SELECT {', '.join(values)} FROM of, (SELECT * FROM {table} WHERE id = 1)"
+            years.execute(f"{numbers} INSERT INTO {table} {copies}")
+        years.execute("UPDATE channels SET next_turn = 5001")
+    steps = steps_of(journal)
+    for times in range(2):
+        request = await ask(journal, f"new {times}")
+        assert len(await journal.history(HERE, before=request.row, limit=4)) == (0 if times else 4)
+        assert await journal.question(request.row)
+        assert len(await journal.backlog(60, platforms=["test"])) == 1
+        (reply,) = await journal.answer(request, ["Yes."], spoken="yes .")
+        assert await journal.due() == await journal.due(HERE, 20) == [reply]
+        if begun := await journal.begin_send(reply):
+            await journal.sent(begun, "78")
+        await journal.receive(message("78", kind="delete"), message(f"new {times}", kind="delete"), deadline=60)
+        await journal.reset(HERE)
+        assert steps() < 60, "of 5,000 messages it cannot have looked at many"
     await journal.aclose()
 
 
