@@ -37,6 +37,13 @@ FOREIGN = (
 )
 HELD = {"": (0x40000002, 510), "-shm": (128, 1)}
 """What of a file SQLite locks for as long as it is open: sqlite.org/fileformat2, and os_unix.c for its index."""
+WRITTEN = ("UTF8", "SQL_ASCII")  # the encodings of PostgreSQL in which every text can stand
+BEHIND = """
+SELECT setval(counter, newest)
+FROM (SELECT pg_get_serial_sequence('{0}', 'id')::regclass AS counter, max(id) AS newest FROM {0}) AS copied
+WHERE newest > coalesce(pg_sequence_last_value(counter), 0)
+"""
+"""Rows that were copied there, as from SQLite, have not counted up: what came next would be taken for known."""
 MIGRATING = 0x70616C61766572  # PostgreSQL's advisory lock: two processes that start together migrate one by one
 
 
@@ -54,7 +61,7 @@ def prepare(file: Path) -> None:
     problems = [] if missing else _problems(file)
     if not problems and not missing and (tables := _tables(file)):
         if not TABLES & tables:  # opening it as a journal would already change it
-            raise JournalError(FOREIGN)
+            raise WrongAddress(FOREIGN)
         if not (problems := _lacking(tables)):
             return
     copy = newest_good(file)
@@ -108,23 +115,34 @@ async def migrate(url: URL, progress: Callable[[str], None]) -> None:
         line = f"the journal cannot be opened at {where}: {busy(error) or error}"
         if getattr(getattr(error, "orig", None), "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_READONLY:
             line = f"{where} cannot be written; give it to who runs palaver"
+        if getattr(getattr(error, "orig", None), "sqlstate", "") == "42501":
+            line += "; let the role own its database and all that is in it"
         raise (JournalError if file_of(url) or not away(error) else JournalBusy)(line) from error
     finally:
         await database.dispose()
 
 
 def _upgrade(connection: Connection, progress: Callable[[str], None]) -> None:
-    if connection.dialect.name == "postgresql":
+    server = connection.dialect.name == "postgresql"
+    if server:
         connection.execute(text(f"SELECT pg_advisory_xact_lock({MIGRATING})"))
+        if (encoding := connection.execute(text("SHOW server_encoding")).scalar_one()) not in WRITTEN:
+            raise WrongAddress(
+                f"DATABASE_URL: {encoding}, as that database has it, lacks most letters; make one in UTF8"
+            )
     tables = set(inspect(connection).get_table_names())
-    if tables and "alembic_version" not in tables:
-        raise JournalError(FOREIGN)
+    if tables and not TABLES & tables:
+        raise WrongAddress(FOREIGN)
+    if tables and (lacking := _lacking(tables)):
+        raise JournalError(f"the journal is not whole, {lacking[0]}; restore all of it, or name an empty database")
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     if tables:
         progress("the journal is checked for migrations")
     command.upgrade(config, "head")
+    for table in ("messages", "replies") if server else ():
+        connection.execute(text(BEHIND.format(table)))
     connection.execute(text("UPDATE alembic_version SET version_num = '' WHERE 1 = 0"))  # may we write?
 
 

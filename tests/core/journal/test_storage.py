@@ -363,7 +363,7 @@ async def test_postgresql_that_was_read_only_for_a_while_is_written_again(
     postgres: PostgresServer, postgres_url: str
 ) -> None:
     """As a primary that another took the place of: who stays connected to it is refused for ever."""
-    role = postgres_url.split("//")[1].split(":")[0]
+    role = role_of(postgres_url)
     journal = await open_journal(postgres_url)
     try:
         await ask(journal, "1")
@@ -378,12 +378,44 @@ async def test_postgresql_that_was_read_only_for_a_while_is_written_again(
         await journal.aclose()
 
 
+def role_of(url: str) -> str:
+    """Its schema has the same name."""
+    return url.split("//")[1].split(":")[0]
+
+
+async def test_rows_that_were_copied_to_postgresql_are_in_nobodys_way(
+    postgres: PostgresServer, postgres_url: str
+) -> None:
+    """As by who moves there from SQLite: a number that is given twice would be taken for a message that came before."""
+    for id in ("1", "2"):
+        journal = await open_journal(postgres_url)
+        try:
+            assert await journal.answer(await ask(journal, id), ["Hello."], spoken="hello .")
+        finally:
+            await journal.aclose()
+        for table in ("messages", "replies"):
+            postgres.psql(f"ALTER SEQUENCE {role_of(postgres_url)}.{table}_id_seq RESTART;")
+
+
+async def test_a_postgresql_that_holds_no_whole_journal_or_cannot_hold_every_text_is_refused(
+    postgres: PostgresServer, postgres_url: str
+) -> None:
+    role = role_of(postgres_url)
+    await (await open_journal(postgres_url)).aclose()
+    postgres.psql(f"DROP TABLE {role}.replies;")
+    assert "not whole, table replies is missing" in await refused(postgres_url)
+    postgres.psql(f"DROP SCHEMA {role} CASCADE;")
+    assert "permission denied for schema public; let the role own its database" in await refused(postgres_url)
+    postgres.psql(f"CREATE DATABASE {role} OWNER {role} TEMPLATE template0 ENCODING 'LATIN1' LOCALE 'C';")
+    assert "LATIN1" in await refused(postgres_url.replace("/postgres?", f"/{role}?"))
+
+
 async def test_of_several_hosts_the_primary_is_found(
     own_postgres: tuple[PostgresServer, str], postgres_url: str
 ) -> None:
     server, url = own_postgres
     standby, primary = url.split("host=")[1], postgres_url.split("host=")[1]
-    role = postgres_url.split("//")[1].split(":")[0]
+    role = role_of(postgres_url)
     server.psql(f"CREATE ROLE {role} LOGIN; ALTER ROLE {role} SET default_transaction_read_only = on;")
     with pytest.raises(JournalBusy, match="cannot be opened at"):
         await open_journal(postgres_url.replace(primary, standby))
