@@ -20,6 +20,8 @@ from core.messages import Channel
 from core.owner import dead
 
 DAY = 86_400.0
+AT_ONCE = 500
+"""So many messages are forgotten in one commit."""
 
 
 class Upkeep:
@@ -159,9 +161,13 @@ class Upkeep:
                 yield exported(row, answers.get(row.id, []))
 
     async def forget(self, platform: str, author: str) -> int:
-        """Delete what a person said and the replies to it; how many messages that were."""
-        gone = delete(messages).where(messages.c.platform == platform, messages.c.author == author)
-        return await self._writer.do(lambda connection: connection.execute(gone).rowcount)
+        """Delete what a person said and the replies to it; how many messages that were. In many commits: whoever else
+        writes comes in between, and the next call goes on with what one that was stopped has left."""
+        some = select(messages.c.id).where(messages.c.platform == platform, messages.c.author == author).limit(AT_ONCE)
+        gone, count = delete(messages).where(messages.c.id.in_(some)), 0
+        while deleted := await self._writer.do(lambda connection: connection.execute(gone).rowcount):
+            count += deleted
+        return count
 
     async def ping(self) -> None:
         """Raises JournalBusy when a write would not work now."""

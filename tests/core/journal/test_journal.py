@@ -559,6 +559,15 @@ async def test_a_person_can_be_forgotten(journal: Journal) -> None:
     assert (await journal.counts())["replies"] == {"pending": 2}
 
 
+async def test_who_said_very_much_is_forgotten_while_others_write(journal: Journal) -> None:
+    await journal.receive(*(message(str(id)) for id in range(1200)), deadline=60)
+    forgetting = asyncio.create_task(journal.forget("test", "u1"))
+    await asyncio.sleep(0)  # now it has asked for its first commit
+    await ask(journal, "new", author="u2")
+    assert not forgetting.done()
+    assert await forgetting == 1200 and await states(journal) == {"waiting": 1}
+
+
 async def test_many_writers_share_commits_and_keep_their_order(journal: Journal) -> None:
     async def talk(channel: Channel) -> None:
         for id in range(10):
