@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -197,13 +198,13 @@ def restore(file: Path, copy: Path | None = None) -> Path:
     if in_use(file):
         raise JournalError(f"{file} is in use; stop palaver, restore, and start it again")
     fresh = file.with_name(file.name + ".restoring")
-    fresh.unlink(missing_ok=True)
+    _drop(fresh)
     try:
         with _reading(copy) as reader:
             _copy(reader, fresh)
         _hand_over(fresh, file)
     except (OSError, sqlite3.Error) as error:
-        fresh.unlink(missing_ok=True)
+        _drop(fresh)
         raise JournalError(f"{copy} could not be copied to {file.parent}: {error}") from error
     _aside(file, "corrupt", "", "-wal", "-shm")
     os.replace(fresh, file)
@@ -291,6 +292,8 @@ def _backup(file: Path, path: Path | None) -> Path:
     try:
         if lacking := _lacking(_tables(file)):
             raise JournalError(f"{file} is not copied, the older copies stay: {lacking[0]}")
+        if path is None and shutil.disk_usage(file.parent).free < 2 * file.stat().st_size:
+            raise JournalError(f"{file} is not copied: it would nearly fill its disk, and then take nothing; make room")
         with _reading(file) as reader:
             _save(reader, target)
         if path is None:
@@ -310,7 +313,7 @@ def _settle(file: Path, copy: Path) -> None:
         os.utime(copy, ns=(newest + 1, newest + 1))
     for old in [kept for kept in _kept(file) if re.fullmatch(r"[\d-]+", kept.stem)][:-KEEP]:
         old.unlink(missing_ok=True)
-    for half in copies(file).glob("*.part"):  # of a process that ended in the middle of it
+    for half in copies(file).glob("*.part*"):  # of a process that ended in the middle of it
         with contextlib.suppress(FileNotFoundError):
             if half.stat().st_mtime < time.time() - 86_400:
                 half.unlink()
@@ -328,7 +331,7 @@ def _save(reader: sqlite3.Connection, target: Path) -> None:
     fresh = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fresh.unlink(missing_ok=True)
+        _drop(fresh)
         _copy(reader, fresh)
         if problems := _problems(fresh, "integrity_check"):
             raise JournalError(f"the copy is not whole, the older ones stay: {problems[0]}")
@@ -337,8 +340,14 @@ def _save(reader: sqlite3.Connection, target: Path) -> None:
         raise JournalError(f"no copy could be made at {target.parent}: {error}") from error
     finally:
         with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
+            _drop(fresh)
     _sync(target.parent)
+
+
+def _drop(half: Path) -> None:
+    """With what SQLite leaves beside it where the disk was full."""
+    for left in (half, half.with_name(half.name + "-journal")):
+        left.unlink(missing_ok=True)
 
 
 def _reading(file: Path) -> contextlib.closing[sqlite3.Connection]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -769,3 +770,31 @@ async def test_a_copy_that_cannot_be_made_says_so(file: Path, tmp_path: Path) ->
     async with opened(file) as journal:
         with pytest.raises(JournalError, match="no copy could be made"):
             await journal.backup(blocked / "copy.db")
+
+
+async def test_a_disk_that_gets_full_leaves_no_halves_of_copies(file: Path) -> None:
+    async with opened(file) as journal:
+        await journal.receive(*(message(str(number), "x" * 3000) for number in range(1000)), deadline=60)
+    copy = await storage.backup(file, file.with_name("copy.db"))
+    before = {path: path.read_bytes() for path in file.parent.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size // 2, hard))
+    try:
+        with pytest.raises(JournalError, match="no copy could be made"):
+            await storage.backup(file)
+        with pytest.raises(JournalError, match="could not be copied"):
+            storage.restore(file, copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    storage.copies(file).rmdir()
+    assert {path: path.read_bytes() for path in file.parent.iterdir()} == before
+
+
+async def test_no_copy_by_itself_fills_the_journals_disk(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = await filled(file, "1")
+    usage = shutil.disk_usage(file.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * file.stat().st_size - 1))
+    with pytest.raises(JournalError, match="it would nearly fill its disk"):
+        await storage.backup(file)
+    assert [*storage.copies(file).iterdir()] == [first]
+    await storage.backup(file, file.with_name("asked.db"))
