@@ -79,6 +79,9 @@ def prepare(file: Path) -> None:
             f"{file} is missing, but {left.name} shows that a journal stood there; put both back or run "
             "palaver journal restore COPY, or move that file away to begin an empty journal"
         )
+    elif missing:
+        with contextlib.suppress(OSError):  # why it cannot be made is told when it is opened
+            file.touch(0o600)  # what people say is for nobody else on this machine
 
 
 def _left(file: Path) -> Path | None:

@@ -798,3 +798,9 @@ async def test_no_copy_by_itself_fills_the_journals_disk(file: Path, monkeypatch
         await storage.backup(file)
     assert [*storage.copies(file).iterdir()] == [first]
     await storage.backup(file, file.with_name("asked.db"))
+
+
+async def test_a_new_journal_is_for_nobody_else_to_read(file: Path) -> None:
+    async with opened(file) as journal:
+        await ask(journal, "1")
+        assert [path.stat().st_mode & 0o777 for path in storage.parts(file)] == [0o600] * 3
