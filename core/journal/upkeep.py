@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sqlalchemy import Connection, Row, and_, delete, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
@@ -16,7 +16,7 @@ from core.journal import storage
 from core.journal.database import Database, JournalError, Writer, busy, file_of
 from core.journal.rows import exported, inside, kept_for, plain
 from core.journal.schema import channels, leases, messages, replies, sessions, watermarks
-from core.messages import Channel
+from core.messages import Channel, MessageState, ReplyState
 from core.owner import dead
 
 DAY = 86_400.0
@@ -143,9 +143,10 @@ class Upkeep:
     async def counts(self) -> dict[str, dict[str, int]]:
         """{"messages": {state: rows}, "replies": {state: rows}}."""
         counted = {}
-        for table in (messages, replies):
-            rows = await self._read(select(table.c.state, func.count().label("n")).group_by(table.c.state))
-            counted[table.name] = {row.state: row.n for row in sorted(rows)}
+        for table, states in ((messages, get_args(MessageState)), (replies, get_args(ReplyState))):
+            each = (func.count().filter(table.c.state == state).label(state) for state in sorted(states))
+            (row,) = await self._read(select(*each))  # grouped, SQLite would sort all of them in memory
+            counted[table.name] = {state: count for state, count in row._mapping.items() if count}
         return counted
 
     async def export(self, channel: Channel) -> AsyncIterator[dict[str, object]]:
