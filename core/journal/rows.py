@@ -32,7 +32,7 @@ def named(channel: Channel, id: str, account: str) -> Any:
 
 def inside(channel: Channel) -> Any:
     """The messages of this channel."""
-    return and_(messages.c.platform == channel.platform, messages.c.channel == channel.id)
+    return and_(messages.c.platform == plain(channel.platform), messages.c.channel == plain(channel.id))
 
 
 def few(column: Any) -> Any:

@@ -164,7 +164,8 @@ class Upkeep:
     async def forget(self, platform: str, author: str) -> int:
         """Delete what a person said and the replies to it; how many messages that were. In many commits: whoever else
         writes comes in between, and the next call goes on with what one that was stopped has left."""
-        some = select(messages.c.id).where(messages.c.platform == platform, messages.c.author == author).limit(AT_ONCE)
+        theirs = and_(messages.c.platform == plain(platform), messages.c.author == plain(author))
+        some = select(messages.c.id).where(theirs).limit(AT_ONCE)
         gone, count = delete(messages).where(messages.c.id.in_(some)), 0
         while deleted := await self._writer.do(lambda connection: connection.execute(gone).rowcount):
             count += deleted

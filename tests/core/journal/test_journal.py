@@ -100,6 +100,9 @@ async def test_ids_no_database_can_hold_are_held(journal: Journal) -> None:
     await journal.refail(strange, note=bad)
     await journal.receive(strange, strange, deadline=60)
     assert await states(journal) == {"failed": 1}
+    nobody = "9\udcff\0"  # as a shell passes on what is no UTF-8
+    assert [line async for line in journal.export(Channel("test", nobody))] == []
+    assert await journal.forget("test", nobody) == 0
 
 
 @in_memory_too
