@@ -21,7 +21,7 @@ from core.owner import dead
 
 DAY = 86_400.0
 AT_ONCE = 500
-"""So many messages are forgotten in one commit."""
+"""So many messages are forgotten in one commit, or moved in one statement."""
 
 
 class Upkeep:
@@ -84,11 +84,13 @@ class Upkeep:
             known = select(messages.c.platform_id).where(inside(new))
             rows = connection.execute(select(channels).where(or_(kept_for(old), kept_for(new)))).all()
             before = max((row.next_turn for row in rows if row.channel == old.id), default=0)
-            later = update(messages).where(inside(new)).values(turn=messages.c.turn + before)
-            connection.execute(later)  # what `new` said already comes after all that `old` said
-            connection.execute(
-                update(messages).where(inside(old), messages.c.platform_id.not_in(known)).values(channel=new.id)
-            )
+            if before:  # what `new` said already comes after all that `old` said
+                connection.execute(update(messages).where(inside(new)).values(turn=messages.c.turn + before))
+            moving = select(messages.c.id).where(inside(old), messages.c.platform_id.not_in(known))
+            ids = connection.execute(moving).scalars().all()
+            for page in range(0, len(ids), AT_ONCE):  # in one statement PostgreSQL's time for one might not do
+                some = messages.c.id.in_(ids[page : page + AT_ONCE])
+                connection.execute(update(messages).where(some).values(channel=new.id))
             connection.execute(delete(channels).where(or_(kept_for(old), kept_for(new))))
             if rows:
                 turns, hidden = sum(row.next_turn for row in rows), max(row.history_after for row in rows)

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
-from sqlalchemy import event, select
+from sqlalchemy import Engine, event, select
 
 from core.journal.database import SQLite
 from core.journal.journal import Journal, JournalBusy, JournalError, open_journal
@@ -540,6 +541,23 @@ async def test_a_channel_that_moves_onto_one_that_talked_already(journal: Journa
     assert turns == [(2, "2"), (3, "2"), (4, "1"), (5, "1")], "ids that both have stay where they are"
     await answered(journal, "3", THERE)
     assert (await spoken(journal, THERE))[-1][1] == "re 3 ."
+
+
+async def test_a_long_channel_moves_in_statements_that_are_short(journal: Journal) -> None:
+    """PostgreSQL ends one that takes longer than 15 s, and the platform would tell of the move for ever."""
+    await journal.receive(*(message(str(id)) for id in range(1200)), deadline=60)
+    touched = []
+
+    def note(connection: object, cursor: Any, statement: str, *rest: object) -> None:
+        if statement.startswith("UPDATE messages"):
+            touched.append(cursor.rowcount)
+
+    event.listen(Engine, "after_cursor_execute", note)
+    try:
+        await journal.rekey(HERE, THERE)
+    finally:
+        event.remove(Engine, "after_cursor_execute", note)
+    assert touched == [500, 500, 200] and len([line async for line in journal.export(THERE)]) == 1200
 
 
 async def test_a_channel_that_moves_stays_reset(journal: Journal) -> None:
