@@ -125,7 +125,8 @@ def journal_backup(
 ) -> None:
     """Copy the journal while everything runs, check the copy, and print where it is.
 
-    A running palaver does the same every hour.
+    A running palaver does the same every hour. Without FILE none is made where it would leave the disk less room than
+    the journal takes.
     """
     from core.journal import storage
 
