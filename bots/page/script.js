@@ -19,6 +19,8 @@ const exchanges = new Map(); // message id -> {box, reply}: what is shown, in it
 const waiting = new Map();
 let socket = null;
 let connected = false; // the history has come: what is shown is what the server knows
+let asked = false; // for the history, which has not come
+let resetting = false;
 let failures = 0;
 let retry = 0;
 let overdue = 0;
@@ -46,6 +48,8 @@ async function connect() {
   };
   mine.onmessage = (event) => mine === socket && hear(JSON.parse(event.data));
   mine.onclose = () => mine === socket && lost();
+  asked = true; // as soon as it is open, which may never be
+  watch();
 }
 
 function lost() {
@@ -53,6 +57,8 @@ function lost() {
   socket = null;
   if (abandoned) abandoned.close();
   connected = false;
+  if (resetting) find("not-now").hidden = false;
+  resetting = false;
   failures += 1;
   clearTimeout(overdue);
   overdue = 0;
@@ -70,6 +76,7 @@ function wake() {
 
 function ask() {
   socket.send(JSON.stringify({ hello: true }));
+  asked = true;
   watch();
 }
 
@@ -81,11 +88,14 @@ function transmit(id) {
 }
 
 // A connection that broke without a word (a sleeping laptop) is silent, and something is not acknowledged. So is a history
-// that cannot be read now.
+// that cannot be read now. An answer may take longer: whether anybody is still there is asked.
 function watch() {
   overdue ||= setTimeout(() => {
     overdue = 0;
-    if (socket && (!connected || [...waiting.values()].some((said) => !said.stored && !said.note))) lost();
+    const open = [...waiting.values()].filter((said) => !said.note);
+    if (!socket) return;
+    if (asked || resetting || open.some((said) => !said.stored)) lost();
+    else if (open.length) ask();
   }, SILENT_FOR);
 }
 
@@ -100,14 +110,15 @@ function hear(frame) {
   else if (frame.reply) replied(frame.reply);
   else if (frame.closed) closed(frame.closed, frame.note);
   else if (frame.typing) typing(frame.typing, frame.note);
-  else if (frame.forgotten) { waiting.clear(); keep(); begin([]); find("sure").close(); }
+  else if (frame.forgotten) { resetting = false; waiting.clear(); keep(); begin([]); find("sure").close(); }
   else if (frame.later) setTimeout(transmit, 3000, frame.later);
-  else if (frame.error) { find("not-now").hidden = false; console.warn("Palaver: " + frame.error); }
+  else if (frame.error) { resetting = false; find("not-now").hidden = false; console.warn("Palaver: " + frame.error); }
 }
 
 function begin(turns) {
+  const place = atEnd() ? Infinity : scroller.scrollTop;
   talk.setAttribute("aria-busy", "true"); // nobody wants the whole past read out
-  connected = false;
+  asked = connected = false;
   quiet();
   exchanges.clear();
   talk.replaceChildren();
@@ -127,7 +138,7 @@ function begin(turns) {
   failures = 0;
   talk.setAttribute("aria-busy", "false");
   show();
-  toEnd();
+  scroller.scrollTop = Math.min(place, scroller.scrollHeight);
 }
 
 function stored({ id, text, heard }) {
@@ -308,7 +319,10 @@ find("reset").addEventListener("click", () => { find("not-now").hidden = true; f
 find("keep").addEventListener("click", () => find("sure").close());
 find("forget").addEventListener("click", () => {
   find("not-now").hidden = connected;
-  if (connected) socket.send(JSON.stringify({ reset: true }));
+  if (!connected) return;
+  socket.send(JSON.stringify({ reset: true }));
+  resetting = true;
+  watch();
 });
 find("sure").addEventListener("close", () => field.focus());
 addEventListener("online", wake);

@@ -458,6 +458,74 @@ async def test_a_connection_that_breaks_without_a_word(browser: Browser, bot: We
         await expect(said(page)).to_have_text(["is anybody there?", "You said is anybody there?"])
 
 
+DEAF = "socket.send = () => {}; socket.onmessage = null"  # no frame comes through any more, and nothing says so
+
+
+async def test_an_answer_that_a_broken_connection_swallows_is_fetched(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        context = await browser.new_context()
+        await context.clock.install()
+        page = await visit(context, bot)
+        house.engine.gate.clear()
+        await say(page, "hello")
+        await expect(page.locator(".typing")).to_be_visible()
+        await page.evaluate(DEAF)
+        house.engine.gate.set()
+        await until(lambda: house.disk.replies and house.disk.replies[0].reply.state == "sent")
+        await page.clock.fast_forward(12_000)  # it asks
+        await page.clock.fast_forward(12_000)  # and takes another connection
+        await expect(said(page)).to_have_text(["hello", "You said hello"])
+
+
+async def test_starting_anew_into_the_void_says_that_it_did_not_work(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        context = await browser.new_context()
+        await context.clock.install()
+        page = await visit(context, bot)
+        await say(page, "hello")
+        await expect(said(page)).to_have_count(2)
+        await page.evaluate(DEAF)
+        await page.get_by_role("button", name="Start anew").click()
+        sure = page.get_by_role("dialog")
+        await sure.get_by_role("button", name="Start anew").click()
+        await page.clock.fast_forward(12_000)
+        await expect(sure.get_by_role("alert")).to_be_visible()
+        await expect(page.locator("#connection")).to_have_attribute("data-state", "connected")
+        await sure.get_by_role("button", name="Start anew").click()
+        await expect(sure).to_be_hidden()
+        await expect(said(page)).to_have_count(0)
+
+
+async def test_a_connection_that_does_not_open_is_tried_again(browser: Browser, bot: WebBot) -> None:
+    async with House().serve(bot):
+        await until(lambda: bot.address)
+        context = await browser.new_context()
+        await context.clock.install()
+        page = await context.new_page()
+        await page.add_init_script("const Real = WebSocket; WebSocket = class { close() { WebSocket = Real; } };")
+        await page.goto(bot.address)
+        await page.wait_for_function("socket")
+        await page.clock.fast_forward(12_000)
+        await page.clock.fast_forward(1_000)
+        await expect(page.locator("#connection")).to_have_attribute("data-state", "connected")
+
+
+async def test_who_reads_what_was_said_long_ago_goes_on_reading(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, "first")
+        await say(page, "\n".join(f"line {n}" for n in range(60)))
+        await expect(said(page)).to_have_count(4)
+        await page.evaluate("scroller.scrollTop = 100")
+    await expect(page.locator("#connection")).to_have_attribute("data-state", "lost")
+    async with house.serve(bot):
+        await expect(page.locator("#connection")).to_have_attribute("data-state", "connected")
+        assert await page.evaluate("scroller.scrollTop") == 100
+
+
 @pytest.mark.parametrize("how", ["refused", "lost"])
 async def test_a_history_that_does_not_come_is_asked_for_again(browser: Browser, bot: WebBot, how: str) -> None:
     house = House()
