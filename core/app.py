@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from core import metrics, systemd
 from core.backoff import backoff
@@ -21,6 +20,7 @@ from core.chat import Chat
 from core.courier import Courier, insist
 from core.delivery import NotAccepted, Unservable
 from core.engine.base import Engine, HubAway
+from core.logs import Complaints
 from core.owner import OWNER
 from core.queue import RequestQueue
 from core.settings import Settings
@@ -39,7 +39,6 @@ LOOK_EVERY = 10.0
 BEAT = 0.25
 HELD = 10.0
 """Seconds until another process serves a platform whose own stands still; renewed three times as often."""
-LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 START = 600.0
 """Seconds that systemd gives a start that says it is still at it, as the unit does from the beginning."""
 CLOSING = 20.0
@@ -103,7 +102,7 @@ class App:
     async def run(self, bots: Sequence[Bot]) -> int:
         """Serve until a signal or until no bot is left; then drain. The process's exit code."""
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(_Complaints(loop))
+        loop.set_exception_handler(Complaints(loop))
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self.stop)
         for bot in bots:
@@ -262,27 +261,6 @@ class App:
             await self.journal.backup()
         except Exception as error:
             log.error("the hourly backup failed: %s", error)
-
-
-class _Complaints:
-    """What the event loop complains of: that nothing can be accepted for want of descriptors, which it tells a hundred
-    times a second, is one line in ten seconds. So is that a listener, which it wanted to try again, is closed."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._before, self._next = loop.get_exception_handler(), 0.0
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        error = context.get("exception")
-        lacking = isinstance(error, OSError) and error.errno in LACKING
-        closed = isinstance(error, ValueError) and "_start_serving" in context.get("message", "")
-        if lacking or closed:
-            if loop.time() >= self._next:
-                self._next = loop.time() + 10.0
-                log.warning("no connection can be accepted now: %s", error)
-        elif self._before:
-            self._before(loop, context)
-        else:
-            loop.default_exception_handler(context)
 
 
 async def _all(tasks: Collection[asyncio.Task[None]]) -> bool:

@@ -5,11 +5,18 @@ Every known secret is cut out of the finished line, tracebacks included; line br
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import sys
 import threading
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import asyncio
+
+log = logging.getLogger(__name__)
 
 _TELEGRAM_TOKEN = re.compile(r"(?<!\d)\d{6,12}:[A-Za-z0-9_-]{30,}")
 _DISCORD_TOKEN = re.compile(r"(?<![A-Za-z0-9_.-])[A-Za-z0-9_-]{23,28}\.[A-Za-z0-9_-]{6,7}\.[A-Za-z0-9_-]{27,}")
@@ -17,6 +24,9 @@ _PASSWORD = re.compile(r"(?<=://)([^\s:/@]*):[^\s/@]+@")
 _CONTROLS = (*range(0x09), *range(0x0A, 0x20), *range(0x7F, 0xA0))  # all but the tab
 ESCAPED = {code: f"\\u{code:04x}" for code in (*_CONTROLS, *range(0x2028, 0x202F), *range(0x2066, 0x206A))}
 """For str.translate: what would break a line, turn it round or speak to a terminal, written out as JSON has it."""
+LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+STRANGERS = ("aiohttp.http_exceptions", "aiohttp.web_protocol")
+"""Where the exceptions come from that tell of what is no HTTP."""
 
 
 class Redacting(logging.Formatter):
@@ -46,6 +56,32 @@ class Redacting(logging.Formatter):
         return _PASSWORD.sub(r"\1:[secret]@", text)
 
 
+class Complaints:
+    """What the event loop complains of: that nothing can be accepted for want of descriptors, which it tells a hundred
+    times a second, is one line in ten seconds. So is that a listener, which it wanted to try again, is closed."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._before, self._next = loop.get_exception_handler(), 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        lacking = isinstance(error, OSError) and error.errno in LACKING
+        closed = isinstance(error, ValueError) and "_start_serving" in context.get("message", "")
+        if lacking or closed:
+            if loop.time() >= self._next:
+                self._next = loop.time() + 10.0
+                log.warning("no connection can be accepted now: %s", error)
+        elif self._before:
+            self._before(loop, context)
+        else:
+            loop.default_exception_handler(context)
+
+
+def _ours(record: logging.LogRecord) -> bool:
+    """Not what whoever found the port has sent: it was answered 400, and a scan must not fill the disk."""
+    return not record.exc_info or type(record.exc_info[1]).__module__ not in STRANGERS
+
+
 def announce(log: logging.Logger, line: str) -> None:
     """To standard output, for scripts, and to the log; once where a person sees both."""
     try:
@@ -64,6 +100,7 @@ def set_up(level: str, secrets: Iterable[str] = ()) -> None:
     logging.basicConfig(level=level.upper(), handlers=[stream], force=True)
     for name in ("httpx", "httpcore", "httpx2", "httpcore2", "aiohttp.access", "discord.gateway", "alembic", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("aiohttp.server").addFilter(_ours)
     logging.captureWarnings(True)
     crash = logging.getLogger("palaver")
     sys.excepthook = lambda kind, error, trace: crash.critical("crashed", exc_info=(kind, error, trace))

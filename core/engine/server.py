@@ -32,7 +32,7 @@ from core.engine.base import Completion, Engine, EngineClosed, EngineError, Fail
 from core.engine.hub import resolve
 from core.engine.machine import spin_briefly
 from core.engine.process import local_options
-from core.logs import announce
+from core.logs import Complaints, announce
 
 if TYPE_CHECKING:
     from core.settings import Settings
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 BODY_LIMIT = 1 << 20
 BACKLOG = 1024
+IDLE = 30.0
+"""Seconds until a connection without a request is closed: each holds a descriptor. Our clients close theirs sooner."""
 LOOK_EVERY = 1.0
 """Seconds between two looks whether the engine lives."""
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -84,7 +86,12 @@ class Server:
     async def listening(self, sock: socket.socket, grace: float = 0.0) -> AsyncIterator[None]:
         """Serve on `sock` inside the block; at its end, requests under way have `grace` seconds."""
         runner = web.AppRunner(
-            self.application(), handle_signals=False, handler_cancellation=True, access_log=None, shutdown_timeout=grace
+            self.application(),
+            handle_signals=False,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=grace,
+            keepalive_timeout=IDLE,
         )
         await runner.setup()
         try:
@@ -274,6 +281,7 @@ async def serve_engine(settings: Settings, address: str) -> int:
     """
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(Complaints(loop))
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, _stop, stopping)
     server = Server()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -251,21 +249,3 @@ async def test_a_part_of_the_house_that_dies_ends_the_process(
         monkeypatch.setattr(app.chat, "serve", dies) if part == "chat" else monkeypatch.setattr(app, "_beat", dies)
         assert await asyncio.wait_for(app.run([Player("one")]), 30) == 1
     assert "the house fell down" in caplog.text
-
-
-async def test_of_descriptors_that_are_lacking_it_is_told_once_and_of_the_rest_always(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    loop = asyncio.get_running_loop()
-    complain = module._Complaints(loop)
-    for _ in range(100):
-        complain(loop, {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")})
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    for _ in range(100):
-        closed = ValueError("Invalid file descriptor: -1")
-        complain(
-            loop, {"message": "Exception in callback BaseSelectorEventLoop._start_serving(<...", "exception": closed}
-        )
-    assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    complain(loop, {"message": "something else", "exception": KeyError("a bug")})
-    assert caplog.records[-1].levelno == logging.ERROR and len(caplog.records) == 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
 import sys
 
 import pytest
 
-from core.logs import Redacting, announce
+from core.logs import Complaints, Redacting, announce
 
 SECRET = "canary-7f3a9b2c"
 TELEGRAM = "123456789:AAEhBOweik6ad9r_QXMENQjcrGbqCr4K-bc"
@@ -51,3 +53,21 @@ def test_who_sees_both_is_told_once(
     with caplog.at_level("INFO"):
         announce(logging.getLogger("palaver"), "ready")
     assert capsys.readouterr().out == "ready\n" and caplog.messages == ([] if at_terminal else ["ready"])
+
+
+async def test_of_descriptors_that_are_lacking_it_is_told_once_and_of_the_rest_always(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = asyncio.get_running_loop()
+    complain = Complaints(loop)
+    for _ in range(100):
+        complain(loop, {"message": "accept", "exception": OSError(errno.EMFILE, "Too many open files")})
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    for _ in range(100):
+        closed = ValueError("Invalid file descriptor: -1")
+        complain(
+            loop, {"message": "Exception in callback BaseSelectorEventLoop._start_serving(<...", "exception": closed}
+        )
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    complain(loop, {"message": "something else", "exception": KeyError("a bug")})
+    assert caplog.records[-1].levelno == logging.ERROR and len(caplog.records) == 2

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import stat
@@ -19,6 +20,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from core.engine import server as module
 from core.engine import wire
 from core.engine.base import Completion, EngineClosed, EngineError, ModelInfo, OtherModel, SamplingParams
 from core.engine.echo_engine import EchoEngine
@@ -266,6 +268,38 @@ async def test_palaver_engine_says_where_it_is_and_ends_when_asked(
             async with await under_way as answer:
                 assert answer.status == 200
         assert await asyncio.wait_for(process.wait(), 60) == 0
+
+
+async def test_a_connection_without_a_request_is_closed(
+    checkpoint: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE", 0.2)
+    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+        reader, writer = await asyncio.open_unix_connection(folder / "socket")
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        async with http.post("/generate", json=GOOD) as answer:
+            assert answer.status == 200
+
+
+async def test_what_strangers_do_at_the_port_is_few_lines(tmp_path: Path) -> None:
+    async with palaver_engine("127.0.0.1:0", tmp_path, ENGINE="echo") as (process, line):
+        there = ("127.0.0.1", int(line.split(":")[2]))
+        for odd in (b"GET / HTTP/1.1\r\nHost: a\r\n\x1b[31m: b\r\n\r\n", b"\x1b[2J / HTTP/1.1\r\n\r\n"):
+            with socket.create_connection(there) as scan:
+                scan.sendall(odd)
+                assert b" 400 " in await asyncio.to_thread(scan.recv, 100)
+        hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (40, hard))
+        idle = [socket.create_connection(there) for _ in range(60)]
+        await asyncio.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 60) == 0
+        for each in idle:
+            each.close()
+        assert process.stderr
+        said = (await process.stderr.read()).decode()
+    assert "no connection can be accepted now" in said and "Traceback" not in said and len(said) < 2000
 
 
 LOST = """
