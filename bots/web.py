@@ -363,7 +363,7 @@ def _known(request: web.Request, response: web.StreamResponse) -> Channel:
     """Whose request it is, by the cookie that the answer sets, if need be anew."""
     key = request.cookies.get(COOKIE, "")
     key = key if _KEY.fullmatch(key) else secrets.token_urlsafe(24)
-    secure = "https" in (request.scheme, request.headers.get("X-Forwarded-Proto", ""))
+    secure = request.headers.get("Origin", "").lower().startswith("https:")  # as browsers see it, whatever a proxy says
     response.set_cookie(COOKIE, key, max_age=A_YEAR, path="/", httponly=True, samesite="Strict", secure=secure or None)
     # hashed: channels stand in logs and exports, and the key must not
     return Channel("web", hashlib.sha256(key.encode()).hexdigest()[:24])

@@ -127,7 +127,8 @@ async def test_the_key_is_a_strict_cookie_and_its_channel_does_not_show_it() -> 
         assert [row.message.channel.platform for row in house.disk.rows] == ["web"]
         id = house.disk.rows[0].message.channel.id
         assert len(id) == 24 and id not in key
-        async with session.ws_connect("/ws", headers={"X-Forwarded-Proto": "https"}) as socket:
+        headers = {"Host": "localhost", "Origin": "https://localhost"}
+        async with session.ws_connect("/ws", headers=headers) as socket:
             assert "Secure" in socket._response.headers["Set-Cookie"]
 
 
