@@ -261,6 +261,8 @@ class WebBot:
             writer.cancel()
             self._tabs[channel].discard(tab)
             if not self._tabs[channel]:
+        except ConnectionError:
+            pass  # a ping of one who is gone
                 del self._tabs[channel]
         return socket
 

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -515,6 +516,18 @@ async def test_who_answers_no_ping_is_let_go(monkeypatch: pytest.MonkeyPatch) ->
         await until(lambda: bot._tabs)
         await until(lambda: not bot._tabs)
         raw.close()
+
+
+async def test_who_pings_and_is_gone_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    house, bot = House(), web()
+    async with house.serve(bot):
+        raw = await knock(bot, '{"hello":true}')
+        await until(lambda: bot._tabs)
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.send(b"\x89\x80\0\0\0\0" * 1000)
+        raw.close()
+        await until(lambda: not bot._tabs)
+    assert "Traceback" not in caplog.text
 
 
 async def test_a_line_that_is_full_ends_the_connection_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
