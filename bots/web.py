@@ -129,6 +129,7 @@ class WebBot:
         self._local = _is_loopback(settings.web_host)
         self._names = _hosts(settings.web_origin)
         self._tabs: dict[Channel, set[Tab]] = defaultdict(set)
+        self._refused = False
 
     async def serve(self, chat: Chat) -> None:
         app = web.Application(middlewares=[self._checked])
@@ -206,6 +207,9 @@ class WebBot:
         if self._settings.web_origin:  # its name by another scheme is another page
             same = origin == self._settings.web_origin or (same and _is_loopback(_host(origin)))
         if origin and not same:
+            if not self._refused:
+                log.warning("a page at %s was refused: if that is this one, set WEB_ORIGIN to it", origin[:100])
+            self._refused = True  # once is enough for who sets up a proxy, and a hostile page asks for ever
             raise web.HTTPForbidden(text="This page is not ours. Behind a proxy, set WEB_ORIGIN.\n")
 
     async def _metrics(self, _: web.Request) -> web.Response:
@@ -257,12 +261,12 @@ class WebBot:
                     break  # who cannot be answered is not heard
                 said = _read(frame.data) if frame.type is WSMsgType.TEXT else {}
                 await self._hear(chat, channel, tab, said)
+        except ConnectionError:
+            pass  # a ping of one who is gone
         finally:
             writer.cancel()
             self._tabs[channel].discard(tab)
             if not self._tabs[channel]:
-        except ConnectionError:
-            pass  # a ping of one who is gone
                 del self._tabs[channel]
         return socket
 

@@ -586,6 +586,17 @@ async def test_pages_of_others_may_not_talk(origin: str) -> None:
         assert refused.value.status == 403
 
 
+async def test_which_page_was_refused_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """So that who forgets WEB_ORIGIN, or a proxy that sends another Host, sees why the page does not connect."""
+    house, bot = House(), web()
+    async with house.serve(bot), browser(bot) as session:
+        for _ in range(3):
+            async with session.post("/cookie", headers={"Origin": "https://chat.example.com"}) as response:
+                assert response.status == 403
+    (told,) = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert told == "a page at https://chat.example.com was refused: if that is this one, set WEB_ORIGIN to it"
+
+
 async def test_our_own_page_may_talk_and_a_proxy_that_is_set() -> None:
     house, bot = House(), web(web_origin="https://Chat.example.com/")
     async with house.serve(bot), browser(bot) as session:
