@@ -307,7 +307,8 @@ find("say").addEventListener("submit", (event) => {
 });
 field.addEventListener("input", () => { show(); fit(); keep(); });
 field.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  // 229: in Safari, the Enter that ends a composition comes after it has ended
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
     event.preventDefault();
     find("say").requestSubmit();
   }

@@ -371,6 +371,40 @@ async def test_a_phone_needs_no_sideways_scrolling(browser: Browser, bot: WebBot
         assert await page.evaluate("scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - 5")
 
 
+async def test_what_is_not_sent_yet_can_be_read_and_the_header_keeps_its_height(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot, **PHONE)
+        height = await page.evaluate("document.querySelector('header').offsetHeight")
+    await expect(page.locator("#connection")).to_have_attribute("data-state", "lost")
+    assert await page.evaluate("document.querySelector('header').offsetHeight") == height
+    await say(page, "said to nobody")
+    bubble = page.locator(".exchange.sending .bubble")
+    await expect(bubble).to_have_css("opacity", "1")
+    await expect(bubble).to_have_css("outline-style", "dashed")
+
+
+async def test_right_to_left_and_what_a_composition_ends_with(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        await say(page, "\u05e9\u05dc\u05d5\u05dd (hello)")
+        await expect(said(page)).to_have_count(2)
+        left = (
+            "at => { const r = new Range(), text = document.querySelector('.words').firstChild;"
+            "r.setStart(text, at); r.setEnd(text, at + 1); return r.getBoundingClientRect().left; }"
+        )
+        assert await page.evaluate(left, 0) > await page.evaluate(left, 6)  # the first word stands right of the second
+        field = page.get_by_label("Your message")
+        await field.fill("\u05e9\u05dc\u05d5\u05dd hello")
+        assert await field.evaluate("field => field.matches(':dir(rtl)')")
+        await field.evaluate(  # Safari's: composing is false, only the code tells
+            "field => field.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: 229, bubbles: true}))"
+        )
+        await expect(field).not_to_have_value("")
+        await expect(said(page)).to_have_count(2)
+
+
 async def test_the_talk_is_scrolled_by_keyboard_and_shows_that_it_is_chosen(browser: Browser, bot: WebBot) -> None:
     house = House()
     async with house.serve(bot):
