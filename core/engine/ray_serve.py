@@ -23,7 +23,7 @@ from core.engine.process import local_options
 from core.engine.server import Server, bound, open_local
 
 ROUTER = {"request_router_class": "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"}
-PASSED_ON = "content-type", wire.MODEL.lower(), wire.REQUEST.lower()
+PASSED_ON = "content-type", "origin", wire.MODEL.lower(), wire.REQUEST.lower()
 MOST_REQUESTS = 1000
 """Of a replica at a time; what is more goes to the next on the ring. The engine itself refuses sooner."""
 

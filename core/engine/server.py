@@ -164,7 +164,9 @@ class Server:
 
     def _open(self, request: web.Request) -> Engine:
         if request.method == "POST" and request.content_type != "application/json":
-            raise web.HTTPUnsupportedMediaType  # so that no page in a browser on this machine can post here
+            raise web.HTTPUnsupportedMediaType  # so that no page in a browser on this machine can post here,
+        if "Origin" in request.headers:
+            raise web.HTTPForbidden  # not even one whose own name was made to lead here (DNS rebinding)
         if self.engine is None or self.why:
             raise EngineClosed(self.why)
         model = request.headers.get(wire.MODEL)

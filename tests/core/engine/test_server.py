@@ -157,6 +157,10 @@ async def test_pages_in_a_browser_cannot_post(checkpoint: Callable[..., Path], f
         for path in ("/generate", "/forget"):
             async with http.post(path, data=json.dumps(GOOD), headers={"Content-Type": "text/plain"}) as answer:
                 assert answer.status == 415
+            # DNS rebinding: to the browser it is the page's own server, whom it asks no leave
+            rebound = {"Host": "evil.example", "Origin": "http://evil.example"}
+            async with http.post(path, json=GOOD, headers=rebound) as answer:
+                assert answer.status == 403
         async with http.get("/nowhere") as answer:
             assert (answer.status, (await answer.json())["error"]) == (404, "BadRequest")
 
