@@ -130,7 +130,7 @@ function begin(turns) {
   for (const [id, said] of waiting) {
     if (exchanges.has(id)) continue;
     if (said.note && said.after && !exchanges.has(said.after)) { waiting.delete(id); continue; } // of long ago
-    said.after ??= last();
+    if (!said.note) said.after = last(); // it will be answered after all that was
     note(put(id, said.text), said.note);
   }
   keep();
@@ -145,8 +145,15 @@ function stored({ id, text, heard }) {
   if (exchanges.get(id)?.reply || waiting.get(id)?.note) return;
   const said = waiting.get(id) || remember(id, text); // said in another tab
   said.stored = true;
-  const exchange = exchanges.get(id) || put(id, text);
-  exchange.box.classList.remove("sending");
+  const known = exchanges.get(id)?.box;
+  const { box } = exchanges.get(id) || put(id, text);
+  if (!known || known.classList.contains("sending")) { // its turn comes before that of what is not sent yet
+    box.classList.remove("sending");
+    const before = [...talk.children].filter((other) => other !== box && !other.classList.contains("sending")).pop();
+    const place = before ? before.nextElementSibling : talk.firstElementChild;
+    if (place !== box) talk.insertBefore(box, place);
+    said.after = before?.dataset.id || "";
+  }
   if (!heard) closed(id, "I can only read words. Could you write it out?");
   show();
 }

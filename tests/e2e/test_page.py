@@ -512,6 +512,21 @@ async def test_an_answer_that_a_broken_connection_swallows_is_fetched(browser: B
         await expect(said(page)).to_have_text(["hello", "You said hello"])
 
 
+async def test_two_tabs_show_one_order_though_one_could_not_speak_for_a_while(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        context = await browser.new_context()
+        await context.clock.install()
+        page, tab = await visit(context, bot), await visit(context, bot)
+        await page.evaluate("socket.send = () => {}")
+        await say(page, "late")
+        await say(tab, "one")
+        await expect(said(page)).to_have_text(["one", "You said one", "late"])
+        await page.clock.fast_forward(12_000)
+        for each in (page, tab):
+            await expect(said(each)).to_have_text(["one", "You said one", "late", "You said late"])
+
+
 async def test_starting_anew_into_the_void_says_that_it_did_not_work(browser: Browser, bot: WebBot) -> None:
     house = House()
     async with house.serve(bot):
