@@ -338,11 +338,11 @@ class Chat:
         return True
 
     async def _shed(self, request: Request, bound: str) -> None:
-        """No room: a recorded state, and one polite line per channel and minute, where somebody waits."""
-        channel, now = request.message.channel, self._clock()
-        silent = request.message.missed or now - self._busy_said.get(channel, -BUSY_EVERY) < BUSY_EVERY
+        """No room: a recorded state, and one polite line per chat and minute, where somebody waits."""
+        chat, now = request.message.channel.chat, self._clock()
+        silent = request.message.missed or now - self._busy_said.get(chat, -BUSY_EVERY) < BUSY_EVERY
         if not silent:
-            self._busy_said[channel] = now
+            self._busy_said[chat] = now
         await self._close(request, "shed", bound, "" if silent else BUSY)
 
     async def _close(self, request: Request, state: MessageState, note: str = "", notice: str = "") -> None:
@@ -370,7 +370,7 @@ class Chat:
                 quiet_until = self._clock() + EXPIRED_EVERY
                 self._tell_expired()
             old = self._clock() - BUSY_EVERY
-            self._busy_said = {channel: at for channel, at in self._busy_said.items() if at > old}
+            self._busy_said = {chat: at for chat, at in self._busy_said.items() if at > old}
             self._tell()
             self._measure()
 

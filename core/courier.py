@@ -89,9 +89,14 @@ class Courier:
                 self._hold(reply)
 
     def unsent(self, channel: Channel) -> int:
-        """Replies that wait in the channel behind the answer whose turn it is."""
-        line = self._lines.get(channel, deque[Reply]())
-        return sum(reply.message != line[0].message for reply in line) + self._behind.get(channel, 0)
+        """Replies that wait behind the answer whose turn it is, of all topics in its chat: they share its limits."""
+        chat, line = channel.chat, self._lines.get(channel)
+        first = line[0].message if line else 0
+        return sum(
+            sum(reply.message != first for reply in waiting) + self._behind.get(other, 0)
+            for other, waiting in self._lines.items()
+            if other.chat == chat
+        )
 
     def moved(self, old: Channel, new: Channel) -> None:
         """What the journal held for `old` it holds for `new` from now on."""

@@ -23,6 +23,11 @@ class Channel:
     def __str__(self) -> str:
         return f"{self.platform}:{self.id}"
 
+    @property
+    def chat(self) -> Channel:
+        """The whole chat that a topic is in, spelt "chat:topic"; else the channel itself."""
+        return Channel(self.platform, self.id.partition(":")[0])
+
     @classmethod
     def parse(cls, text: str) -> Channel:
         """Read what `str` wrote. ValueError when there is no "platform:id" in it."""

@@ -41,7 +41,7 @@ class RequestQueue:
         return self._waiting / self._limits.total
 
     def full(self, request: Request, unsent: int = 0) -> str:
-        """Why there is no room for `request`, or "": a bound's name. `unsent`: replies that wait in its channel."""
+        """Why there is no room for `request`, or "": a bound's name. `unsent`: replies that wait in its chat."""
         message, limits = request.message, self._limits
         for name, count, bound in (
             ("total", self._waiting, limits.total),

@@ -129,7 +129,10 @@ class QueueLimits(BaseModel):
     model_config = _NESTED
 
     per_channel: int = Field(
-        20, ge=1, description="messages and replies waiting in one channel; more are shed", examples=[20]
+        20,
+        ge=1,
+        description="messages waiting in one channel, and replies in its chat, all topics; more are shed",
+        examples=[20],
     )
     per_user: int = Field(250, ge=1, description="messages waiting from one person, all channels", examples=[250])
     per_server: int = Field(2_000, ge=1, description="messages waiting in one server or group", examples=[2000])

@@ -198,6 +198,26 @@ def test_what_a_chat_cannot_take_is_shed_and_nobody_waits_there_for_long() -> No
     play(scene)
 
 
+def test_topics_share_what_their_chat_can_take() -> None:
+    async def scene(house: House) -> None:
+        one_at_a_time = asyncio.Lock()
+
+        async def turn(channel: Channel) -> None:
+            async with one_at_a_time:
+                await asyncio.sleep(3.0)
+
+        house.platform.turn = turn  # type: ignore[method-assign]
+        for number in range(100):
+            await house.say(str(number), channel=f"-1:{number % 10}" if number % 10 else "-1")
+            await asyncio.sleep(0.5)
+        await asyncio.sleep(65)
+        texts = house.platform.texts()
+        assert len(texts) == len(house.disk.replies) < 40 and 1 <= texts.count(BUSY) <= 2
+        assert house.courier.unsent(Channel("test", "-1:5")) == 0
+
+    play(scene)
+
+
 @pytest.mark.parametrize(("piled_up", "meanwhile"), [(3, 1), (4, 1), (5, 2), (3, 3)])
 def test_what_is_answered_while_the_journal_is_read_is_neither_lost_nor_doubled(piled_up: int, meanwhile: int) -> None:
     async def scene(house: House) -> None:
