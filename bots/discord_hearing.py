@@ -32,7 +32,7 @@ CALL_SECONDS = 60.0
 READERS = 8
 """Channels whose history is read at once; one that must wait lets others go first."""
 AGAIN = 1.0
-"""Seconds until a page of history that did not come is asked for again."""
+"""Seconds until a page of history that did not come is asked for again, then twice as long."""
 CATCH_UP_MESSAGES = 2000
 CATCH_UP_PAGES = 500
 """Of 100 messages each: what is behind them in a channel is never read."""
@@ -91,6 +91,8 @@ async def read_answer(response: aiohttp.ClientResponse) -> Any:
         if data.get("global"):
             raise GlobalLimit(wait)
         data["retry_after"] = wait
+    if response.status >= 500 and response.method == "GET" and response.url.path.endswith("/messages"):
+        raise aiohttp.ClientPayloadError("the history is out of reach")  # who waits for it lets others go first
     no = 400 <= response.status < 500 and response.status != 429
     if (response.status < 300 and data and isinstance(data, str)) or (no and not _is_error(data)):
         raise aiohttp.ClientPayloadError(f"an answer {response.status} that is not Discord's")
@@ -480,7 +482,7 @@ class Hearing:
     async def _fetch(self, channel: str, path: str = "", params: dict[str, Any] | None = None) -> Any:
         """None where we may not read any more."""
         route = Route("GET", "/channels/{channel_id}" + path, channel_id=int(channel))
-        for _ in range(5):
+        for tries in range(5):
             try:
                 return await call(self._client, route, params=params or {})
             except Refused:
@@ -488,7 +490,7 @@ class Hearing:
             except RetryAfter as error:
                 await self._wait(error.seconds)
             except (NotSent, MaybeSent):
-                await asyncio.sleep(AGAIN)
+                await self._wait(backoff(tries, LATER, first=AGAIN))
         raise ConnectionError("the history is out of reach")
 
     # -- watermarks and sessions ------------------------------------------------------------------------------------

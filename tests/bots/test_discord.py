@@ -680,8 +680,9 @@ async def test_a_history_out_of_reach_is_read_later_and_before_what_comes_after(
     assert ears.texts == ["before", "away", "back"]
 
 
+@pytest.mark.parametrize("trouble", [[429, 0, "limited"], [502, 0, "bad gateway"]])  # a second each
 async def test_a_history_that_must_wait_holds_up_no_other(
-    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch, trouble: list[Any]
 ) -> None:
     monkeypatch.setattr(hearing, "READERS", 1)
     ears, places = Ears(), [server.channel(f"c{number}") for number in range(3)]
@@ -689,7 +690,7 @@ async def test_a_history_that_must_wait_holds_up_no_other(
         await until(lambda: set(ears.marks) >= set(places))
     for place in places:
         server.say(place, "ann", "away", mention=True)
-    server.faults = [Fault("error", "GET", channel=places[0], times=2, value=[429, 0, "limited"])]  # a second each
+    server.faults = [Fault("error", "GET", channel=places[0], times=2, value=trouble)]
     async with serving(server, ears):
         server.say(places[0], "ann", "back", mention=True)
         await until(lambda: len(ears.heard) == 4)
