@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_SECONDS = 60.0
+SHUT_OUT = 20.0
+"""Seconds without a call when what stands before Discord refuses all of ours and does not say for how long."""
 READERS = 8
 """Channels whose history is read at once; one that must wait lets others go first."""
 AGAIN = 1.0
@@ -86,11 +88,12 @@ async def read_answer(response: aiohttp.ClientResponse) -> Any:
     sleep leaves it shut for ever: so a global limit is raised here, and `call` keeps it.
     """
     data = await json_or_text(response)
-    if response.status == 429 and isinstance(data, dict):
-        wait = RetryAfter(data.get("retry_after")).seconds
-        if data.get("global"):
+    if response.status == 429:
+        limit = data if isinstance(data, dict) else {}  # Discord's own word is JSON, Cloudflare's ban is a page
+        wait = RetryAfter(limit.get("retry_after") if limit else response.headers.get("Retry-After", SHUT_OUT)).seconds
+        if not limit or limit.get("global"):
             raise GlobalLimit(wait)
-        data["retry_after"] = wait
+        limit["retry_after"] = wait
     if response.status >= 500 and response.method == "GET" and response.url.path.endswith("/messages"):
         raise aiohttp.ClientPayloadError("the history is out of reach")  # who waits for it lets others go first
     no = 400 <= response.status < 500 and response.status != 429

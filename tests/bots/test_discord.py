@@ -228,10 +228,16 @@ async def test_one_channel_that_must_wait_delays_no_other(server: DiscordServer)
     assert [sent.channel for sent in server.ledger] == [fast, slow]
 
 
-async def test_a_global_limit_holds_for_all_and_ends_though_who_met_it_went_away(server: DiscordServer) -> None:
+@pytest.mark.parametrize(
+    "fault", [Fault("flood_global", path="/typing", value=1.0), Fault("page", path="/typing", value=429)]
+)
+async def test_a_limit_for_all_holds_for_all_and_ends_though_who_met_it_went_away(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    monkeypatch.setattr(hearing, "SHUT_OUT", 1.0)
     ears, general, other = Ears(), server.channel("general"), server.channel("other")
     async with serving(server, ears) as bot:
-        server.faults = [Fault("flood_global", path="/typing", value=1.0)]
+        server.faults = [fault]
         typing = asyncio.create_task(bot.typing(Channel("discord", general)))
         await until(lambda: any(path.endswith("/typing") for _, path, _ in server.calls))
         await asyncio.sleep(0.2)
