@@ -248,6 +248,7 @@ class Hearing:
         hear = {
             "READY": self._on_ready,
             "GUILD_CREATE": self._on_guild,
+            "GUILD_DELETE": self._on_guild_gone,
             "CHANNEL_CREATE": self._first,
             "THREAD_CREATE": self._first,
             "THREAD_UPDATE": self._on_thread,
@@ -328,7 +329,20 @@ class Hearing:
             self._on_gone(event)
 
     def _on_gone(self, event: Mapping[str, Any]) -> None:
-        self._inbox.put_nowait(Mark(str(event["id"]), ""))
+        """A thread, or a channel and the threads in it."""
+        guild = self._client.get_guild(int(event.get("guild_id") or 0))
+        inside = [thread for thread in guild.threads if thread.parent_id == int(event["id"])] if guild else []
+        for id in (event["id"], *(thread.id for thread in inside)):
+            self._inbox.put_nowait(Mark(str(id), ""))
+
+    def _on_guild_gone(self, event: Mapping[str, Any]) -> None:
+        """Thrown out, where it is no outage: its channels would be looked for at the next start, before people's."""
+        guild = self._client.get_guild(int(event["id"]))
+        if guild is None or event.get("unavailable"):
+            return
+        self._roles -= {str(role.id) for role in guild.roles}
+        for place in (*guild.channels, *guild.threads):
+            self._inbox.put_nowait(Mark(str(place.id), ""))
 
     def _on_message(self, event: Mapping[str, Any]) -> None:
         channel, id = str(int(event["channel_id"])), str(int(event["id"]))

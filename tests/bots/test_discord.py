@@ -443,6 +443,27 @@ async def test_what_is_gone_has_no_mark(server: DiscordServer) -> None:
         server.publish_raw("THREAD_UPDATE", place)
         server.say(thread, "ann", "open again", mention=True)
         await until(lambda: set(ears.marks) == {general, thread})
+        server.publish_raw("CHANNEL_DELETE", server.channels[general])  # of the threads in it nothing is said
+        await until(lambda: not ears.marks)
+
+
+async def test_channels_of_a_server_that_was_left_are_not_looked_for_before_people(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hearing, "CATCH_UP_DIRECT", 1)
+    monkeypatch.setattr(hearing, "GUILDS_SECONDS", 0.1)
+    ears, direct, general = Ears(), server.direct("ann"), server.channel("general")
+    thread = server.channel("a thread", thread_of=general)
+    async with serving(server, ears):
+        server.say(direct, "ann", "before")
+        chatter = [server.say(place, "bob", "chatter") for place in (general, thread)]
+        await until(lambda: [ears.marks.get(place) for place in (general, thread)] == chatter)
+        server.publish_raw("GUILD_DELETE", {"id": server.guild})
+        server._away = True
+        await until(lambda: set(ears.marks) == {direct}, 5)
+    server.say(direct, "ann", "away")
+    async with serving(server, ears):
+        await until(lambda: ears.texts[-1] == "away", 5)
 
 
 async def test_what_is_empty_or_hidden_is_not_read_at_every_start(server: DiscordServer) -> None:
