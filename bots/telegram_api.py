@@ -230,11 +230,15 @@ class Pace:
     async def turn(self, chat: int) -> None:
         """Wait until `chat` may be sent one message. Raises RetryAfter while Telegram has told it to wait."""
         loop = asyncio.get_running_loop()
-        if (held := self.held(chat)) > 0:
-            raise RetryAfter(held, "Telegram asked this chat to wait")
+        self._refuse_held(chat)
         for window in (*self._windows(chat), self._all):
             if wait := window.take(loop.time()):
                 await asyncio.sleep(wait)
+                self._refuse_held(chat)  # another of its topics may have been told meanwhile
+
+    def _refuse_held(self, chat: int) -> None:
+        if (held := self.held(chat)) > 0:
+            raise RetryAfter(held, "Telegram asked this chat to wait")
 
     def hold(self, chat: int, seconds: float) -> None:
         """Telegram told `chat` to wait; others need not."""

@@ -223,6 +223,30 @@ async def test_a_chat_that_must_wait_keeps_no_other_waiting() -> None:
         await asyncio.gather(*(pace.turn(chat) for chat in range(100, 120)))
 
 
+def test_who_waits_for_a_turn_in_a_chat_that_is_told_to_wait_waits_on() -> None:
+    loop, sent = VirtualLoop(), list[float]()
+
+    async def topic(pace: Pace) -> None:
+        while True:
+            try:
+                await pace.turn(-100)
+            except RetryAfter as error:
+                await asyncio.sleep(error.seconds)
+            else:
+                sent.append(loop.time())
+                return
+
+    async def forum() -> None:
+        pace = Pace()
+        topics = [asyncio.create_task(topic(pace)) for _ in range(12)]
+        await asyncio.sleep(5)
+        pace.hold(-100, 30)
+        await asyncio.gather(*topics)
+
+    run(loop, forum())
+    assert len(sent) == 12 and not [at for at in sent if 5 < at < 35]
+
+
 async def test_old_chats_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "MANY", 10)
     pace = Pace()
