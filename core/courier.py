@@ -236,6 +236,8 @@ class Courier:
             return True
         while not self._too_late(reply):
             await circuit.closed(reply.channel, reply.tries)
+            if self._too_late(reply):
+                break  # of many it waited long for leave
             try:
                 await platform.turn(reply.channel)
                 arrived = await self._surely(self._attempt(platform, reply))

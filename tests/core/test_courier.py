@@ -362,6 +362,19 @@ def test_a_reply_nobody_waits_for_any_more_is_given_up() -> None:
     play(scene, rules=DeliveryRules(patience=60))
 
 
+def test_what_is_too_late_when_a_platform_is_back_is_given_up() -> None:
+    async def scene(house: House) -> None:
+        for number in range(100):  # each waits for the others before it may try again
+            house.platform.script[Channel("test", str(number))] = [NotSent("down")] * 10_000
+            await house.say("hi", channel=str(number))
+        await asyncio.sleep(90)
+        house.platform.script.clear()
+        await asyncio.sleep(900)
+        assert (replies(house), house.platform.texts()) == (["abandoned"] * 100, [])
+
+    play(scene, rules=DeliveryRules(patience=60))
+
+
 def test_a_restart_makes_no_reply_younger() -> None:
     async def scene(house: House) -> None:
         house.platform.script[A] = [NotSent("down")] * 10_000
