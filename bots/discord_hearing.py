@@ -446,14 +446,15 @@ class Hearing:
         """Messages behind the watermark, oldest first; what already carries our reply is stored, not answered. Of very
         many, or when it is long ago, all but the newest expire."""
         mark, found, expired = self._marks[channel], dict[int, dict[str, Any]](), 0
+        place = {} if guild else await self._fetch(channel) or {}  # no message says whether it was direct
+        guild = guild or str(place.get("guild_id") or "")
+        archived = (place.get("thread_metadata") or {}).get("archived")  # and no server tells of it any more
         for _ in range(CATCH_UP_PAGES):
             page = await self._fetch(channel, "/messages", {"after": mark, "limit": 100})
             if page is None:  # what was said there is not ours, and no start asks for it again
                 self._inbox.put_nowait(Mark(channel, newest_id))
                 return
             fresh = {int(event["id"]): event for event in page if int(event["id"]) > int(mark)}
-            if fresh and not found and not guild:  # nothing in a message from the history says whether it was direct
-                guild = str((await self._fetch(channel) or {}).get("guild_id") or "")
             found |= dict(sorted(fresh.items()))
             expired += await self._expire([found.pop(id) for id in list(found)[:-CATCH_UP_MESSAGES]], guild)
             if len(page) < 100 or not fresh:
@@ -462,6 +463,8 @@ class Hearing:
         else:
             log.warning("too much was missed in channel %s; the rest is not read", channel)
         if not found:
+            if archived:
+                self._inbox.put_nowait(Mark(channel, ""))
             return
         newest = events.sent_at(max(found))
         old = [id for id in found if (newest - events.sent_at(id)).total_seconds() > 3600 * CATCH_UP_HOURS]
@@ -475,7 +478,7 @@ class Hearing:
                 message = replace(message, kind="heard")
             if message:
                 self._inbox.put_nowait(message)
-        self._inbox.put_nowait(Mark(channel, str(max(found))))
+        self._inbox.put_nowait(Mark(channel, "" if archived else str(max(found))))
 
     async def _missed(self, event: dict[str, Any], guild: str) -> Message | None:
         """An event from the history, if it is said to us."""

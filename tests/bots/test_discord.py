@@ -447,6 +447,18 @@ async def test_what_is_gone_has_no_mark(server: DiscordServer) -> None:
         await until(lambda: not ears.marks)
 
 
+async def test_a_thread_that_was_archived_while_away_is_looked_for_once(server: DiscordServer) -> None:
+    ears, direct, general = Ears(), server.direct("ann"), server.channel("general")
+    thread = server.channel("a thread", thread_of=general)
+    async with serving(server, ears):
+        server.say(direct, "ann", "before")
+        server.say(thread, "bob", "chatter")
+        await until(lambda: set(ears.marks) == {direct, general, thread})
+    server.channels[thread]["thread_metadata"]["archived"] = True
+    async with serving(server, ears):
+        await until(lambda: set(ears.marks) == {direct, general}, 5)
+
+
 async def test_channels_of_a_server_that_was_left_are_not_looked_for_before_people(
     server: DiscordServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

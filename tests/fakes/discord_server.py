@@ -647,7 +647,7 @@ class DiscordServer:
             "owner_id": self.me["id"],
             "joined_at": self.joined,
             "channels": [channel for channel in mine if channel["type"] == 0],
-            "threads": [channel for channel in mine if channel["type"] == 11],
+            "threads": [c for c in mine if c["type"] == 11 and not c["thread_metadata"]["archived"]],
             "members": [self._member(self.me)],
             "roles": [
                 {"id": self.guild, "name": "@everyone", "permissions": "0", "position": 0, "color": 0},
