@@ -231,7 +231,7 @@ async def test_one_channel_that_must_wait_delays_no_other(server: DiscordServer)
 @pytest.mark.parametrize(
     "fault", [Fault("flood_global", path="/typing", value=1.0), Fault("page", path="/typing", value=429)]
 )
-async def test_a_limit_for_all_holds_for_all_and_ends_though_who_met_it_went_away(
+async def test_a_global_limit_or_ban_holds_for_all_and_ends_though_who_met_it_went_away(
     server: DiscordServer, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
     monkeypatch.setattr(hearing, "SHUT_OUT", 1.0)
