@@ -13,7 +13,7 @@ EngineError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
 from typing import Any, Literal, Protocol
@@ -129,14 +129,16 @@ class ModelInfo:
     at_once: int = 32
     """Sequences under way at a time, each candidate of a reply one; more would wait."""
 
-    def check(self, ids: Sequence[int]) -> None:
-        """ValueError where they are no prompt: none, or one outside the vocabulary."""
+    def prompt(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """`ids`, looked through once: of an iterator nothing is left. ValueError where they are no prompt: none, or one
+        outside the vocabulary."""
         try:
-            whole = [index(i) for i in ids]
+            whole = tuple(map(index, ids))
         except TypeError:
-            whole = []
+            whole = ()
         if not whole or min(whole) < 0 or max(whole) >= self.vocab_size:
             raise ValueError(f"a prompt is 1 or more ids from 0 below {self.vocab_size}")
+        return whole
 
 
 class Engine(Protocol):

@@ -46,7 +46,7 @@ class EchoEngine:
         """`params.n` times the ids between the last two ends of text."""
         if self._closed:
             raise EngineClosed("the engine is closed")
-        self._info.check(prompt)
+        prompt = self._info.prompt(prompt)
         if len(prompt) >= self._info.max_positions:
             raise PromptTooLong(f"{len(prompt)} tokens; at most {self._info.max_positions - 1} are taken")
         if deadline is not None and deadline <= 0:

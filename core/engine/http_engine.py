@@ -113,6 +113,7 @@ class HttpEngine:
         self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
     ) -> list[Completion]:
         """As core.engine.base says. The same tokens as the engine at the other end draws in its own process."""
+        ids = self.info.prompt(prompt)
         if params.seed is None:
             params = replace(params, seed=random.getrandbits(62))
         end = None if deadline is None else time.monotonic() + deadline
@@ -121,7 +122,7 @@ class HttpEngine:
 
         def body() -> dict[str, object]:
             left = None if end is None else end - time.monotonic()
-            return wire.dump_request(prompt, params, self._asked[asked], left)
+            return wire.dump_request(ids, params, self._asked[asked], left)
 
         try:
             answer = await self._insist("POST", "/generate", body, end)
@@ -138,7 +139,8 @@ class HttpEngine:
     def prepare(self, session: str, ids: Sequence[int]) -> None:
         """Said once: nobody waits for it, and an engine that does not hear it is only slower."""
         if not self._closed and not (self.process and self.process.why):
-            self._spawn(self._hint(wire.dump_hint(session, ids)))
+            with contextlib.suppress(ValueError):
+                self._spawn(self._hint(wire.dump_hint(session, self.info.prompt(ids))))
 
     async def ready(self) -> str:
         if self._closed:

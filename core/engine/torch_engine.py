@@ -126,10 +126,10 @@ class TorchEngine:
         """As core.engine.base says."""
         if self._end:
             raise EngineClosed(str(self._end))
-        self.info.check(prompt)
+        ids = self.info.prompt(prompt)
         future: asyncio.Future[list[Completion]] = self._loop.create_future()
         until = None if deadline is None else time.monotonic() + deadline
-        request = Request(tuple(prompt), params, session, until, lambda end: settle(future, end))
+        request = Request(ids, params, session, until, lambda end: settle(future, end))
         self._under_way.add(future)
         self._inbox.put(lambda scheduler: scheduler.add(request))
         try:
@@ -143,9 +143,8 @@ class TorchEngine:
     def prepare(self, session: str, ids: Sequence[int]) -> None:
         """As core.engine.base says."""
         with contextlib.suppress(ValueError):
-            self.info.check(ids)
+            mine = list(self.info.prompt(ids))
             if session and not self._end:
-                mine = list(ids)
                 self._inbox.put(lambda scheduler: scheduler.prepare(session, mine))
 
     async def ready(self) -> str:

@@ -55,11 +55,11 @@ _LONGEST_SESSION = 512
 def dump_request(
     prompt: Sequence[int], params: SamplingParams, session: str, deadline: float | None
 ) -> dict[str, object]:
-    return {"prompt": [int(i) for i in prompt], "params": asdict(params), "session": session, "deadline": deadline}
+    return {"prompt": list(prompt), "params": asdict(params), "session": session, "deadline": deadline}
 
 
 def dump_hint(session: str, ids: Sequence[int]) -> dict[str, object]:
-    return {"prompt": [int(i) for i in ids], "session": session}
+    return {"prompt": list(ids), "session": session}
 
 
 def load_request(body: bytes, vocab_size: int) -> tuple[list[int], SamplingParams, str, float | None]:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -184,9 +184,10 @@ async def test_every_refusal_arrives_as_what_it_is(engine: Open) -> None:
         with pytest.raises(PromptTooLong) as same:
             await here.generate([1] * 256, LONG)
         assert str(caught.value) == str(same.value)
-        for odd in ([], [384], [-1]):
-            with pytest.raises(ValueError, match="prompt"):
-                await there.generate(odd, LONG)
+        for odd in ([], [384], [-1], [1.5], "hi"):
+            there.prepare("s", cast("Any", odd))
+            with pytest.raises(ValueError, match="a prompt is 1 or more ids from 0 below 384"):
+                await there.generate(cast("Any", odd), LONG)
         ends = await asyncio.gather(*(there.generate([i, 256], LONG) for i in range(12)), return_exceptions=True)
         assert any(isinstance(end, QueueFull) for end in ends)
         assert all(isinstance(end, QueueFull | list) for end in ends)

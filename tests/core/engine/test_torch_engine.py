@@ -503,6 +503,12 @@ async def test_what_does_not_fit_is_refused_in_one_line(engine: Open) -> None:
             await ask(e, cast("Any", bad))
 
 
+async def test_a_prompt_that_can_be_looked_through_once_harms_nobody(engine: Open) -> None:
+    e = await engine("plain")
+    e.prepare("s", cast("Any", iter([1, 2])))
+    assert (await ask(e, cast("Any", iter([1, 2, 256])))).token_ids == (await ask(e, [1, 2, 256])).token_ids
+
+
 async def test_too_many_waiting_are_turned_away(engine: Open) -> None:
     e = await engine("plain", max_running=1, max_waiting=3)
     assert e.info.at_once == 1
