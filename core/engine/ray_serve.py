@@ -7,6 +7,7 @@ Only /forget is told to all: sessions move when replicas come and go.
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -34,7 +35,8 @@ class Replica:
     async def __init__(self, options: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         """`options`: of core.engine.server.open_local. Raises what that raises."""
         context = serve.get_replica_context()
-        self._all = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._name, self._app_name = context.deployment, context.app_name
+        self._all = serve.get_deployment_handle(self._name, self._app_name)
         self._stack = AsyncExitStack()
         lent = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 0))
         options["threads"] = options["threads"] or lent  # others share the machine
@@ -43,7 +45,7 @@ class Replica:
         folder = PrivateFolder()
         self._stack.callback(folder.close)
         path = str(folder.path / "socket")
-        server = Server(self._engine, "", replicas=context.world_size or 1)
+        server = Server(self._engine, "", self._count)
         await self._stack.enter_async_context(server.listening(self._stack.enter_context(bound(f"unix:{path}"))))
         connector, no_limit = aiohttp.UnixConnector(path, limit=0), aiohttp.ClientTimeout(total=None)
         self._http = aiohttp.ClientSession("http://engine", connector=connector, timeout=no_limit)
@@ -60,6 +62,12 @@ class Replica:
     async def answer(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Response:
         async with self._http.request(method, path, headers=headers, data=body) as answer:
             return Response(await answer.read(), answer.status, media_type=answer.content_type)
+
+    async def _count(self) -> int:
+        """Of replicas. The context's number is that of the start: `serve deploy` changes it without a word to us."""
+        status = await asyncio.to_thread(serve.status)
+        states = status.applications[self._app_name].deployments[self._name].replica_states
+        return sum(count for state, count in states.items() if state != "STOPPING")
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises."""

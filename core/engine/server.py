@@ -57,10 +57,15 @@ class _UnderWay:
 
 
 class Server:
-    """The routes over one engine. `why` is the line for those who ask before it is there, or while it ends. With
-    `replicas`, others like it answer at the same address."""
+    """The routes over one engine. `why` is the line for those who ask before it is there, or while it ends; `replicas`
+    says how many like it answer at the same address."""
 
-    def __init__(self, engine: Engine | None = None, why: str = "the model is loading", replicas: int = 1) -> None:
+    def __init__(
+        self,
+        engine: Engine | None = None,
+        why: str = "the model is loading",
+        replicas: Callable[[], Awaitable[int]] | None = None,
+    ) -> None:
         self.engine, self.why, self._replicas = engine, why, replicas
         self._fingerprint = ""
         self.running: dict[object, _UnderWay] = {}
@@ -138,7 +143,7 @@ class Server:
 
     async def info(self, request: web.Request) -> web.Response:
         engine = self._open(request)
-        at_once = self._replicas * engine.info.at_once
+        at_once = engine.info.at_once * (await self._replicas() if self._replicas else 1)
         return web.json_response(asdict(engine.info) | {"fingerprint": self._model(engine), "at_once": at_once})
 
     async def tokenizer(self, request: web.Request) -> web.Response:

@@ -33,9 +33,19 @@ Open = Callable[..., Coroutine[Any, Any, TorchEngine]]
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The operator's, with the file and the cluster's log."""
+    return tmp_path_factory.mktemp("ray")
+
+
+def environment(home: Path) -> dict[str, str]:
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "NO_COLOR": "1"}
+    return os.environ | quiet | {"HOME": str(home)}
+
+
+@pytest.fixture(scope="module")
+def address(home: Path) -> Iterator[str]:
     """Where two replicas of the embedded model answer."""
-    home = tmp_path_factory.mktemp("ray")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     text = (ROOT / "deploy/ray/serve.yaml").read_text()
@@ -43,9 +53,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (home / "serve.yaml").write_text(text)
     serve = Path(sys.executable).with_name("serve")
     command: list[str | Path] = [serve, "run", "--app-dir", ROOT, home / "serve.yaml"]
-    environment = os.environ | {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0"}
     with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=environment(home), stdout=log, stderr=log, start_new_session=True)
     late = time.monotonic() + START
     while "2 replicas," not in (home / "log").read_text() and process.poll() is None and time.monotonic() < late:
         time.sleep(0.05)  # until both stand on the ring
@@ -140,3 +149,22 @@ async def test_a_replica_dies_and_nobody_notices(there: HttpEngine, address: str
     assert [said.token_ids for said in await asyncio.gather(*asking_too)] == expected
     answers = await asyncio.gather(*asking)
     assert all([c.token_ids for c in answer] == [c.token_ids for c in answers[0]] for answer in answers)
+
+
+async def test_after_a_change_of_their_number_a_bot_keeps_as_many_under_way_as_they_run(
+    there: HttpEngine, address: str, home: Path
+) -> None:
+    text = (home / "serve.yaml").read_text()
+    (home / "serve.yaml").write_text(text.replace("num_replicas: 2", "num_replicas: 1"))
+    dashboard = re.findall(r"http://\S+?:\d+", (home / "log").read_text())[0]
+    serve = Path(sys.executable).with_name("serve")
+    command: list[str | Path] = [serve, "deploy", "--address", dashboard, home / "serve.yaml"]
+    await asyncio.to_thread(
+        subprocess.run, command, env=environment(home) | {"RAY_AUTH_MODE": "token"}, check=True, capture_output=True
+    )
+    async with asyncio.timeout(60), aiohttp.ClientSession(address) as http:
+        at_once = 0
+        while at_once != 32:
+            await asyncio.sleep(0.05)
+            async with http.get("/info") as answer:
+                at_once = (await answer.json())["at_once"]
