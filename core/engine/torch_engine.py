@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import queue
@@ -113,6 +114,7 @@ class TorchEngine:
     async def start(self) -> None:
         """Load the model and warm it up. Raises BadCheckpoint."""
         self._thread.start()
+        atexit.register(self._end_thread)  # for who closes nothing
         await self._opened
 
     async def generate(
@@ -167,7 +169,13 @@ class TorchEngine:
         self._inbox.put(None)
         if self._thread.ident:
             await asyncio.shield(self._closed)
-            self._thread.join()  # it has nothing left to do; at the interpreter's end it would be torn off
+            self._end_thread()
+            atexit.unregister(self._end_thread)
+
+    def _end_thread(self) -> None:
+        """At the interpreter's end it would be torn off, and where that meets the model in C++ the process aborts."""
+        self._inbox.put(None)
+        self._thread.join()
 
     def _work(self) -> None:
         """The worker thread, from loading to the end."""

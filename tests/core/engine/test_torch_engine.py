@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -664,3 +666,24 @@ async def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
 async def test_a_wrong_setting_is_one_line(checkpoint: Make, options: dict[str, Any], words: str) -> None:
     with pytest.raises(BadCheckpoint, match=words):
         await open_torch_engine(checkpoint(), **options)
+
+
+LEAVES = """
+import asyncio
+from core.engine.base import SamplingParams
+from core.engine.hub import EMBEDDED
+from core.engine.torch_engine import open_torch_engine
+
+async def main():
+    engine = await open_torch_engine(EMBEDDED, device="cpu", threads=1, guess=0, max_running=64, token_budget=16_000)
+    asking = [asyncio.ensure_future(engine.generate([i] * 250, SamplingParams())) for i in range(64)]
+    await asyncio.sleep(0.05)  # in the midst of a step that takes far longer
+
+asyncio.run(main())
+"""
+
+
+def test_a_script_that_closes_nothing_ends_well() -> None:
+    command, root = [sys.executable, "-c", LEAVES], Path(__file__).parents[3]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
