@@ -285,7 +285,7 @@ class HttpEngine:
             said = json.loads(text)
         except (ValueError, RecursionError):
             said = None
-        if not isinstance(said, dict) or (status != 200 and "error" not in said):
+        if not isinstance(said, dict) or (status != 200 and not wire.is_refusal(said)):
             raise Unreachable(f"{self.address} answers {status} and not like an engine")
         if status == 200:
             if self._gone:

@@ -128,6 +128,11 @@ def dump_error(error: EngineError) -> dict[str, str]:
     return {"error": type(error).__name__, "message": str(error)}
 
 
+def is_refusal(answer: dict[str, Any]) -> bool:
+    """An engine's own. Gateways on the way say in JSON, too, that they reach nobody."""
+    return answer.keys() == {"error", "message"} and str(answer["error"]).isidentifier()
+
+
 def load_error(answer: dict[str, Any]) -> EngineError | ValueError:
     """The exception that the other end raised: a ValueError for what it could not read, a Failed for a name unknown."""
     name, message = answer.get("error"), str(answer.get("message", "the engine gave no reason"))

@@ -807,6 +807,9 @@ async def test_who_takes_the_call_and_says_nothing_is_one_line_after_a_while(mon
     [
         (404, "<html>", "answers 404 and not like an engine"),
         (200, "hello", "answers 200 and not like an engine"),
+        (502, '{"error": {"code": 502, "message": "no upstream"}}', "answers 502 and not like an engine"),
+        (504, '{"status": 504, "error": "Timeout", "message": "", "path": "/"}', "answers 504 and not like an engine"),
+        (502, '{"error": "Bad Gateway", "message": "no upstream"}', "answers 502 and not like an engine"),
         (200, "{}", "no engine of this version"),
         (404, '{"error": "BadRequest", "message": "Not Found"}', "no engine of this version"),
     ],
