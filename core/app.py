@@ -215,7 +215,13 @@ class App:
                 self.serving[bot.name] = str(error)
                 self._wrongly_set += not isinstance(error.__context__, OSError)  # a port may be free at the next start
                 return
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if (
+                    task := asyncio.current_task()
+                ) and task.cancelling():  # we stop it; else it was cancelled in itself
+                    if isinstance(error, Exception):
+                        log.exception("%s died while it was stopped", bot.name)
+                    return
                 failures = 0 if time.monotonic() - began > STEADY else failures + 1
                 wait = backoff(failures, 60.0, first=1.0)
                 self.serving[bot.name] = f"{type(error).__name__}, starting again"

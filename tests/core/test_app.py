@@ -29,7 +29,7 @@ class Player(Board):
 
     alone = False
 
-    def __init__(self, name: str, *lives: Exception) -> None:
+    def __init__(self, name: str, *lives: BaseException) -> None:
         super().__init__()
         self.name, self.lives, self.starts = name, list(lives), 0
 
@@ -71,6 +71,38 @@ async def test_a_bot_that_dies_is_named_and_started_again(tmp_path: Path, monkey
         app.stop()
         assert await app.ready() == "stopping"
         assert await task == 0 and well.starts == 1
+
+
+async def test_a_bot_that_is_cancelled_in_itself_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "backoff", lambda *_, **__: 0.0)
+    bot = Player("one", asyncio.CancelledError())
+    async with open_app(settings(tmp_path)) as app:
+        task = await running(app, bot)
+        await until(lambda: bot.starts == 2)
+        assert await app.ready() == ""
+        app.stop()
+        assert await task == 0
+
+
+async def test_a_bot_that_dies_while_it_is_stopped_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Clumsy(Player):
+        async def serve(self, chat: Chat) -> None:
+            try:
+                await super().serve(chat)
+            finally:
+                raise ConnectionError("no goodbye")
+
+    bot = Clumsy("one")
+    async with open_app(settings(tmp_path)) as app:
+        task = await running(app, bot)
+        await until(lambda: bot.starts)
+        app.stop()
+        assert await asyncio.wait_for(task, 20) == 0 and bot.starts == 1
+    assert "one died while it was stopped" in caplog.text
 
 
 @pytest.mark.parametrize(("steady", "counted"), [(60.0, [1, 2, 3]), (0.0, [0, 0, 0])])
