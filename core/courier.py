@@ -222,7 +222,9 @@ class Courier:
         while True:
             try:
                 return await self._deliver(reply)
-            except Exception:
+            except (Exception, asyncio.CancelledError):
+                if (task := asyncio.current_task()) and task.cancelling():
+                    raise  # we are; else something in the bot was
                 log.exception("%s: reply %d could not be delivered, trying again", reply.channel, reply.id)
                 self._count(reply, "raised")
                 await asyncio.sleep(backoff(tries))
@@ -319,7 +321,8 @@ class Courier:
         return False
 
     async def _sent(self, reply: Reply, sent_id: str) -> bool:
-        await insist(self._journal.sent, reply, sent_id)
+        # It has arrived, also where a bot returns a number, or forgets to return.
+        await insist(self._journal.sent, reply, str(sent_id))
         self._count(reply, "sent")
         return True
 

@@ -19,7 +19,7 @@ from core.chat import Chat
 from core.delivery import NotAccepted, Unservable
 from core.engine.base import Completion, EngineClosed, SamplingParams
 from core.engine.torch_engine import TorchEngine
-from core.messages import Author, Channel, Message
+from core.messages import Author, Channel, Message, Reply
 from core.settings import Settings
 from tests.faults.burst import Board
 
@@ -136,6 +136,23 @@ async def test_what_waits_on_another_platform_is_left_to_who_serves_it(tmp_path:
         assert owed.attempts == 0
         app.stop()
         assert await task == 0
+
+
+@pytest.mark.parametrize("sent_id", [7, None])
+async def test_what_was_sent_is_not_sent_again_for_an_id_that_is_no_text(tmp_path: Path, sent_id: Any) -> None:
+    class Untyped(Player):
+        async def send(self, reply: Reply) -> str:
+            await super().send(reply)
+            return cast(str, sent_id)
+
+    bot = Untyped("here")
+    async with open_app(settings(tmp_path)) as app:
+        await app.journal.receive(said("here"), deadline=60)
+        task = await running(app, bot)
+        await until(lambda: bot.seen)
+        app.stop()
+        assert await task == 0
+        assert len(bot.seen) == 1 and not await app.journal.due()
 
 
 async def test_a_stop_lets_an_answer_under_way_end_and_another_process_serve_at_once(

@@ -111,6 +111,26 @@ def test_what_was_certainly_not_sent_is_not_in_doubt_after_a_death() -> None:
     play(scene, rules=DeliveryRules(in_doubt="abandon"))
 
 
+@pytest.mark.parametrize("call", ["turn", "send"])
+def test_what_is_cancelled_in_a_bot_is_tried_again_and_silences_no_channel(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scene(house: House) -> None:
+        calls, works = [1], getattr(house.platform, call)
+
+        async def cancelled_once(*args: object) -> object:
+            if calls:
+                raise asyncio.CancelledError(calls.pop())
+            return await works(*args)
+
+        monkeypatch.setattr(house.platform, call, cancelled_once)
+        await house.say("one", "two")
+        await asyncio.sleep(30)
+        assert (house.platform.texts(), replies(house)) == (["re one", "re two"], ["sent"] * 2)
+
+    play(scene)
+
+
 def test_a_stop_waits_for_what_is_on_its_way_and_begins_nothing_more() -> None:
     async def scene(house: House) -> None:
         house.platform.way = 3.0
