@@ -155,6 +155,30 @@ def journal_restore(
     raise typer.Exit(go(restore()))
 
 
+@journal_cli.command("import")
+def journal_import(
+    file: Annotated[Path, typer.Argument(help="SQLite's journal, for example palaver.db; it stays as it is")],
+) -> None:
+    """Copy an SQLite journal into PostgreSQL: set DATABASE_URL to an empty database, and stop palaver first.
+
+    All of it is there in the end, or nothing. History, what waits for an answer and what waits to be sent go on there.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from core.journal.transfer import transfer
+
+    async def copy() -> int:
+        url, _ = _address(must_exist=False)
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("copying", total=None)
+            count = await transfer(file, url, lambda done, of: bar.update(task, completed=done, total=of))
+        print(f"{count} messages copied")
+        return 0
+
+    raise typer.Exit(go(copy()))
+
+
 @journal_cli.command("check")
 def journal_check() -> None:
     """Read all of the journal and print what is wrong with it, also while palaver runs. It changes nothing.
