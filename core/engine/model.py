@@ -270,18 +270,19 @@ class GPT2:
         target[:, :, :, :count] = source[:, :, :, :count]
 
     def forward(self, batch: Batch) -> tuple[Tensor, Summary]:
-        placed, wanted = batch.placed, self._padded(batch.wanted)
+        wanted = self._padded(batch.wanted)
         ids, positions = self._padded(batch.ids), self._padded(batch.positions)
         x = F.embedding(ids, self.wte).float()  # (T, E)
         if self.wte_scale is not None:
             x *= self.wte_scale[ids, None]
         x += F.embedding(positions, self.wpe)
+        attention = Attention(self, batch, len(ids))
         for i, layer in enumerate(self.h):
-            mixed = self._attend(i, layer.c_attn(self._norm(x, layer.ln_1)), placed)
+            mixed = attention(i, layer.c_attn(self._norm(x, layer.ln_1))).to(self.whole)
             if layer is self.h[-1]:  # nobody reads its other rows
                 x, mixed = x[wanted], mixed[wanted]
-            x = x + layer.attn_c_proj(mixed)
-            x = x + layer.mlp_c_proj(layer.c_fc(self._norm(x, layer.ln_2)))
+            x += layer.attn_c_proj(mixed)
+            x += layer.mlp_c_proj(layer.c_fc(self._norm(x, layer.ln_2)))
         if not batch.wanted:
             return torch.empty(0, self.config.vocab_size), Summary([], [])
         x = self._norm(x, self.ln_f)
@@ -291,30 +292,8 @@ class GPT2:
         logits = logits[: len(batch.wanted)].cpu()
         return logits, summarise(logits)
 
-    def _attend(self, layer: int, qkv: Tensor, placed: Sequence[tuple[int, Rows]]) -> Tensor:
-        """Write keys and values, then attend, sequence by sequence. (T, 3 E) -> (T, E)"""
-        qkv = qkv.view(len(qkv), 3, -1, self.head_dim).to(self.kv_dtype)
-        q = F.pad(qkv[:, 0], (0, 0, 0, 0, 0, self.queries))  # a tile's padding may reach over the end
-        out = torch.zeros(len(qkv), *qkv.shape[2:], dtype=self.kv_dtype, device=self.device)
-        for row, r in placed:
-            kv: Tensor = r.kv[layer]  # (2, H, P, D)
-            kv[:, :, r.start : r.start + r.count] = qkv[row : row + r.count, 1:].permute(1, 2, 0, 3)
-            for begin, end in tiles(r.start, r.count):
-                first, count = row + begin - r.start, end - begin
-                keys, left = round_up(end, TILE), self._positions - round_up(end, TILE)
-                queries, at = round_up(count, self.queries), begin % TILE
-                mixed = F.scaled_dot_product_attention(
-                    q[None, first : first + queries].transpose(1, 2),  # (1, H, queries, D)
-                    kv[None, 0, :, :keys],
-                    kv[None, 1, :, :keys],
-                    attn_mask=self.mask[at : at + queries, left : left + keys],
-                    scale=self.scales[layer],
-                )
-                out[first : first + count] = mixed[0, :, :count].transpose(0, 1)
-        return out.flatten(1).to(self.whole)
-
     def _norm(self, x: Tensor, ln: tuple[Tensor, Tensor]) -> Tensor:
-        return F.layer_norm(x, x.shape[1:], *ln, self.config.layer_norm_epsilon).to(self.whole)
+        return torch.layer_norm(x, ln[0].shape, *ln, self.config.layer_norm_epsilon).to(self.whole)
 
     def _padded(self, values: list[int]) -> Tensor:
         """With zeros, up to the number of rows that the products are made with."""
@@ -332,6 +311,41 @@ class Layer:
     ln_2: tuple[Tensor, Tensor]
     c_fc: Linear
     mlp_c_proj: Linear
+
+
+class Attention:
+    """A step's. What is read and written, sequence by sequence and tile by tile, is found once for all layers."""
+
+    def __init__(self, model: GPT2, batch: Batch, rows: int) -> None:
+        """`rows`: with those that pad."""
+        heads = model.config.n_head, model.head_dim
+        qkv, mixed = (  # (rows, …, H, D); a tile's padding may reach over the end
+            torch.zeros(rows + model.queries, n, *heads, dtype=model.kv_dtype, device=model.device) for n in (3, 1)
+        )
+        self.qkv, self.mixed, self.scales = qkv[:rows].flatten(1), mixed[:rows].flatten(1), model.scales
+        self.fresh = list[tuple[Sequence[Tensor], Tensor]]()
+        self.tiles = list[tuple[Tensor, Sequence[Tensor], Tensor, Tensor]]()
+        for row, r in batch.placed:
+            kv: Tensor = r.kv  # (layer, 2, H, P, D)
+            stored = kv[:, :, :, r.start : r.start + r.count].permute(0, 3, 1, 2, 4).unbind()
+            self.fresh.append((stored, qkv[row : row + r.count, 1:]))
+            for begin, end in tiles(r.start, r.count):
+                first, keys, at = row + begin - r.start, round_up(end, TILE), begin % TILE
+                queries, left = round_up(end - begin, model.queries), model.mask.shape[1] - keys
+                # (1, H, queries, D); where a tile's padding is mixed, the next tile's rows are written later
+                q, out = (t[None, first : first + queries, 0].transpose(1, 2) for t in (qkv, mixed))
+                pairs = kv[:, :, None, :, :keys].flatten(0, 1).unbind()  # (1, H, keys, D), layer by layer
+                self.tiles.append((q, pairs, model.mask[at : at + queries, left:], out))
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        """Write keys and values, then attend. (T, 3 E) -> (T, E), valid until the next layer."""
+        self.qkv.copy_(qkv)
+        for stored, fresh in self.fresh:
+            stored[layer].copy_(fresh)
+        for q, pairs, mask, out in self.tiles:
+            k, v = pairs[2 * layer : 2 * layer + 2]
+            out.copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scales[layer]))
+        return self.mixed
 
 
 def tiles(start: int, count: int) -> list[tuple[int, int]]:
