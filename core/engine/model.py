@@ -33,6 +33,8 @@ TILE = 64
 """Positions that attention takes together; on a GPU a page of keys and values has as many."""
 MIN_ROWS = 4
 """Rows that a product has at least."""
+MOST, HALF = torch.tensor(127.0), torch.tensor(128.5)
+"""As tensors: Python's numbers are made one each time, which takes as long as using it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,19 +151,17 @@ class Int8Linear(Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "") -> None:
         self.bias, self.activation, self.block, self.weight = bias, activation, 0, None
         quants, self.scale = quantise(weight)
-        self.scale /= 127  # x's scale is its row's largest number
         self.packed = torch.ops.onednn.qlinear_prepack(quants, None)
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self.half = torch.tensor(128.5)  # 128 stands for 0; the half rounds
 
     def _product(self, x: Tensor) -> Tensor:
         near = x.abs()
-        most = near.amax(1, keepdim=True).clamp_(min=1e-30)
-        quants = torch.addcmul(self.half, x, 127 / most, out=near).to(torch.uint8)
+        scale = near.amax(1, keepdim=True).div_(MOST)  # of zeros 0: 0 / 0 becomes any number, which 0 multiplies
+        quants = torch.div(x, scale, out=near).add_(HALF).byte()  # 128 stands for 0; the half rounds
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             quants, 1.0, 128, self.packed, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        y *= most
+        y *= scale
         return activate(y if self.bias is None else y.add_(self.bias), self.activation)
 
 

@@ -100,7 +100,7 @@ def test_products_of_int8_are_exact_sums(rows: int) -> None:
     weight[5], x[0, 0] = 0.0, 7.5
     quants, scale = quantise(weight)
     most = x.abs().amax(1, keepdim=True)
-    of_x = torch.addcmul(torch.tensor(128.5), x, 127 / most).floor() - 128
+    of_x = (x / (most / 127) + 128.5).floor() - 128
     want = (of_x.double() @ quants.double().T) * scale.double() * most.double() / 127
     bias = torch.arange(70.0)
     if INT8:  # elsewhere a sum of two products may not fit its 16 bits
