@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +34,8 @@ TILE = 64
 """Positions that attention takes together; on a GPU a page of keys and values has as many."""
 MIN_ROWS = 4
 """Rows that a product has at least."""
-MOST, HALF = torch.tensor(127.0), torch.tensor(128.5)
+ONE, MOST, HALF = torch.tensor(1.0), torch.tensor(127.0), torch.tensor(128.5)
+BEND, CUBE = torch.tensor(1 / 0.044715), torch.tensor(-2 * (2 / math.pi) ** 0.5 * 0.044715)
 """As tensors: Python's numbers are made one each time, which takes as long as using it."""
 
 
@@ -126,8 +128,8 @@ def activate(y: Tensor, activation: str) -> Tensor:
     if activation == "relu":
         return F.relu(y)
     if activation == "tanh":  # F.gelu(approximate="tanh") treats the last elements of a batch differently
-        z = (0.044715 * y).mul_(y).mul_(y).add_(y).mul_(0.7978845608028654)  # in place: fresh memory is what takes time
-        return z.tanh_().add_(1.0).mul_(y).mul_(0.5)
+        z = (y * y).add_(BEND).mul_(CUBE).mul_(y).exp_().add_(ONE)  # in place: fresh memory is what takes time
+        return torch.div(y, z, out=z)  # y / (1 + e^(-2 sqrt(2 / pi) (y + 0.044715 y^3)))
     if activation == "none":
         return F.gelu(y.float()).to(y.dtype)  # of half its last elements, too
     return y
