@@ -13,12 +13,13 @@ run: $(VENV)/run.done
 
 test: $(VENV)/test.done check
 
+# Tests wait as long as they compute: three at a time keep two cores at work.
 check:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 format: $(VENV)/test.done
 	$(BIN)/ruff format .

@@ -322,7 +322,7 @@ class Courier:
 
     async def _sent(self, reply: Reply, sent_id: str) -> bool:
         # It has arrived, also where a bot returns a number, or forgets to return.
-        await insist(self._journal.sent, reply, str(sent_id))
+        await insist(self._journal.sent, reply, str(sent_id or ""))
         self._count(reply, "sent")
         return True
 

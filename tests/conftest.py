@@ -30,7 +30,7 @@ gc.disable()
 
 LONGEST = (
     "tests/faults/test_faults.py", "tests/core/engine/test_graphs.py", "tests/core/engine/test_native.py",
-    "tests/bots/test_main.py", "tests/bots/test_model_cli.py", "tests/e2e/",
+    "tests/core/engine/test_ray_serve.py", "tests/bots/test_main.py", "tests/bots/test_model_cli.py", "tests/e2e/",
 )  # fmt: skip
 
 

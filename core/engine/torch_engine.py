@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = {"cpu": (32, 256), "cuda": (256, 1024)}
 """Sequences that run and rows of a step, where nobody says otherwise."""
+LEAVE = 5.0
+"""Seconds that the interpreter's end waits for a step, or for a model that is being loaded."""
 TOKENS_EACH = 3 * ROUND
 """Tokens that a sequence takes in the cache, usually: more of them than there is room for are not promised."""
 
@@ -114,7 +116,7 @@ class TorchEngine:
     async def start(self) -> None:
         """Load the model and warm it up. Raises BadCheckpoint."""
         self._thread.start()
-        atexit.register(self._end_thread)  # for who closes nothing
+        atexit.register(self._end_thread, LEAVE)  # for who closes nothing
         await self._opened
 
     async def generate(
@@ -172,10 +174,10 @@ class TorchEngine:
             self._end_thread()
             atexit.unregister(self._end_thread)
 
-    def _end_thread(self) -> None:
+    def _end_thread(self, seconds: float | None = None) -> None:
         """At the interpreter's end it would be torn off, and where that meets the model in C++ the process aborts."""
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _work(self) -> None:
         """The worker thread, from loading to the end."""
