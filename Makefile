@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := core/engine/native/step.cpp
-# Python compiles what it imports; to compile all that these packages hold takes half a minute.
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c deploy/constraints.txt
+
+# pip would compile on one core what all can; some files are for other Pythons and do not compile.
+define INSTALL
+$(BIN)/python -m pip --disable-pip-version-check -q install --no-compile -c deploy/constraints.txt -e '.[$(1)]'
+@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
+endef
 
 .PHONY: run test check format clean
 
@@ -32,12 +36,12 @@ $(VENV)/bin/python:
 
 $(VENV)/run.done: $(VENV)/bin/python pyproject.toml deploy/constraints.txt $(NATIVE)
 	@echo "Setting up (once, a minute or two) ..."
-	$(PIP) -e '.[engine]'
+	$(call INSTALL,engine)
 	@touch $@
 
 $(VENV)/test.done: $(VENV)/bin/python pyproject.toml deploy/constraints.txt $(NATIVE)
 	@echo "Setting up (once, a few minutes) ..."
-	$(PIP) -e '.[test]'
+	$(call INSTALL,test)
 	@touch $@ $(VENV)/run.done
 
 clean:
