@@ -17,13 +17,12 @@ run: $(VENV)/run.done
 
 test: $(VENV)/test.done check
 
-# Tests wait as long as they compute: three at a time keep two cores at work.
+# Tests wait as long as they compute: three at a time, and mypy beside them, keep two cores at work.
 check:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/mypy & types=$$!; $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder && wait $$types
 
 format: $(VENV)/test.done
 	$(BIN)/ruff format .
