@@ -216,9 +216,8 @@ class App:
                 self._wrongly_set += not isinstance(error.__context__, OSError)  # a port may be free at the next start
                 return
             except (Exception, asyncio.CancelledError) as error:
-                if (
-                    task := asyncio.current_task()
-                ) and task.cancelling():  # we stop it; else it was cancelled in itself
+                task = asyncio.current_task()
+                if task and task.cancelling():  # we stop it; else it was cancelled in itself
                     if isinstance(error, Exception):
                         log.exception("%s died while it was stopped", bot.name)
                     return

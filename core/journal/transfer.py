@@ -22,7 +22,8 @@ AT_ONCE = 1000
 
 async def transfer(file: Path, url: str, progress: Callable[[int, int], None] = lambda done, of: None) -> int:
     """Copy the journal in `file`, which nobody may have open, into PostgreSQL's empty one at `url`; how many messages.
-    `progress` hears how many rows were copied, of how many. The file stays. Raises JournalError."""
+    `progress` hears how many rows were copied, of how many. The file stays, and ids go on from the highest at the next
+    start (storage.BEHIND). Raises JournalError."""
     address = parse(url)
     if file_of(address):
         raise WrongAddress("DATABASE_URL: set it to PostgreSQL's address; one file takes another's place by restore")
@@ -44,7 +45,6 @@ async def transfer(file: Path, url: str, progress: Callable[[int, int], None] = 
     finally:
         await writer.dispose()
         reader.dispose()
-    await storage.migrate(address, lambda line: None)  # whose ids go on from the highest
     return count
 
 

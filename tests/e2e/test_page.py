@@ -82,6 +82,13 @@ def said(page: Page) -> Any:
     return page.locator(".bubble .words")
 
 
+async def say_much(page: Page) -> None:
+    """More than the page shows at once."""
+    await say(page, "first")
+    await say(page, "\n".join(f"line {n}" for n in range(60)))
+    await expect(said(page)).to_have_count(4)
+
+
 async def test_talks_and_shows_typing(browser: Browser, bot: WebBot) -> None:
     house = House()
     async with house.serve(bot):
@@ -409,9 +416,7 @@ async def test_the_talk_is_scrolled_by_keyboard_and_shows_that_it_is_chosen(brow
     house = House()
     async with house.serve(bot):
         page = await visit(browser, bot)
-        await say(page, "first")
-        await say(page, "\n".join(f"line {n}" for n in range(60)))
-        await expect(said(page)).to_have_count(4)
+        await say_much(page)
         await expect(said(page).first).not_to_be_in_viewport()
         await page.keyboard.press("Shift+Tab")
         main = page.get_by_role("main")
@@ -565,9 +570,7 @@ async def test_who_reads_what_was_said_long_ago_goes_on_reading(browser: Browser
     house = House()
     async with house.serve(bot):
         page = await visit(browser, bot)
-        await say(page, "first")
-        await say(page, "\n".join(f"line {n}" for n in range(60)))
-        await expect(said(page)).to_have_count(4)
+        await say_much(page)
         await page.evaluate("scroller.scrollTop = 100")
     await expect(page.locator("#connection")).to_have_attribute("data-state", "lost")
     async with house.serve(bot):
