@@ -132,7 +132,9 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(min=1e-7, max=1.0, help="at its peak")] = 5e-5,
     batch_tokens: Annotated[int, typer.Option(min=16, help="tokens in one step; fewer need less memory")] = 4096,
     max_length: Annotated[int, typer.Option(min=8, help="tokens; longer dialogues are split between turns")] = 128,
-    reverse: Annotated[bool, typer.Option("--reverse", help="learn what was said from its answer instead")] = False,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="learn what was said from its answer, for REVERSE_MODEL")
+    ] = False,
 ) -> None:
     """Train MODEL further on dialogues of your own. It uses the GPU, or all cores (as DEVICE and THREADS say, where
     they are set).
@@ -180,7 +182,8 @@ def finetune(
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"stopped; the same command goes on where {out} stands" if saved else "stopped", file=sys.stderr)
         raise typer.Exit(128 + (stopped.args or [signal.SIGINT])[0]) from None
-    print(f"{summary(progress)}\ntalk to it: MODEL={out} palaver chat")
+    use = f"let it judge: REVERSE_MODEL={out} SAMPLING__N=8" if reverse else f"talk to it: MODEL={out}"
+    print(f"{summary(progress)}\n{use} palaver chat")
     if not progress.valid[-1][1] < progress.valid[0][1]:
         print(
             "warning: that is no better than before: try more dialogues, fewer --epochs or a lower --learning-rate",

@@ -46,7 +46,7 @@ def stop(lines: list[str]) -> NoReturn:
 
 def of_setting(error: Exception) -> str:
     """What is wrong with a checkpoint, by the setting that names it, where the error names no other."""
-    return str(error) if re.match(r"[A-Z_]+=", str(error)) else f"MODEL: {error}"
+    return str(error) if re.match(r"[A-Z_]+[=:]", str(error)) else f"MODEL: {error}"
 
 
 def go(work: Coroutine[None, None, int]) -> int:

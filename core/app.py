@@ -78,6 +78,10 @@ async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
 async def open_voice(settings: Settings | None = None) -> AsyncIterator[Voice]:
     """An engine that speaks: `await voice.ask("hi")`. Without settings, the environment's."""
     settings = settings or Settings()
+    if settings.reverse_model and settings.sampling.n == 1:
+        log.warning("REVERSE_MODEL has nothing to judge: SAMPLING__N=8 draws eight candidates")
+    if settings.reverse_model and settings.engine not in ("process", "inprocess"):
+        log.warning("REVERSE_MODEL is of no use beside ENGINE=%s: set it where that engine runs", settings.engine)
     async with open_engine(settings) as engine:
         yield Voice(
             engine,

@@ -90,9 +90,10 @@ class Chat:
         True: there is a question among them that had not come before.
 
         `marks`: how far these channels are read with it, where a platform is read and does not acknowledge.
-        Raises NotAccepted when nothing could be stored: do not acknowledge.
+        Raises NotAccepted when nothing could be stored: do not acknowledge. ValueError where no bot could deliver a reply.
         """
         began = self._clock()
+        self._courier.check(message.channel for message in messages)
         cut = [replace(m, text=m.text[-LONGEST:]) if len(m.text) > LONGEST else m for m in messages]
         heard = [m if m.kind != "ask" or self.voice.hears(m.text) else replace(m, kind="heard") for m in cut]
         # Whoever is cancelled here may have stored it: then it is answered, too.

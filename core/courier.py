@@ -76,6 +76,13 @@ class Courier:
         self._platforms |= opened
         self.deliver(reply for reply in await insist(self._journal.due) if reply.channel.platform in opened)
 
+    def check(self, channels: Iterable[Channel]) -> None:
+        """ValueError, one line, where one is of a platform that no bot here has."""
+        for channel in channels:
+            if channel.platform not in self._platforms:
+                there = ", ".join(sorted(self._platforms)) or "none"
+                raise ValueError(f"{channel}: no bot is called {channel.platform} (there is {there}); name it so")
+
     def deliver(self, replies: Iterable[Reply]) -> None:
         """Take places in the channels' lines; returns at once."""
         for reply in replies:

@@ -1,5 +1,6 @@
-"""Choose among candidates: first those that say something new, then those that came to their end, then the likeliest
-per token. (A reply that runs in a circle until it is cut off is the likeliest of all.)"""
+"""Choose among candidates: first those that say something new, then those that came to their end, then the one after
+which the reverse model finds the message likeliest, or without such a model the likeliest per token. (A reply that runs
+in a circle until it is cut off is the likeliest of all.)"""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ def choose(completions: Sequence[Completion], said: Sequence[str], recent: Seque
     def score(index: int) -> tuple[bool, bool, float]:
         completion = completions[index]
         ended = completion.finish_reason == "stop"
-        return _core(said[index]) not in old, ended, completion.logprob / (len(completion.token_ids) + 1)
+        likely = completion.logprob / (len(completion.token_ids) + 1)
+        return _core(said[index]) not in old, ended, likely if completion.backward is None else completion.backward
 
     best = max(range(len(completions)), key=score)
     return best, score(best)[0]

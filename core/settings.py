@@ -171,6 +171,11 @@ class Settings(Group):
         examples=["microsoft/DialoGPT-medium"],
     )
     model_revision: str = Field("", description="the hub revision to pin (branch, tag or commit)", examples=["main"])
+    reverse_model: str = Field(
+        "",
+        description="judges candidates (SAMPLING__N above 1): a hub name or folder, from palaver finetune --reverse",
+        examples=["./reverse"],
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N", examples=["cpu"])
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
         "auto", description="auto, float32 (exact), bfloat16, float16 or int8", examples=["float32"]

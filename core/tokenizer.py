@@ -77,6 +77,12 @@ class Tokenizer:
         text: str = self._backend.decode(known, skip_special_tokens=False)
         return text.rstrip("\ufffd")
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token."""
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found
+
     def __len__(self) -> int:
         """Size of the vocabulary, `<|endoftext|>` included."""
         size: int = self._backend.get_vocab_size(with_added_tokens=True)

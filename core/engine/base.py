@@ -111,6 +111,9 @@ class Completion:
     finish_reason: FinishReason
     cached_tokens: int
     """How many of the prompt's tokens were already in the KV cache."""
+    backward: float | None = None
+    """Mean natural log of the probability that the prompt's last turn has after this reply, under the reverse model;
+    None where there is none, or nothing to choose among."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,16 @@ class ModelInfo:
         if not whole or min(whole) < 0 or max(whole) >= self.vocab_size:
             raise ValueError(f"a prompt is 1 or more ids from 0 below {self.vocab_size}")
         return whole
+
+    def last_turn(self, prompt: Sequence[int]) -> list[int]:
+        """The ids between the last two ends of text."""
+        turn: list[int] = []
+        for id in reversed(prompt):
+            if id != self.eos_id:
+                turn.append(id)
+            elif turn:
+                break
+        return turn[::-1]
 
 
 class Engine(Protocol):

@@ -51,19 +51,9 @@ class EchoEngine:
             raise PromptTooLong(f"{len(prompt)} tokens; at most {self._info.max_positions - 1} are taken")
         if deadline is not None and deadline <= 0:
             raise Cancelled("the deadline has passed")
-        turn = self._last_turn(prompt)
+        turn = self._info.last_turn(prompt)
         said = turn[: params.max_tokens]
         return [Completion(list(said), 0.0, "stop" if said == turn else "length", 0) for _ in range(params.n)]
-
-    def _last_turn(self, prompt: Sequence[int]) -> list[int]:
-        eos = self._info.eos_id
-        turn: list[int] = []
-        for id in reversed(prompt):
-            if id != eos:
-                turn.append(id)
-            elif turn:
-                break
-        return turn[::-1]
 
     def prepare(self, session: str, ids: Sequence[int]) -> None:
         """Nothing is computed."""

@@ -28,7 +28,7 @@ from core.backoff import backoff
 from core.engine import wire
 from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelInfo, OtherModel, SamplingParams
 from core.engine.folder import PrivateFolder
-from core.engine.hub import resolve
+from core.engine.hub import resolve, resolve_reverse
 from core.engine.process import EngineProcess, local_options
 
 if TYPE_CHECKING:
@@ -377,6 +377,9 @@ async def spawn_engine(settings: Settings) -> HttpEngine:
     What must be fetched from the hub is fetched here, where the terminal is: the child needs no network.
     """
     log.info("loading %s …", settings.model)
-    folder = await asyncio.to_thread(resolve, settings.model, settings.model_revision or None)
-    process = EngineProcess(settings.model, local_options(settings) | {"model": str(folder), "revision": ""})
+    options = local_options(settings)
+    options["model"] = str(await asyncio.to_thread(resolve, settings.model, settings.model_revision or None))
+    options["revision"] = ""
+    options["reverse"] = str(await asyncio.to_thread(resolve_reverse, settings.reverse_model) or "")
+    process = EngineProcess(settings.model, options)
     return await HttpEngine(f"unix:{process.path}", process).open()

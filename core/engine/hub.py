@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,21 @@ EMBEDDED = Path(__file__).parent.parent / "models" / "tiny"
 SMALL_FILES = ["*.json", "vocab.*", "merges.txt"]
 WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
 """Tried in this order. Subfolders and other frameworks' weights are never fetched."""
+
+
+@contextmanager
+def named(setting: str) -> Iterator[None]:
+    """A BadCheckpoint raised inside says which setting it is of, where it is not MODEL."""
+    try:
+        yield
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{setting}: {error}") from error
+
+
+def resolve_reverse(model: str) -> Path | None:
+    """As `resolve`, of REVERSE_MODEL; None where there is none."""
+    with named("REVERSE_MODEL"):
+        return resolve(model) if model else None
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:

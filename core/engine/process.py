@@ -220,4 +220,5 @@ def local_options(settings: Settings) -> dict[str, Any]:
         "device": settings.device,
         "dtype": settings.dtype,
         "threads": settings.threads,
+        "reverse": settings.reverse_model,
     }

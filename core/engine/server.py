@@ -29,7 +29,7 @@ from aiohttp import web
 
 from core.engine import wire
 from core.engine.base import Completion, Engine, EngineClosed, EngineError, Failed, ModelInfo, OtherModel
-from core.engine.hub import resolve
+from core.engine.hub import resolve, resolve_reverse
 from core.engine.machine import spin_briefly
 from core.engine.process import local_options
 from core.logs import Complaints, announce
@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 BODY_LIMIT = 1 << 20
 BACKLOG = 1024
 IDLE = 30.0
-"""Seconds until a connection without a request is closed: each holds a descriptor. Our clients close theirs sooner."""
+"""Seconds until a connection without a request, or with half of one, is closed: each holds a descriptor. Our clients
+close theirs sooner."""
 LOOK_EVERY = 1.0
 """Seconds between two looks whether the engine lives."""
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -107,7 +108,7 @@ class Server:
 
     async def generate(self, request: web.Request) -> web.Response:
         engine = self._open(request)
-        prompt, params, session, deadline = wire.load_request(await request.read(), engine.info.vocab_size)
+        prompt, params, session, deadline = wire.load_request(await _body(request), engine.info.vocab_size)
 
         async def answer() -> list[Completion]:
             completions = await engine.generate(prompt, params, session=session, deadline=deadline)
@@ -132,13 +133,13 @@ class Server:
 
     async def prepare(self, request: web.Request) -> web.Response:
         engine = self._open(request)
-        ids, _, session, _ = wire.load_request(await request.read(), engine.info.vocab_size)
+        ids, _, session, _ = wire.load_request(await _body(request), engine.info.vocab_size)
         engine.prepare(session, ids)
         return web.json_response({})
 
     async def forget(self, request: web.Request) -> web.Response:
         engine = self._open(request)
-        await engine.forget(wire.load_session(wire.load_object(await request.read(), "session")))
+        await engine.forget(wire.load_session(wire.load_object(await _body(request), "session")))
         return web.json_response({})
 
     async def info(self, request: web.Request) -> web.Response:
@@ -203,6 +204,16 @@ class Server:
         return web.json_response(refusal, status=status)
 
 
+async def _body(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(IDLE):
+            return await request.read()
+    except TimeoutError:
+        if request.transport:
+            request.transport.abort()  # to a client of ours, whose wire stands still, no refusal: it asks again
+        raise web.HTTPRequestTimeout from None
+
+
 def _tokenizer_files(info: ModelInfo) -> dict[str, str]:
     """Name -> text of the files that a client elsewhere needs."""
     found = [Path(info.path) / name for name in wire.TOKENIZER_FILES]
@@ -257,8 +268,11 @@ def _bind_unix(path: Path) -> socket.socket:
     return sock
 
 
-async def open_local(kind: str, model: str, revision: str, device: str, dtype: str, threads: int) -> Engine:
-    """The engine in this process: an echo with the model's tokenizer where `kind` says so, else torch.
+async def open_local(
+    kind: str, model: str, revision: str, device: str, dtype: str, threads: int, reverse: str = ""
+) -> Engine:
+    """The engine in this process: an echo with the model's tokenizer where `kind` says so, else torch, with the model
+    `reverse` to judge candidates.
 
     Raises BadCheckpoint, HubAway, or EngineClosed where torch is not installed.
     """
@@ -275,7 +289,8 @@ async def open_local(kind: str, model: str, revision: str, device: str, dtype: s
     finally:
         gc.enable()
     folder = await asyncio.to_thread(resolve, model, revision or None)  # nobody need wait for it, as for torch's thread
-    engine = await open_torch_engine(folder, device=device, dtype=dtype, threads=threads)
+    judge = await asyncio.to_thread(resolve_reverse, reverse)
+    engine = await open_torch_engine(folder, device=device, dtype=dtype, threads=threads, reverse=judge)
     engine.info = replace(engine.info, name=Path(model).name)
     return engine
 

@@ -21,7 +21,9 @@ from pathlib import Path
 
 import torch
 
+from core.engine.backward import Backward
 from core.engine.base import (
+    BadCheckpoint,
     Cancelled,
     Completion,
     EngineClosed,
@@ -35,10 +37,12 @@ from core.engine.draft import Draft
 from core.engine.futures import settle
 from core.engine.graphs import lost
 from core.engine.guesses import Phrases
+from core.engine.hub import named
 from core.engine.kv_cache import ROUND, KVCache
 from core.engine.model_runner import ModelRunner
 from core.engine.scheduler import GUESS, Scheduler
 from core.engine.sequence import Request, Span
+from core.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +57,10 @@ TOKENS_EACH = 3 * ROUND
 class Core:
     """Scheduler and model, synchronous. One thread makes it and calls it."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, backward: Backward | None = None) -> None:
         self.runner = runner
         self.scheduler = scheduler
+        self.backward = backward
 
     def step(self) -> bool:
         """One pass of the model over whatever is to do. False: nothing was."""
@@ -131,9 +136,18 @@ class TorchEngine:
         if self._end:
             raise EngineClosed(str(self._end))
         ids = self.info.prompt(prompt)
+        if not isinstance(params, SamplingParams) or not isinstance(session, str):
+            raise ValueError("params must be SamplingParams, and session text")
         future: asyncio.Future[list[Completion]] = self._loop.create_future()
         until = None if deadline is None else time.monotonic() + deadline
-        request = Request(ids, params, session, until, lambda end: settle(future, end))
+
+        def deliver(end: list[Completion] | EngineError) -> None:
+            backward = self.core.backward
+            if backward and isinstance(end, list) and len(end) > 1 and not future.done():
+                end = backward.judge(self.info.last_turn(ids), end)
+            settle(future, end)
+
+        request = Request(ids, params, session, until, deliver)
         self._under_way.add(future)
         self._inbox.put(lambda scheduler: scheduler.add(request))
         try:
@@ -231,16 +245,19 @@ async def open_torch_engine(
     seed: int | None = None,
     guess: int = GUESS,
     price: float | None = None,
+    reverse: Path | None = None,
 ) -> TorchEngine:
     """Load the checkpoint in `folder` and start the engine.
 
     `threads`, `cache_bytes`, `max_running` and `token_budget` 0 choose. At most `max_running` sequences run,
     `token_budget` rows (a token of a prompt or of a reply each) are in a step, and `max_waiting` requests wait.
     `seed` makes the seeds that requests without one are given repeatable; `guess` 0 leaves speculative decoding out,
-    `price` is what it costs here, measured when None. Raises BadCheckpoint.
+    `price` is what it costs here, measured when None. `reverse` is the checkpoint that tells a message from its reply,
+    to judge candidates. Raises BadCheckpoint.
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
+        backward = open_backward(reverse, folder, device, dtype, threads) if reverse else None
         runner = open_runner(folder, device, dtype, threads, cache_bytes, with_draft=guess > 0)
         config, (running, budget) = runner.model.config, AT_ONCE[runner.model.device.type]
         cost = runner.price(guess) if guess and price is None else price or 0.0
@@ -263,10 +280,10 @@ async def open_torch_engine(
             vocab_size=config.vocab_size,
             eos_id=config.eos_id,
             path=str(folder),
-            how=runner.model.how,
+            how=runner.model.how + (f", candidates judged by {reverse.name}" if reverse else ""),
             at_once=max(1, min(max_running or running, scheduler.cache.total // TOKENS_EACH)),
         )
-        return Core(runner, scheduler), info
+        return Core(runner, scheduler, backward), info
 
     engine = TorchEngine(open_core)
     try:
@@ -275,3 +292,12 @@ async def open_torch_engine(
         await engine.aclose()
         raise
     return engine
+
+
+def open_backward(reverse: Path, folder: Path, device: str, dtype: str, threads: int) -> Backward:
+    """Raises BadCheckpoint, also where its ids are not those of the model in `folder`."""
+    mine = Tokenizer.load(folder).vocabulary
+    with named("REVERSE_MODEL"):
+        if Tokenizer.load(reverse).vocabulary != mine:
+            raise BadCheckpoint(f"{reverse} has another vocabulary than MODEL: train it from that, or from its like")
+        return Backward(open_runner(reverse, device, dtype, threads, cache_bytes=1).model)

@@ -106,7 +106,9 @@ def load_object(body: bytes, *known: str) -> dict[str, Any]:
 
 
 def dump_completions(completions: Sequence[Completion]) -> dict[str, object]:
-    return {"completions": [asdict(completion) for completion in completions]}
+    """What is None is left out: an older client does not know the field."""
+    found = [asdict(completion) for completion in completions]
+    return {"completions": [{name: value for name, value in of.items() if value is not None} for of in found]}
 
 
 def load_completions(answer: dict[str, Any]) -> list[Completion]:

@@ -42,6 +42,26 @@ async def test_a_model_learns_more_and_talks(tmp_path: Path, talks: Path) -> Non
     assert "swordfish" in output.lower() or "sesame" in output.lower(), errors
 
 
+async def test_a_reverse_model_judges_candidates(tmp_path: Path, talks: Path) -> None:
+    options = ("--reverse", "--epochs", "1", "--batch-tokens", "128", "--max-length", "32")
+    code, output, errors = await palaver(tmp_path, "finetune", str(talks), "back", *options)
+    assert code == 0 and "let it judge: REVERSE_MODEL=back SAMPLING__N=8 palaver chat" in output, errors
+
+    async def chat(**settings: str) -> tuple[int, str, str]:
+        return await palaver(tmp_path, "chat", said="what is the password?\n", **settings)
+
+    (code, said, errors), (_, _, alone), (_, _, elsewhere), (wrong, _, line) = await asyncio.gather(
+        chat(REVERSE_MODEL="back", SAMPLING__N="4", LOG_LEVEL="info", ENGINE="process"),
+        chat(REVERSE_MODEL="back", ENGINE="inprocess"),
+        chat(REVERSE_MODEL="back", SAMPLING__N="4", ENGINE="echo"),
+        chat(REVERSE_MODEL="./nowhere", SAMPLING__N="4", ENGINE="process"),
+    )
+    assert code == 0 and said.strip() and ", candidates judged by back" in errors
+    assert "REVERSE_MODEL has nothing to judge: SAMPLING__N=8 draws eight candidates" in alone
+    assert "REVERSE_MODEL is of no use beside ENGINE=echo: set it where that engine runs" in elsewhere
+    assert wrong == 78 and line.startswith("REVERSE_MODEL: ./nowhere does not exist")
+
+
 async def test_stopped_by_a_signal_it_saves_and_says_how_to_go_on(tmp_path: Path, talks: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
 

@@ -87,6 +87,18 @@ def test_the_same_message_twice_is_answered_once() -> None:
     play(scene)
 
 
+def test_a_channel_of_a_platform_that_no_bot_has_is_refused() -> None:
+    """Its replies would have nobody to send them."""
+
+    async def scene(house: House) -> None:
+        message = replace(house.message("hi"), channel=Channel("discrod", "1"))
+        with pytest.raises(ValueError, match=r"discrod:1: no bot is called discrod \(there is test\)"):
+            await house.chat.receive(message)
+        assert house.states() == []
+
+    play(scene)
+
+
 def test_what_the_journal_does_not_take_is_not_accepted() -> None:
     async def scene(house: House) -> None:
         house.refusing = True

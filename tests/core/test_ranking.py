@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from core.engine.base import Completion, FinishReason
 from core.ranking import choose
 
@@ -23,3 +25,11 @@ def test_what_was_cut_off_loses_to_what_ended_but_not_to_a_repetition() -> None:
     found = [completion(-1, 64, "length"), completion(-9, 3)]
     assert choose(found, ["ha ha ha", "that is funny ."], []) == (1, True)
     assert choose(found, ["ha ha ha", "that is funny ."], ["That is funny."]) == (0, True)
+
+
+def test_the_reverse_model_decides_among_what_is_new_and_ended() -> None:
+    found = [replace(completion(-1), backward=-4.0), replace(completion(-5), backward=-2.0)]
+    assert choose(found, ["i do not know .", "by the sea ."], []) == (1, True)
+    assert choose(found, ["i do not know .", "by the sea ."], ["By the sea!"]) == (0, True)
+    cut = [found[0], replace(completion(-5, 64, "length"), backward=-1.0)]
+    assert choose(cut, ["i do not know .", "the sea the sea"], []) == (0, True)

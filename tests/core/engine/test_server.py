@@ -274,13 +274,20 @@ async def test_palaver_engine_says_where_it_is_and_ends_when_asked(
         assert await asyncio.wait_for(process.wait(), 60) == 0
 
 
-async def test_a_connection_without_a_request_is_closed(
+async def test_a_connection_without_a_whole_request_is_closed(
     checkpoint: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "IDLE", 0.2)
     async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
         reader, writer = await asyncio.open_unix_connection(folder / "socket")
         assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+        reader, writer = await asyncio.open_unix_connection(folder / "socket")
+        writer.write(
+            b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        with contextlib.suppress(ConnectionResetError):  # half a request ends like none
+            assert await asyncio.wait_for(reader.read(), 5) == b""
         writer.close()
         async with http.post("/generate", json=GOOD) as answer:
             assert answer.status == 200
