@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bots.commands import EX_TEMPFAIL, go, of_setting, read, run_async, stop
+from bots.commands import EX_TEMPFAIL, go, read, run_async, stop
 from bots.journal_commands import journal_cli
 from core.settings import Settings
 
@@ -169,7 +169,7 @@ def finetune(
         )  # fmt: skip
         progress = finetune(data, out, base, valid=valid, recipe=recipe)
     except BadCheckpoint as error:
-        stop([of_setting(error)])
+        stop([hub.of_setting(error)])
     except HubAway as error:
         print(error, file=sys.stderr)
         raise typer.Exit(EX_TEMPFAIL) from None

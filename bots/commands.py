@@ -7,7 +7,6 @@ engine or the hub cannot be opened), 78 wrong settings.
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -44,15 +43,11 @@ def stop(lines: list[str]) -> NoReturn:
     raise SystemExit(EX_CONFIG)
 
 
-def of_setting(error: Exception) -> str:
-    """What is wrong with a checkpoint, by the setting that names it, where the error names no other."""
-    return str(error) if re.match(r"[A-Z_]+[=:]", str(error)) else f"MODEL: {error}"
-
-
 def go(work: Coroutine[None, None, int]) -> int:
     """Run to the end; what cannot be opened is one line."""
     from core.delivery import NotAccepted
     from core.engine.base import BadCheckpoint, EngineError
+    from core.engine.hub import of_setting
     from core.journal.database import JournalError, WrongAddress
 
     try:

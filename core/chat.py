@@ -90,7 +90,7 @@ class Chat:
         True: there is a question among them that had not come before.
 
         `marks`: how far these channels are read with it, where a platform is read and does not acknowledge.
-        Raises NotAccepted when nothing could be stored: do not acknowledge. ValueError where no bot could deliver a reply.
+        Raises NotAccepted when nothing could be stored: do not acknowledge. ValueError where no bot could reply.
         """
         began = self._clock()
         self._courier.check(message.channel for message in messages)

@@ -21,13 +21,18 @@ WEIGHT_FILES = ["model*.safetensors", "pytorch_model*.bin"]
 """Tried in this order. Subfolders and other frameworks' weights are never fetched."""
 
 
+def of_setting(error: Exception, setting: str = "MODEL") -> str:
+    """What is wrong with a checkpoint, by the setting that names it, where the error names no other."""
+    return str(error) if re.match(r"[A-Z_]+[=:]", str(error)) else f"{setting}: {error}"
+
+
 @contextmanager
 def named(setting: str) -> Iterator[None]:
-    """A BadCheckpoint raised inside says which setting it is of, where it is not MODEL."""
+    """A BadCheckpoint raised inside is of this setting."""
     try:
         yield
     except BadCheckpoint as error:
-        raise BadCheckpoint(f"{setting}: {error}") from error
+        raise BadCheckpoint(of_setting(error, setting)) from error
 
 
 def resolve_reverse(model: str) -> Path | None:

@@ -128,3 +128,5 @@ async def test_a_reverse_model_of_other_ids_is_one_line(engine: Open, checkpoint
         await engine(reverse=checkpoint("odd"))
     with pytest.raises(BadCheckpoint, match=r"^REVERSE_MODEL: .* has no tokenizer"):
         await engine(reverse=tmp_path)
+    with pytest.raises(BadCheckpoint, match=r"^DEVICE=tpu"):
+        await engine(reverse=checkpoint("plain", seed=5), device="tpu")

@@ -503,6 +503,10 @@ async def test_what_does_not_fit_is_refused_in_one_line(engine: Open) -> None:
         e.prepare("s", cast("Any", bad))
         with pytest.raises(ValueError, match="from 0 below 384"):
             await ask(e, cast("Any", bad))
+    for params, session in (({"n": 2}, "s"), (None, "s"), (GREEDY, None), (GREEDY, ["s"])):
+        with pytest.raises(ValueError, match="params must be SamplingParams, and session text"):
+            await e.generate([1], cast("Any", params), session=cast("Any", session))
+    assert (await ask(e, [1])).token_ids
 
 
 async def test_a_prompt_that_can_be_looked_through_once_harms_nobody(engine: Open) -> None:
