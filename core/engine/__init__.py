@@ -10,6 +10,7 @@ model_runner   one step
 model          GPT-2 in torch
 sampler        from logits to tokens
 draft          a copy in int8 that guesses for a large model
+backward       a second model, trained in reverse, that judges candidates
 config         what config.json says
 weights        a checkpoint's tensors, checked
 native/        the model in C++
@@ -27,5 +28,6 @@ child          the process in which it serves
 process        starts that and keeps it alive
 folder         where their socket is
 http_engine    the engine at the other end
+ray_serve      many servers behind one address
 futures        how a thread answers the event loop
 """
