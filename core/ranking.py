@@ -17,7 +17,11 @@ def choose(completions: Sequence[Completion], said: Sequence[str], recent: Seque
         completion = completions[index]
         ended = completion.finish_reason == "stop"
         likely = completion.logprob / (len(completion.token_ids) + 1)
-        return _core(said[index]) not in old, ended, likely if completion.backward is None else completion.backward
+        return (
+            _core(said[index]) not in old,
+            ended,
+            likely if completion.reverse_logprob is None else completion.reverse_logprob,
+        )
 
     best = max(range(len(completions)), key=score)
     return best, score(best)[0]

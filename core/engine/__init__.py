@@ -2,6 +2,7 @@
 
 base           the contract: requests, replies, refusals
 torch_engine   the engine in this process: one thread, step after step
+futures        how that thread answers the event loop
 scheduler      who runs in the next step
 kv_cache       who owns which keys and values, in tokens
 sequence       what is being generated
@@ -10,9 +11,12 @@ model_runner   one step
 model          GPT-2 in torch
 sampler        from logits to tokens
 draft          a copy in int8 that guesses for a large model
-backward       a second model, trained in reverse, that judges candidates
+judge          a second model, trained in reverse, that judges candidates
 config         what config.json says
 weights        a checkpoint's tensors, checked
+
+That is the hour. To be read when they are needed:
+
 native/        the model in C++
 graphs         the model on a GPU: a step is one graph
 kernels        what the graph is of, in Triton
@@ -29,5 +33,4 @@ process        starts that and keeps it alive
 folder         where their socket is
 http_engine    the engine at the other end
 ray_serve      many servers behind one address
-futures        how a thread answers the event loop
 """

@@ -111,9 +111,9 @@ class Completion:
     finish_reason: FinishReason
     cached_tokens: int
     """How many of the prompt's tokens were already in the KV cache."""
-    backward: float | None = None
-    """Mean natural log of the probability that the prompt's last turn has after this reply, under the reverse model;
-    None where there is none, or nothing to choose among."""
+    reverse_logprob: float | None = None
+    """How likely the prompt's last turn is after this reply, as the reverse model has it: the mean of its ids' natural
+    logs. None where there is no such model, or nothing to choose among."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class ModelInfo:
         return whole
 
     def last_turn(self, prompt: Sequence[int]) -> list[int]:
-        """The ids between the last two ends of text."""
+        """Its ids, without ends of text; [] where there is none."""
         turn: list[int] = []
         for id in reversed(prompt):
             if id != self.eos_id:

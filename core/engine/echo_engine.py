@@ -43,7 +43,7 @@ class EchoEngine:
     async def generate(
         self, prompt: Sequence[int], params: SamplingParams, *, session: str = "", deadline: float | None = None
     ) -> list[Completion]:
-        """`params.n` times the ids between the last two ends of text."""
+        """`params.n` times the prompt's last turn."""
         if self._closed:
             raise EngineClosed("the engine is closed")
         prompt = self._info.prompt(prompt)

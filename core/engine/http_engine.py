@@ -96,7 +96,7 @@ class HttpEngine:
                 self._spawn(self._probe(self.process))
             else:
                 self._info = await self._ask_info()
-                here = await asyncio.to_thread(Path(self._info.path).is_dir) if self._unix else False
+                here = await asyncio.to_thread(self._has_its_files, Path(self._info.path)) if self._unix else False
                 if not here:
                     self._info = replace(self._info, path=str(await self._fetch_tokenizer()))
         except BaseException:
@@ -336,6 +336,10 @@ class HttpEngine:
             return wire.load_info(said)
         except (ValueError, TypeError) as error:
             raise EngineClosed(f"{self.address} is no engine of this version ({wire.one_line(error)})") from error
+
+    def _has_its_files(self, folder: Path) -> bool:
+        """Still those with which the other end began?"""
+        return wire.fingerprint(wire.tokenizer_files(folder)) == self._session.headers[wire.MODEL]
 
     async def _fetch_tokenizer(self) -> Path:
         """The other end's tokenizer in a folder of ours, which goes when we close."""

@@ -95,7 +95,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     except RevisionNotFoundError as error:
         raise BadCheckpoint(f"{name} has no revision {revision}: check MODEL_REVISION") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise BadCheckpoint(f"{name} is no folder here and no public repository on the hub: check MODEL") from error
+        raise BadCheckpoint(f"{name} is no folder here and no public repository on the hub: check its name") from error
     except (HTTPError, OSError, RuntimeError) as error:  # the last is hf_xet's, whatever its wire or server does
         cause = (error.__cause__ or error) if isinstance(error, LocalEntryNotFoundError) else error
         reason = " ".join(str(cause).split())[:200] or type(cause).__name__

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from core.engine import wire
-from core.engine.base import Completion, Engine, EngineClosed, EngineError, Failed, ModelInfo, OtherModel
+from core.engine.base import Completion, Engine, EngineClosed, EngineError, Failed, OtherModel
 from core.engine.hub import resolve, resolve_reverse
 from core.engine.machine import spin_briefly
 from core.engine.process import local_options
@@ -67,10 +67,19 @@ class Server:
         why: str = "the model is loading",
         replicas: Callable[[], Awaitable[int]] | None = None,
     ) -> None:
-        self.engine, self.why, self._replicas = engine, why, replicas
-        self._fingerprint = ""
+        self.engine: Engine | None = None
+        self.why, self._replicas = why, replicas
+        self._files: dict[str, str] = {}
+        self._model = ""
+        if engine:
+            self.open(engine, why)
         self.running: dict[object, _UnderWay] = {}
         self.counts: Counter[str] = Counter()
+
+    def open(self, engine: Engine, why: str = "") -> None:
+        """Answer with this engine. Its tokenizer's files are as they are now, whatever becomes of its folder."""
+        self.engine, self.why, self._files = engine, why, wire.tokenizer_files(Path(engine.info.path))
+        self._model = wire.fingerprint(self._files)
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._in_json])
@@ -145,11 +154,11 @@ class Server:
     async def info(self, request: web.Request) -> web.Response:
         engine = self._open(request)
         at_once = engine.info.at_once * (await self._replicas() if self._replicas else 1)
-        return web.json_response(asdict(engine.info) | {"fingerprint": self._model(engine), "at_once": at_once})
+        return web.json_response(asdict(engine.info) | {"fingerprint": self._model, "at_once": at_once})
 
     async def tokenizer(self, request: web.Request) -> web.Response:
-        files = await asyncio.to_thread(_tokenizer_files, self._open(request).info)
-        return web.json_response(files)
+        self._open(request)
+        return web.json_response(self._files)
 
     async def livez(self, request: web.Request) -> web.Response:
         return web.Response(text="alive\n")
@@ -176,13 +185,9 @@ class Server:
         if self.engine is None or self.why:
             raise EngineClosed(self.why)
         model = request.headers.get(wire.MODEL)
-        if model is not None and model != self._model(self.engine):
+        if model is not None and model != self._model:
             raise OtherModel(f"the engine has another model now: {self.engine.info.name}")
         return self.engine
-
-    def _model(self, engine: Engine) -> str:
-        self._fingerprint = self._fingerprint or wire.fingerprint(_tokenizer_files(engine.info))
-        return self._fingerprint
 
     @web.middleware
     async def _in_json(self, request: web.Request, handler: Answer) -> web.StreamResponse:
@@ -210,14 +215,8 @@ async def _body(request: web.Request) -> bytes:
             return await request.read()
     except TimeoutError:
         if request.transport:
-            request.transport.abort()  # to a client of ours, whose wire stands still, no refusal: it asks again
+            request.transport.abort()  # no answer: to a client of ours, whose wire stands still, that says "ask again"
         raise web.HTTPRequestTimeout from None
-
-
-def _tokenizer_files(info: ModelInfo) -> dict[str, str]:
-    """Name -> text of the files that a client elsewhere needs."""
-    found = [Path(info.path) / name for name in wire.TOKENIZER_FILES]
-    return {path.name: path.read_text("utf-8") for path in found if path.is_file()}
 
 
 @contextlib.contextmanager
@@ -316,12 +315,13 @@ async def serve_engine(settings: Settings, address: str) -> int:
             if not opening.done():
                 opening.cancel()
                 return 0
-            server.engine, server.why = opening.result(), ""
             gc.freeze()  # as in child.py
-            stack.push_async_callback(server.engine.aclose)  # after the last request was answered
-            info = server.engine.info
+            engine = opening.result()
+            stack.push_async_callback(engine.aclose)  # after the last request was answered
+            server.open(engine)
+            info = engine.info
             announce(log, f"engine ready at {_shown(sock)}: model {info.name}, {info.how}")
-            died = asyncio.ensure_future(_end_of(server.engine))
+            died = asyncio.ensure_future(_end_of(engine))
             await asyncio.wait({stopped, died}, return_when=asyncio.FIRST_COMPLETED)
             if died.done():
                 raise EngineClosed(died.result())

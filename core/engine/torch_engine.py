@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from core.engine.backward import Backward
 from core.engine.base import (
     BadCheckpoint,
     Cancelled,
@@ -33,11 +32,13 @@ from core.engine.base import (
     SamplingParams,
 )
 from core.engine.choice import cache_tokens, open_runner
+from core.engine.config import read_config
 from core.engine.draft import Draft
 from core.engine.futures import settle
 from core.engine.graphs import lost
 from core.engine.guesses import Phrases
 from core.engine.hub import named
+from core.engine.judge import Case, Judge
 from core.engine.kv_cache import ROUND, KVCache
 from core.engine.model_runner import ModelRunner
 from core.engine.scheduler import GUESS, Scheduler
@@ -55,21 +56,22 @@ TOKENS_EACH = 3 * ROUND
 
 
 class Core:
-    """Scheduler and model, synchronous. One thread makes it and calls it."""
+    """Scheduler and model, synchronous, and a judge of candidates. One thread makes it and calls it."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, backward: Backward | None = None) -> None:
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, judge: Judge | None = None) -> None:
         self.runner = runner
         self.scheduler = scheduler
-        self.backward = backward
+        self.judge = judge
 
     def step(self) -> bool:
-        """One pass of the model over whatever is to do. False: nothing was."""
+        """One pass of each model over whatever is to do. False: nothing was."""
+        judged = self.judge.step() if self.judge else False
         spans = self.scheduler.schedule()
         if spans:
             self._run_and_update(spans)
-        else:
+        elif not judged:
             self.scheduler.check_integrity()
-        return bool(spans)
+        return judged or bool(spans)
 
     def _run_and_update(self, spans: list[Span]) -> None:
         """What raises is run again in halves, until the one at fault stands alone and fails alone."""
@@ -142,10 +144,17 @@ class TorchEngine:
         until = None if deadline is None else time.monotonic() + deadline
 
         def deliver(end: list[Completion] | EngineError) -> None:
-            backward = self.core.backward
-            if backward and isinstance(end, list) and len(end) > 1 and not future.done():
-                end = backward.judge(self.info.last_turn(ids), end)
-            settle(future, end)
+            if self.core.judge and isinstance(end, list) and len(end) > 1:
+                case = Case(
+                    self.info.last_turn(ids),
+                    end,
+                    lambda judged: settle(future, judged),
+                    lambda: not future.done(),
+                    until,
+                )
+                self.core.judge.cases.append(case)
+            else:
+                settle(future, end)
 
         request = Request(ids, params, session, until, deliver)
         self._under_way.add(future)
@@ -257,7 +266,7 @@ async def open_torch_engine(
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
-        backward = open_backward(reverse, folder, device, dtype, threads) if reverse else None
+        judge = open_judge(reverse, folder, device, dtype, threads) if reverse else None
         runner = open_runner(folder, device, dtype, threads, cache_bytes, with_draft=guess > 0)
         config, (running, budget) = runner.model.config, AT_ONCE[runner.model.device.type]
         cost = runner.price(guess) if guess and price is None else price or 0.0
@@ -280,10 +289,10 @@ async def open_torch_engine(
             vocab_size=config.vocab_size,
             eos_id=config.eos_id,
             path=str(folder),
-            how=runner.model.how + (f", candidates judged by {reverse.name}" if reverse else ""),
+            how=runner.model.how + (", REVERSE_MODEL judges candidates" if judge else ""),
             at_once=max(1, min(max_running or running, scheduler.cache.total // TOKENS_EACH)),
         )
-        return Core(runner, scheduler, backward), info
+        return Core(runner, scheduler, judge), info
 
     engine = TorchEngine(open_core)
     try:
@@ -294,10 +303,14 @@ async def open_torch_engine(
     return engine
 
 
-def open_backward(reverse: Path, folder: Path, device: str, dtype: str, threads: int) -> Backward:
+def open_judge(reverse: Path, folder: Path, device: str, dtype: str, threads: int) -> Judge:
     """Raises BadCheckpoint, also where its ids are not those of the model in `folder`."""
-    mine = Tokenizer.load(folder).vocabulary
+    mine = read_config(folder / "config.json")
+    vocabulary = Tokenizer.load(folder, mine.vocab_size, mine.eos_id).vocabulary
     with named("REVERSE_MODEL"):
-        if Tokenizer.load(reverse).vocabulary != mine:
+        config = read_config(reverse / "config.json")
+        tokenizer = Tokenizer.load(reverse, config.vocab_size, config.eos_id)
+        if tokenizer.vocabulary != vocabulary or config.vocab_size < mine.vocab_size:
             raise BadCheckpoint(f"{reverse} has another vocabulary than MODEL: train it from that, or from its like")
-        return Backward(open_runner(reverse, device, dtype, threads, cache_bytes=1).model)
+        # The least room: a judge keeps nothing, and a step of it fits in one window's.
+        return Judge(open_runner(reverse, device, dtype, threads, cache_bytes=1).model)

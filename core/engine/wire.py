@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from core.engine.base import (
@@ -106,13 +107,22 @@ def load_object(body: bytes, *known: str) -> dict[str, Any]:
 
 
 def dump_completions(completions: Sequence[Completion]) -> dict[str, object]:
-    """What is None is left out: an older client does not know the field."""
+    """What is None is left out."""
     found = [asdict(completion) for completion in completions]
     return {"completions": [{name: value for name, value in of.items() if value is not None} for of in found]}
 
 
 def load_completions(answer: dict[str, Any]) -> list[Completion]:
-    return [Completion(**completion) for completion in answer["completions"]]
+    """What a newer engine says besides is left aside."""
+    known = {field.name for field in fields(Completion)}
+    found = answer["completions"]
+    return [Completion(**{name: value for name, value in of.items() if name in known}) for of in found]
+
+
+def tokenizer_files(folder: Path) -> dict[str, str]:
+    """Name -> text of those in TOKENIZER_FILES that are there."""
+    found = [folder / name for name in TOKENIZER_FILES]
+    return {path.name: path.read_text("utf-8") for path in found if path.is_file()}
 
 
 def fingerprint(files: dict[str, str]) -> str:

@@ -42,6 +42,7 @@ READ_ONLY = "25006"
 AWAY_CLASS = ("08", "25", "53", "57")
 """PostgreSQL's: no connection, read-only, no room, starting or stopping. The others are for a person to mend."""
 NO_PRIMARY = "target attribute requirement"  # the driver says so, before the server could
+BEGINS = 100  # tries, for 5 seconds together
 ASK_FOR = 30.0
 """Seconds in which PostgreSQL may come back and say whether a commit that broke off took place."""
 
@@ -243,11 +244,23 @@ class PostgreSQL:
         await self._engine.dispose()
 
 
+def _begin_wal(cursor: Any) -> None:
+    """While another process does it, SQLite says at once that the file is locked, whatever the timeout."""
+    for attempt in range(BEGINS):
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or attempt == BEGINS - 1:
+                raise
+        time.sleep(0.05)
+
+
 def _set_up_sqlite(connection: Any, record: object) -> None:
     connection.isolation_level = None  # the driver must not begin behind our back: the "begin" event does
     cursor = connection.cursor()
+    _begin_wal(cursor)
     for pragma in (
-        "journal_mode=WAL",
         "synchronous=FULL",
         "busy_timeout=5000",
         "foreign_keys=ON",

@@ -56,7 +56,7 @@ async def test_a_reverse_model_judges_candidates(tmp_path: Path, talks: Path) ->
         chat(REVERSE_MODEL="back", SAMPLING__N="4", ENGINE="echo"),
         chat(REVERSE_MODEL="./nowhere", SAMPLING__N="4", ENGINE="process"),
     )
-    assert code == 0 and said.strip() and ", candidates judged by back" in errors
+    assert code == 0 and said.strip() and ", REVERSE_MODEL judges candidates" in errors
     assert "REVERSE_MODEL has nothing to judge: SAMPLING__N=8 draws eight candidates" in alone
     assert "REVERSE_MODEL is of no use beside ENGINE=echo: set it where that engine runs" in elsewhere
     assert wrong == 78 and line.startswith("REVERSE_MODEL: ./nowhere does not exist")

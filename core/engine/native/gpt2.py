@@ -187,8 +187,8 @@ class NativeGPT2:
             count = max(0, count - PAGE)
 
     def _new_page(self) -> Tensor:
-        c = self.config
-        return self._room_for_kv.empty((c.n_layer, 2, c.n_head, PAGE, self.head_width), self.kv_dtype)
+        shape = self.config.n_layer, 2, self.config.n_head, PAGE, self.head_width
+        return self._room_for_kv.empty(shape, self.kv_dtype)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Summary]:
         rows, wanted, threads = len(batch.ids), len(batch.wanted), torch.get_num_threads()

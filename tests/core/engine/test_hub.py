@@ -66,7 +66,7 @@ def test_a_repository_with_bin_files_only(hub: Callable[..., str]) -> None:
 
 def test_what_is_not_there_is_one_line(hub: Callable[..., str]) -> None:
     assert hub("some/model", "v9") == "bad: some/model has no revision v9: check MODEL_REVISION"
-    assert hub("no/model") == "bad: no/model is no folder here and no public repository on the hub: check MODEL"
+    assert hub("no/model") == "bad: no/model is no folder here and no public repository on the hub: check its name"
     assert "HF_HUB_OFFLINE is set: fetch it once online" in hub("some/model", HF_HUB_OFFLINE="1")
     Hub.files = {"README.md": b"no model"}
     assert "has no config.json" in hub("some/model")

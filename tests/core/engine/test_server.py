@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import stat
@@ -25,6 +26,7 @@ from core.engine import wire
 from core.engine.base import Completion, EngineClosed, EngineError, ModelInfo, OtherModel, SamplingParams
 from core.engine.echo_engine import EchoEngine
 from core.engine.folder import PrivateFolder
+from core.engine.http_engine import connect_engine
 from core.engine.server import BODY_LIMIT, Server, bound
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -89,6 +91,25 @@ async def test_whoever_asks_learns_the_model(checkpoint: Callable[..., Path], fo
         async with http.get("/tokenizer") as answer:
             files = await answer.json()
     assert files == {name: (checkpoint() / name).read_text("utf-8") for name in ("config.json", "tokenizer.json")}
+
+
+async def test_a_folder_that_changes_under_an_engine_changes_nothing(
+    checkpoint: Callable[..., Path], folder: Path, tmp_path: Path
+) -> None:
+    """Whoever comes later, also from this machine, speaks the ids that it began with."""
+    shutil.copytree(checkpoint(), tmp_path / "model")
+    async with listening(Server(EchoEngine(tmp_path / "model"), ""), folder) as http:
+        early = await connect_engine(f"unix:{folder / 'socket'}")
+        shutil.copytree(checkpoint("odd"), tmp_path / "model", dirs_exist_ok=True)
+        late = await connect_engine(f"unix:{folder / 'socket'}")
+        async with http.get("/tokenizer") as answer:
+            files = await answer.json()
+        for name in ("config.json", "tokenizer.json"):
+            kept = (checkpoint() / name).read_text("utf-8")
+            assert files[name] == (Path(late.info.path) / name).read_text("utf-8") == kept
+        assert early.info.path == str(tmp_path / "model")
+        assert await late.generate([1, 2, 256], SamplingParams()) == await early.generate([1, 2, 256], SamplingParams())
+        await asyncio.gather(early.aclose(), late.aclose())
 
 
 async def test_who_asks_with_another_models_ids_is_refused(checkpoint: Callable[..., Path], folder: Path) -> None:

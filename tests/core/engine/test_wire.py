@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -49,6 +50,15 @@ def test_a_hint_is_a_request_without_params() -> None:
 def test_a_completion_survives_the_way(logprob: float, ids: list[int]) -> None:
     there = [Completion(ids, logprob, "length", 3)]
     assert wire.load_completions(json.loads(json.dumps(wire.dump_completions(there)))) == there
+    judged = [replace(there[0], reverse_logprob=logprob)]
+    assert wire.load_completions(json.loads(json.dumps(wire.dump_completions(judged)))) == judged
+
+
+def test_what_another_version_says_of_a_completion_does_no_harm() -> None:
+    said = wire.dump_completions([Completion([1], -1.0, "stop", 0)])
+    assert said == {"completions": [{"token_ids": [1], "logprob": -1.0, "finish_reason": "stop", "cached_tokens": 0}]}
+    newer = {"completions": [{**of, "mood": "good"} for of in cast("Any", said)["completions"]]}
+    assert wire.load_completions(newer) == [Completion([1], -1.0, "stop", 0)]
 
 
 @pytest.mark.parametrize("kind", list(wire.STATUS))

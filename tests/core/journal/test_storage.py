@@ -129,6 +129,17 @@ async def test_a_log_without_its_file_is_no_new_journal(file: Path) -> None:
     assert not file.exists()
 
 
+async def test_two_that_open_a_new_journal_at_once_wait_for_each_other(file: Path) -> None:
+    """While one turns the file into WAL, SQLite tells the other at once that it is locked."""
+    with contextlib.closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        opening = asyncio.create_task(open_journal(url_of(file)))
+        await asyncio.sleep(0.5)
+        assert not opening.done()
+        other.execute("ROLLBACK")
+    await (await opening).aclose()
+
+
 # -- trouble while it runs ------------------------------------------------------------------------------------------
 
 
