@@ -61,7 +61,8 @@ class HttpEngine:
     """Speaks to a core.engine.server. With `process`, that server is ours."""
 
     mercy = 10.0
-    """A hung engine is killed at twice a request's deadline, but never sooner than so many seconds after it."""
+    """Seconds at least, from a deadline on, in which a child may still say that it gave the request up; as many as that
+    was under way, if those are more. Then it hangs, and is killed."""
     probe_every, probe_waits, probes = 3.0, 10.0, 2
     """A child that is silent to so many probes in a row, each so many seconds, hangs."""
 

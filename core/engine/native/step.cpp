@@ -4,11 +4,13 @@
 // so: float16 or bfloat16, from which the same numbers are made, and the same bits.
 //
 // A row's numbers are the same bits alone, in any batch, with its prompt cut anyhow, on any number of threads: integers
-// add up exactly, and floats are added lane by lane in an order that only the row's own position decides. The paths
-// below agree too, but for two: the portable one where there is no fused multiply-add (and nothing is fused that is not
-// written so: build with -ffp-contract=off), and AVX512-BF16 where there is bfloat16, for it rounds to bfloat16 what
-// meets that. What is not finite stays so: in int8 a block with such a number gets the scale NaN, and so do all logits of
-// its row, and of its row alone.
+// add up exactly, and floats are added lane by lane in an order that only the row's own position decides. All paths
+// below give these bits, but for
+//   portable       where the processor has no fused multiply-add (nothing is fused that is not written so: build with
+//                  -ffp-contract=off);
+//   AVX512-BF16    in bfloat16: what meets weights and keys of it is rounded to it, too.
+// What is not finite stays so: in int8 a block with such a number gets the scale NaN, and so do all logits of its row,
+// and of its row alone.
 //
 // Layouts, all padded with zeros; a group of 32 columns is read in one run. PER numbers stand together: 1 of float32 or
 // float16, 2 of bfloat16, 4 of int8:
