@@ -81,7 +81,8 @@ async def open_voice(settings: Settings | None = None) -> AsyncIterator[Voice]:
     if settings.reverse_model and settings.sampling.n == 1:
         log.warning("REVERSE_MODEL has nothing to judge: SAMPLING__N=8 draws eight candidates")
     if settings.reverse_model and settings.engine not in ("process", "inprocess"):
-        log.warning("REVERSE_MODEL is of no use beside ENGINE=%s: set it where that engine runs", settings.engine)
+        mend = "set it where that engine runs" if ":" in settings.engine else "there is no model to judge"
+        log.warning("REVERSE_MODEL is of no use beside ENGINE=%s: %s", settings.engine, mend)
     async with open_engine(settings) as engine:
         yield Voice(
             engine,

@@ -28,11 +28,11 @@ def of_setting(error: Exception, setting: str = "MODEL") -> str:
 
 @contextmanager
 def named(setting: str) -> Iterator[None]:
-    """A BadCheckpoint raised inside is of this setting."""
+    """A BadCheckpoint or HubAway raised inside is of this setting."""
     try:
         yield
-    except BadCheckpoint as error:
-        raise BadCheckpoint(of_setting(error, setting)) from error
+    except (BadCheckpoint, HubAway) as error:
+        raise type(error)(of_setting(error, setting)) from error
 
 
 def resolve_reverse(model: str) -> Path | None:
@@ -52,7 +52,7 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     name = str(model)
     try:
         if folder.is_dir():
-            return _checked(folder)
+            return _checked(folder.absolute())  # whoever asks again, when it is gone, shall not take it for the hub's
         is_file = folder.is_file()
     except OSError as error:  # what is not there raises nothing
         reason = f"{name} cannot be opened ({error.strerror})"

@@ -308,6 +308,10 @@ def open_judge(reverse: Path, folder: Path, device: str, dtype: str, threads: in
     mine = read_config(folder / "config.json")
     vocabulary = Tokenizer.load(folder, mine.vocab_size, mine.eos_id).vocabulary
     with named("REVERSE_MODEL"):
+        if reverse.samefile(folder):
+            raise BadCheckpoint(
+                "is MODEL itself; train one that tells a message from its reply: palaver finetune --reverse"
+            )
         config = read_config(reverse / "config.json")
         tokenizer = Tokenizer.load(reverse, config.vocab_size, config.eos_id)
         if tokenizer.vocabulary != vocabulary or config.vocab_size < mine.vocab_size:

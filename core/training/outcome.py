@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from core.training.finetune import Progress, Recipe
 
 
+SPEAKS = """It answers in the spelling it was trained on and knows only what its dialogues taught it. It is no source of
+facts or advice, and nothing has checked its replies."""
+JUDGES = """It does not talk: it says how likely a message is when its reply is known. `REVERSE_MODEL=this-folder
+SAMPLING__N=8` chooses so among the replies of a model with the same vocabulary."""
+
+
 def save(model: GPT2LMHeadModel, tokenizer_folder: Path, out: Path) -> None:
     """Config, weights as safetensors, and the tokenizer's files."""
     model.save_pretrained(out)
@@ -63,8 +69,9 @@ def write_card(path: Path, model: GPT2LMHeadModel, recipe: Recipe, progress: Pro
     """What was trained, on how much, with which settings and losses."""
     size = sum(p.numel() for p in model.parameters())
     settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(recipe).items())
+    kind, nature = ("reverse model", JUDGES) if recipe.reverse else ("model", SPEAKS)
     path.write_text(
-        f"""# A model for Palaver
+        f"""# A {kind} for Palaver
 
 {size / 1e6:.1f} million parameters, trained with `palaver finetune` on {progress.dialogues} dialogues:
 {progress.step} steps, {progress.tokens:,} tokens, {progress.seconds / 60:.1f} minutes.
@@ -76,8 +83,7 @@ Training loss in the end {progress.train[-1][1]:.3f}; {summary(progress)}.
 |---|---|
 {settings}
 
-It answers in the spelling it was trained on and knows only what its dialogues taught it. It is no source of facts or
-advice, and nothing has checked its replies.
+{nature}
 """,
         encoding="utf-8",
     )

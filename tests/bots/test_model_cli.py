@@ -46,6 +46,8 @@ async def test_a_reverse_model_judges_candidates(tmp_path: Path, talks: Path) ->
     options = ("--reverse", "--epochs", "1", "--batch-tokens", "128", "--max-length", "32")
     code, output, errors = await palaver(tmp_path, "finetune", str(talks), "back", *options)
     assert code == 0 and "let it judge: REVERSE_MODEL=back SAMPLING__N=8 palaver chat" in output, errors
+    card = (tmp_path / "back/README.md").read_text()
+    assert card.startswith("# A reverse model for Palaver") and "It does not talk" in card
 
     async def chat(**settings: str) -> tuple[int, str, str]:
         return await palaver(tmp_path, "chat", said="what is the password?\n", **settings)
@@ -58,8 +60,10 @@ async def test_a_reverse_model_judges_candidates(tmp_path: Path, talks: Path) ->
     )
     assert code == 0 and said.strip() and ", REVERSE_MODEL judges candidates" in errors
     assert "REVERSE_MODEL has nothing to judge: SAMPLING__N=8 draws eight candidates" in alone
-    assert "REVERSE_MODEL is of no use beside ENGINE=echo: set it where that engine runs" in elsewhere
+    assert "REVERSE_MODEL is of no use beside ENGINE=echo: there is no model to judge" in elsewhere
     assert wrong == 78 and line.startswith("REVERSE_MODEL: ./nowhere does not exist")
+    code, _, line = await chat(REVERSE_MODEL="nowhere", SAMPLING__N="4", ENGINE="process", HF_HUB_OFFLINE="1")
+    assert code == 78 and line.startswith("REVERSE_MODEL: nowhere is no folder here, not in the hub's cache")
 
 
 async def test_stopped_by_a_signal_it_saves_and_says_how_to_go_on(tmp_path: Path, talks: Path) -> None:

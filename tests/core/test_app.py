@@ -218,7 +218,7 @@ async def test_every_bot_that_cannot_serve_is_named_and_the_others_go_on(tmp_pat
     bots = [Player("one", Unservable("a bad token")), Player("two", Unservable("no intent")), Player("three")]
     async with open_app(settings(tmp_path)) as app:
         task = await running(app, *bots)
-        await until(lambda: app.serving["one"] and app.serving["two"])
+        await until(lambda: app.serving["one"] and app.serving["two"] and bots[2].starts)
         assert await app.ready() == "one: a bad token; two: no intent"
         assert not task.done()
         app.stop()

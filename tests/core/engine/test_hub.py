@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from core.engine.base import BadCheckpoint
-from core.engine.hub import resolve
+from core.engine.base import BadCheckpoint, HubAway
+from core.engine.hub import named, resolve
+from tests.checkpoints import make_checkpoint
 from tests.fakes.hub import Hub
 from tests.fakes.hub import hub as serving
 
@@ -120,3 +121,17 @@ def test_a_folder_that_cannot_be_looked_into_is_one_line(monkeypatch: pytest.Mon
         BadCheckpoint, match=rf"^/home/me/model cannot be opened \({os.strerror(number)}\): let the user"
     ):
         resolve("/home/me/model")
+
+
+def test_what_is_wrong_names_the_setting_once() -> None:
+    for kind in (BadCheckpoint, HubAway):
+        with pytest.raises(kind, match=r"^REVERSE_MODEL: x is away$"), named("REVERSE_MODEL"):
+            raise kind("x is away")
+        with pytest.raises(kind, match=r"^DTYPE=int3 is not known$"), named("REVERSE_MODEL"):
+            raise kind("DTYPE=int3 is not known")
+
+
+def test_a_folder_is_known_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone, it is a folder that does not exist, not a name of the hub's."""
+    monkeypatch.chdir(make_checkpoint(tmp_path / "mine").parent)
+    assert resolve("mine") == resolve("./mine") == tmp_path / "mine"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,17 +118,26 @@ async def test_others_go_on_while_candidates_are_judged(
     """A step of the judge at a time, and none for who hangs up."""
     monkeypatch.setattr(module, "ROWS", 1)
     e = await engine(reverse=checkpoint("plain", seed=5))
+    judge = e.core.judge
+    assert judge
+    scores = judge.scores
+
+    def slow(message: Sequence[int], replies: Sequence[tuple[int, ...]]) -> list[float]:
+        time.sleep(0.02)
+        return scores(message, replies)
+
+    monkeypatch.setattr(judge, "scores", slow)
     prompt = [*prompts([30], 256)[0], EOS]
-    long = asyncio.create_task(e.generate(prompt, replace(SOME, n=32, max_tokens=2)))
-    while not e.core.judge or not e.core.judge.cases:
-        await asyncio.sleep(0)
-    await ask(e, [1, 2, 3], replace(SOME, n=1))
-    assert not long.done() and e.core.judge.cases
+    long = asyncio.create_task(e.generate(prompt, replace(SOME, n=64, max_tokens=2)))
+    while not judge.cases:
+        await asyncio.sleep(0.001)
+    await ask(e, [1, 2, 3], replace(SOME, n=1, max_tokens=2))
+    assert not long.done() and judge.cases
     long.cancel()
     with pytest.raises(asyncio.CancelledError):
         await long
-    await ask(e, [1, 2, 3], replace(SOME, n=1))
-    assert not e.core.judge.cases
+    await ask(e, [1, 2, 3], replace(SOME, n=1, max_tokens=2))
+    assert not judge.cases
     with pytest.raises(Cancelled):
         await e.generate(prompt, SOME, deadline=0.0)
 
@@ -192,5 +202,7 @@ async def test_a_reverse_model_of_other_ids_is_one_line(engine: Open, checkpoint
         BadCheckpoint, match=r"^REVERSE_MODEL: .* has another vocabulary"
     ):  # fewer ids than MODEL may say
         await engine(reverse=tmp_path)
+    with pytest.raises(BadCheckpoint, match=r"^REVERSE_MODEL: is MODEL itself"):
+        await engine(reverse=checkpoint("plain"))
     with pytest.raises(BadCheckpoint, match=r"^DEVICE=tpu"):
         await engine(reverse=checkpoint("plain", seed=5), device="tpu")
