@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from core.engine.base import Completion, Engine, SamplingParams
 from core.messages import Turn
-from core.ranking import choose
+from core.ranking import choose, stale
 from core.text import normalise, restore
 from core.tokenizer import Tokenizer
 from core.window import Window
@@ -65,13 +65,13 @@ class Voice:
     ) -> tuple[str, Completion] | None:
         """(the reply in the model's spelling, its completion); None when there is nothing to answer.
 
-        The same turns and seed give the same reply. What only repeats the bot's last lines is drawn again, twice at
-        most. Raises an EngineError.
+        The same turns and seed give the same reply. What only repeats the bot is drawn again, twice at most. Raises an
+        EngineError.
         """
         prompt = self.prompt(turns)
         if not prompt:
             return None
-        recent = [turn.text for turn in turns if turn.role == "assistant"][-4:]
+        old_lines = stale(turns)
         params = self.params if seed is None else replace(self.params, seed=seed)
         clock = asyncio.get_running_loop().time
         end = None if deadline is None else clock() + deadline
@@ -81,7 +81,7 @@ class Voice:
             left = None if end is None else end - clock()
             completions = await self.engine.generate(prompt, drawn, session=session, deadline=left)
             said = [self.tokenizer.decode(completion.token_ids).strip() for completion in completions]
-            best, fresh = choose(completions, said, recent)
+            best, fresh = choose(completions, said, old_lines)
             if fresh or draw == draws - 1:
                 if session:  # the reply goes first
                     answered = [*turns, Turn("assistant", "", said[best], turns[-1].index + 1)]

@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from core.engine.base import Completion, FinishReason
-from core.ranking import choose
+from core.messages import Turn
+from core.ranking import choose, stale
 
 
 def completion(logprob: float, length: int = 1, reason: FinishReason = "stop") -> Completion:
@@ -33,3 +34,15 @@ def test_the_reverse_model_decides_among_what_is_new_and_ended() -> None:
     assert choose(found, ["i do not know .", "by the sea ."], ["By the sea!"]) == (0, True)
     cut = [found[0], replace(completion(-5, 64, "length"), reverse_logprob=-1.0)]
     assert choose(cut, ["i do not know .", "the sea the sea"], []) == (0, True)
+
+
+def talk(*texts: str) -> list[Turn]:
+    return [Turn("assistant" if i % 2 else "user", "", text, i) for i, text in enumerate(texts)]
+
+
+def test_whatever_the_bot_has_said_is_old_but_the_answer_to_the_same_question() -> None:
+    talked = talk("my name?", "Anna .", *(f"{word} {i}" for i in range(5) for word in ("and", "so")), "weather?")
+    assert set(stale(talked)) == {"Anna .", *(f"so {i}" for i in range(5))}
+    again = [*talked[:-1], talk("My name!")[0]]
+    assert set(stale(again)) == {f"so {i}" for i in range(5)}
+    assert set(stale(talk("my name?", "Anna .", "my name?"))) == {"Anna ."}  # but not over and over
