@@ -308,11 +308,11 @@ def open_judge(reverse: Path, folder: Path, device: str, dtype: str, threads: in
     mine = read_config(folder / "config.json")
     vocabulary = Tokenizer.load(folder, mine.vocab_size, mine.eos_id).vocabulary
     with named("REVERSE_MODEL"):
+        config = read_config(reverse / "config.json")
         if reverse.samefile(folder):
             raise BadCheckpoint(
                 "is MODEL itself; train one that tells a message from its reply: palaver finetune --reverse"
             )
-        config = read_config(reverse / "config.json")
         tokenizer = Tokenizer.load(reverse, config.vocab_size, config.eos_id)
         if tokenizer.vocabulary != vocabulary or config.vocab_size < mine.vocab_size:
             raise BadCheckpoint(f"{reverse} has another vocabulary than MODEL: train it from that, or from its like")

@@ -113,10 +113,9 @@ def dump_completions(completions: Sequence[Completion]) -> dict[str, object]:
 
 
 def load_completions(answer: dict[str, Any]) -> list[Completion]:
-    """What a newer engine says besides is left aside."""
-    known = {field.name for field in fields(Completion)}
-    found = answer["completions"]
-    return [Completion(**{name: value for name, value in of.items() if name in known}) for of in found]
+    """What a newer engine says besides is left aside. LookupError or TypeError for what are no completions."""
+    known = [field.name for field in fields(Completion)]
+    return [Completion(**{name: of[name] for name in known if name in of}) for of in answer["completions"]]
 
 
 def tokenizer_files(folder: Path) -> dict[str, str]:

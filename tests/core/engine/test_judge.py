@@ -197,6 +197,8 @@ async def test_a_reverse_model_of_other_ids_is_one_line(engine: Open, checkpoint
         await engine(reverse=checkpoint("odd"))
     with pytest.raises(BadCheckpoint, match=r"^REVERSE_MODEL: .*config\.json cannot be read"):
         await engine(reverse=tmp_path)
+    with pytest.raises(BadCheckpoint, match=r"^REVERSE_MODEL: .*config\.json cannot be read"):
+        await engine(reverse=tmp_path / "nowhere")
     shutil.copy(checkpoint() / "tokenizer.json", make_checkpoint(tmp_path, vocab_size=383))
     with pytest.raises(
         BadCheckpoint, match=r"^REVERSE_MODEL: .* has another vocabulary"

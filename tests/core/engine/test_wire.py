@@ -61,6 +61,14 @@ def test_what_another_version_says_of_a_completion_does_no_harm() -> None:
     assert wire.load_completions(newer) == [Completion([1], -1.0, "stop", 0)]
 
 
+@pytest.mark.parametrize(
+    "said", [{}, {"completions": 5}, {"completions": [5]}, {"completions": "no"}, {"completions": [{}]}]
+)
+def test_what_are_no_completions_is_said_to_be_none(said: dict[str, Any]) -> None:
+    with pytest.raises((LookupError, TypeError)):  # http_engine makes a Failed of these
+        wire.load_completions(said)
+
+
 @pytest.mark.parametrize("kind", list(wire.STATUS))
 def test_every_refusal_keeps_its_kind_and_line(kind: type[EngineError]) -> None:
     error = wire.load_error(wire.dump_error(kind("no, because of that")))
