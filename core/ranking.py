@@ -1,6 +1,6 @@
-"""Choose among candidates: first those that say something new, then those that came to their end, then the one after
-which the reverse model finds the message likeliest, or without such a model the likeliest per token. (A reply that runs
-in a circle until it is cut off is the likeliest of all.)"""
+"""Choose among candidates: first those that say something new, then those that came to their end, then the one that
+answers best (core/engine/judge.py), or where nobody judged, the likeliest per token. (A reply that runs in a circle
+until it is cut off is the likeliest of all.)"""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def choose(completions: Sequence[Completion], said: Sequence[str], old_lines: Se
         return (
             _core(said[index]) not in old,
             ended,
-            likely if completion.reverse_logprob is None else completion.reverse_logprob,
+            likely if completion.score is None else completion.score,
         )
 
     best = max(range(len(completions)), key=score)

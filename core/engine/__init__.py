@@ -11,7 +11,7 @@ model_runner   one step
 model          GPT-2 in torch
 sampler        from logits to tokens
 draft          a copy in int8 that guesses for a large model
-judge          a second model, trained in reverse, that judges candidates
+judge          which candidate answers what was said, and not just anything
 config         what config.json says
 weights        a checkpoint's tensors, checked
 

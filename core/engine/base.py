@@ -111,9 +111,9 @@ class Completion:
     finish_reason: FinishReason
     cached_tokens: int
     """How many of the prompt's tokens were already in the KV cache."""
-    reverse_logprob: float | None = None
-    """How likely the prompt's last turn is after this reply, as the reverse model has it: the mean of its ids' natural
-    logs. None where there is no such model, or nothing to choose among."""
+    score: float | None = None
+    """How well it answers, beside the other candidates: see core.engine.judge. None where there is nothing to choose
+    among, or nobody to judge."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,8 +100,8 @@ class GraphedGPT2:
         self.how = f"{self.device}, {str(self.dtype).removeprefix('torch.')}, CUDA graphs"
         self._capture: Callable[[Step], Step] = Capture(self.device) if self.cuda else uncaptured
         self._graphs: dict[tuple[int, int], Step] = {}
-        window = round_up(c.n_positions, ROUND)  # what nobody counts any more may be given back a moment later
-        pages = 1 + (tokens + 2 * window) // TILE
+        window = round_up(c.n_positions, ROUND)  # a judge's, and what nobody counts any more and is given back late
+        pages = 1 + (tokens + 3 * window) // TILE
         self._free = list(range(pages - 1, SCRATCH, -1))
         self.pool = self._new(c.n_layer, 2, pages * TILE, c.n_embd, dtype=self.dtype)
         self._columns = 4 + window // TILE

@@ -1,6 +1,8 @@
-"""Which candidate answers what was said? A second model that was trained with the turns in reverse (`palaver finetune
---reverse`) says how likely the message is after each: maximum mutual information, DialoGPT's paper (arXiv 1911.00536,
-section 3.2), after Li et al. 2016 (arXiv 1510.03055). What could be said to anything makes no message likely.
+"""Which candidate answers what was said, and not just anything? Maximum mutual information (Li et al. 2016, arXiv
+1510.03055). The model itself says how likely a reply is after nothing, and half of that counts against it (section
+4.4.1, MMI-antiLM). Or a second model that was trained with the turns in reverse (`palaver finetune --reverse`) says how
+likely the message is after the reply (DialoGPT's paper, arXiv 1911.00536, section 3.2): what could be said to anything
+makes no message likely.
 """
 
 from __future__ import annotations
@@ -21,9 +23,23 @@ log = logging.getLogger(__name__)
 
 ROWS = 256
 """Of a step, between two of the engine's."""
-MESSAGE = 128
-"""Ids of a message that are looked at, its last: of a longer one the logits would take too much memory."""
+MOST = 128
+"""Ids of a reply, its first, or of a message, its last, that are asked for: the logits of more take too much memory."""
+AGAINST = 0.5
+"""Share of a reply's log-probability after nothing that counts against it."""
 Reply = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """How likely is `said` after `given`? Neither is empty."""
+
+    given: Sequence[int]
+    said: Sequence[int]
+
+    def __len__(self) -> int:
+        """Rows that it takes: nothing is asked of its last id."""
+        return len(self.given) + len(self.said) - 1
 
 
 @dataclass(eq=False)
@@ -36,14 +52,17 @@ class Case:
     wanted: Callable[[], bool]
     deadline: float | None = None
     """On time.monotonic's clock; from then on they are good as they are."""
-    scores: dict[Reply, float] = field(default_factory=dict)
+    known: dict[Reply, float] = field(default_factory=dict)
+    """Log-probabilities of the texts of those that have been read."""
 
 
 class Judge:
-    """A reverse model, and who waits for it, first come, first served. It keeps nothing of what it has read."""
+    """A model, and who waits for it, first come, first served. It keeps nothing of what it has read."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, reverse: bool = False) -> None:
+        """`reverse`: it was trained with the turns in reverse. Else it is the one that made the candidates."""
         self.model = model
+        self.reverse = reverse
         self.cases: deque[Case] = deque()
 
     def step(self) -> bool:
@@ -53,57 +72,72 @@ class Judge:
         if not self.cases:
             return False
         case = self.cases[0]
-        if case.deadline is not None and monotonic() >= case.deadline:
-            self._close(case.candidates)
-            return True
-        try:
-            done = self._go_on(case)
-        except Exception as error:  # it can do without
-            if lost(error):
-                raise
-            log.warning("the reverse model raised %r", error)
-            self._close(case.candidates)
-            return True
-        if done and all(map(math.isfinite, case.scores.values())):
-            self._close([replace(c, reverse_logprob=case.scores[tuple(c.token_ids)]) for c in case.candidates])
-        elif done:
-            self._close(case.candidates)
+        end: list[Completion] | None = case.candidates
+        if case.deadline is None or monotonic() < case.deadline:
+            try:
+                end = self._go_on(case)
+            except Exception as error:  # it can do without
+                if lost(error):
+                    raise
+                log.warning("judging candidates raised %r", error)
+        if end is not None:
+            self.cases.popleft().deliver(end)
         return True
 
-    def _close(self, candidates: list[Completion]) -> None:
-        self.cases.popleft().deliver(candidates)
-
-    def _go_on(self, case: Case) -> bool:
-        """As many replies as fit in ROWS and in the keys and values of one window, which every model has room for. Is
-        that all? Each reply once, and all are asked for the same ids, as many as the longest leaves positions for."""
-        replies = dict.fromkeys(tuple(c.token_ids) for c in case.candidates)
-        most = self.model.config.n_positions
-        room = max(0, min(MESSAGE, most - max(map(len, replies))))
-        message = case.message[len(case.message) - min(room, len(case.message)) :]
-        left = [reply for reply in replies if reply not in case.scores]
-        if not message or len(replies) == 1:
-            case.scores = dict.fromkeys(replies, math.nan)
-            return True
+    def _go_on(self, case: Case) -> list[Completion] | None:
+        """Read as many texts as fit in ROWS and in the keys and values of one window, which every model has room for.
+        The candidates, when there is nothing left to read."""
+        texts = self._texts(case)
+        left = [reply for reply in texts if reply not in case.known]
         count = rows = kept = 0
         for reply in left:
-            length = len(reply) + len(message)  # an end of text between them, and the last id is not run
+            length = len(texts[reply])
             rows, kept = rows + length, kept + round_up(length, ROUND)
-            if count and (rows > ROWS or kept > most):
+            if count and (rows > ROWS or kept > self.model.config.n_positions):
                 break
             count += 1
-        case.scores |= zip(left[:count], self.scores(message, left[:count]), strict=True)
-        return count == len(left)
+        case.known |= zip(left[:count], self.read([texts[reply] for reply in left[:count]]), strict=True)
+        if count < len(left):
+            return None
+        if len(texts) < 2 or not all(map(math.isfinite, case.known.values())):
+            return case.candidates
+        return [replace(c, score=self._score(c, texts, case.known)) for c in case.candidates]
 
-    def scores(self, message: Sequence[int], replies: Sequence[Reply]) -> list[float]:
-        """For each reply the mean log-probability, in nats, of the message's ids after it and its end of text. The same
-        number beside any others."""
+    def _texts(self, case: Case) -> dict[Reply, Text]:
+        """Of each reply once. Where a message is asked for, all are asked for the same ids of it, as many as the
+        longest leaves positions for."""
+        eos = self.model.config.eos_id
+        ends = {tuple(c.token_ids): [eos] if c.finish_reason == "stop" else [] for c in case.candidates}
+        if not self.reverse:
+            return {reply: Text([eos], [*reply, *end][:MOST]) for reply, end in ends.items()}
+        room = max(0, min(MOST, self.model.config.n_positions - max(map(len, ends))))
+        message = case.message[max(0, len(case.message) - room) :]
+        return {reply: Text([*reply, eos], message) for reply in ends} if message else {}
+
+    def _score(self, completion: Completion, texts: dict[Reply, Text], known: dict[Reply, float]) -> float:
+        reply = tuple(completion.token_ids)
+        if self.reverse:
+            return known[reply] / len(texts[reply].said)
+        return completion.logprob - AGAINST * known[reply]
+
+    def read(self, texts: Sequence[Text]) -> list[float]:
+        """The log-probability of each, in nats. The same number beside any others."""
+        if not texts:
+            return []
         ids, rows, wanted = list[int](), list[Rows](), list[int]()
-        for reply in replies:
-            whole = [*reply, self.model.config.eos_id, *message[:-1]]
-            rows.append(Rows(self.model.new_kv(len(whole)), 0, len(whole)))
-            ids += whole
-            wanted += range(len(ids) - len(message), len(ids))
+        for text in texts:
+            rows.append(Rows(self.model.new_kv(len(text)), 0, len(text)))
+            ids += [*text.given, *text.said[:-1]]
+            wanted += range(len(ids) - len(text.said), len(ids))
         logits, summary = self.model.forward(Batch(ids, rows, wanted))
-        expected = enumerate(zip([*message] * len(replies), summary.totals, strict=True))
-        known = [float(logits[row, id]) - total for row, (id, total) in expected]
-        return [math.fsum(known[i : i + len(message)]) / len(message) for i in range(0, len(known), len(message))]
+        row, found = 0, list[float]()
+        for text in texts:
+            behind = row + len(text.said)
+            found.append(
+                math.fsum(
+                    float(logits[i, id]) - total
+                    for i, id, total in zip(range(row, behind), text.said, summary.totals[row:behind], strict=True)
+                )
+            )
+            row = behind
+        return found

@@ -51,6 +51,8 @@ AT_ONCE = {"cpu": (32, 256), "cuda": (256, 1024)}
 """Sequences that run and rows of a step, where nobody says otherwise."""
 LEAVE = 5.0
 """Seconds that the interpreter's end waits for a step, or for a model that is being loaded."""
+WAY_BACK = 0.1
+"""Share of a deadline at which candidates are good as they are, so that they reach who waits in another process."""
 TOKENS_EACH = 3 * ROUND
 """Tokens that a sequence takes in the cache, usually: more of them than there is room for are not promised."""
 
@@ -58,14 +60,14 @@ TOKENS_EACH = 3 * ROUND
 class Core:
     """Scheduler and model, synchronous, and a judge of candidates. One thread makes it and calls it."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, judge: Judge | None = None) -> None:
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, judge: Judge) -> None:
         self.runner = runner
         self.scheduler = scheduler
         self.judge = judge
 
     def step(self) -> bool:
         """One pass of each model over whatever is to do. False: nothing was."""
-        judged = self.judge.step() if self.judge else False
+        judged = self.judge.step()
         spans = self.scheduler.schedule()
         if spans:
             self._run_and_update(spans)
@@ -142,15 +144,16 @@ class TorchEngine:
             raise ValueError("params must be SamplingParams, and session text")
         future: asyncio.Future[list[Completion]] = self._loop.create_future()
         until = None if deadline is None else time.monotonic() + deadline
+        judged_by = None if until is None or deadline is None else until - deadline * WAY_BACK
 
         def deliver(end: list[Completion] | EngineError) -> None:
-            if self.core.judge and isinstance(end, list) and len(end) > 1:
+            if isinstance(end, list) and len(end) > 1:
                 case = Case(
                     self.info.last_turn(ids),
                     end,
                     lambda judged: settle(future, judged),
                     lambda: not future.done(),
-                    until,
+                    judged_by,
                 )
                 self.core.judge.cases.append(case)
             else:
@@ -262,11 +265,11 @@ async def open_torch_engine(
     `token_budget` rows (a token of a prompt or of a reply each) are in a step, and `max_waiting` requests wait.
     `seed` makes the seeds that requests without one are given repeatable; `guess` 0 leaves speculative decoding out,
     `price` is what it costs here, measured when None. `reverse` is the checkpoint that tells a message from its reply,
-    to judge candidates. Raises BadCheckpoint.
+    to judge candidates in place of the model itself. Raises BadCheckpoint.
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
-        judge = open_judge(reverse, folder, device, dtype, threads) if reverse else None
+        second = open_judge(reverse, folder, device, dtype, threads) if reverse else None
         runner = open_runner(folder, device, dtype, threads, cache_bytes, with_draft=guess > 0)
         config, (running, budget) = runner.model.config, AT_ONCE[runner.model.device.type]
         cost = runner.price(guess) if guess and price is None else price or 0.0
@@ -289,10 +292,10 @@ async def open_torch_engine(
             vocab_size=config.vocab_size,
             eos_id=config.eos_id,
             path=str(folder),
-            how=runner.model.how + (", REVERSE_MODEL judges candidates" if judge else ""),
+            how=runner.model.how + (", REVERSE_MODEL judges candidates" if second else ""),
             at_once=max(1, min(max_running or running, scheduler.cache.total // TOKENS_EACH)),
         )
-        return Core(runner, scheduler, judge), info
+        return Core(runner, scheduler, second or Judge(runner.model)), info
 
     engine = TorchEngine(open_core)
     try:
@@ -317,4 +320,4 @@ def open_judge(reverse: Path, folder: Path, device: str, dtype: str, threads: in
         if tokenizer.vocabulary != vocabulary or config.vocab_size < mine.vocab_size:
             raise BadCheckpoint(f"{reverse} has another vocabulary than MODEL: train it from that, or from its like")
         # The least room: a judge keeps nothing, and a step of it fits in one window's.
-        return Judge(open_runner(reverse, device, dtype, threads, cache_bytes=1).model)
+        return Judge(open_runner(reverse, device, dtype, threads, cache_bytes=1).model, reverse=True)

@@ -29,10 +29,10 @@ def test_what_was_cut_off_loses_to_what_ended_but_not_to_a_repetition() -> None:
 
 
 def test_the_reverse_model_decides_among_what_is_new_and_ended() -> None:
-    found = [replace(completion(-1), reverse_logprob=-4.0), replace(completion(-5), reverse_logprob=-2.0)]
+    found = [replace(completion(-1), score=-4.0), replace(completion(-5), score=-2.0)]
     assert choose(found, ["i do not know .", "by the sea ."], []) == (1, True)
     assert choose(found, ["i do not know .", "by the sea ."], ["By the sea!"]) == (0, True)
-    cut = [found[0], replace(completion(-5, 64, "length"), reverse_logprob=-1.0)]
+    cut = [found[0], replace(completion(-5, 64, "length"), score=-1.0)]
     assert choose(cut, ["i do not know .", "the sea the sea"], []) == (0, True)
 
 

@@ -1,4 +1,4 @@
-"""The reverse model's judgement of candidates, against Transformers' loss."""
+"""The judgement of candidates, by a reverse model or by the model itself, against Transformers' loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from core.engine import judge as module
 from core.engine.base import BadCheckpoint, Cancelled, Completion, SamplingParams
 from core.engine.choice import open_runner
 from core.engine.http_engine import connect_engine
-from core.engine.judge import Case, Judge
+from core.engine.judge import Case, Judge, Text
 from core.engine.server import Server, bound
 from core.engine.torch_engine import TorchEngine
 from tests.checkpoints import make_checkpoint
@@ -30,8 +30,8 @@ EOS = 256
 SOME = SamplingParams(temperature=1.0, max_tokens=12, seed=3, n=5)
 
 
-def judge(folder: Path, device: str = "cpu", dtype: str = "float32") -> Judge:
-    return Judge(open_runner(folder, device, dtype, 1, cache_bytes=1).model)
+def judge(folder: Path, device: str = "cpu", dtype: str = "float32", *, reverse: bool = True) -> Judge:
+    return Judge(open_runner(folder, device, dtype, 1, cache_bytes=1).model, reverse=reverse)
 
 
 def judged(of: Judge, message: Sequence[int], replies: Sequence[Sequence[int]]) -> list[float | None]:
@@ -43,15 +43,22 @@ def judged(of: Judge, message: Sequence[int], replies: Sequence[Sequence[int]]) 
         while of.step():
             pass
     [ended] = found
-    assert [replace(c, reverse_logprob=None) for c in ended] == candidates
-    return [c.reverse_logprob for c in ended]
+    assert [replace(c, score=None) for c in ended] == candidates
+    return [c.score for c in ended]
 
 
 def loss(folder: Path, reply: Sequence[int], message: Sequence[int]) -> float:
-    """By Transformers' logits, of the message's ids alone."""
+    """By Transformers' logits, the mean over the message's ids after the reply."""
     with torch.no_grad():
         logits = reference(folder)(torch.tensor([[*reply, EOS, *message[:-1]]])).logits[0, len(reply) :]
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(message)))
+
+
+def against(folder: Path, completion: Completion) -> float:
+    """What a completion's log-probability after nothing takes off its score."""
+    end = [EOS] if completion.finish_reason == "stop" else []
+    said = [*completion.token_ids, *end][:128]
+    return 0.5 * -loss(folder, [], said) * len(said)
 
 
 @pytest.mark.parametrize("shape", ["plain", "odd", "deep"])
@@ -76,16 +83,16 @@ def test_it_does_not_depend_on_the_other_candidates(
     together = judged(of, message, replies)
     assert None not in together
     assert [judged(of, message, [reply, [7] * 64])[0] for reply in replies] == together
-    asked, scores = list[Sequence[int]](), of.scores
+    asked, read = list[list[int]](), of.read
 
-    def seen(message: Sequence[int], replies: Sequence[tuple[int, ...]]) -> list[float]:
-        asked.extend(replies)
-        return scores(message, replies)
+    def seen(texts: Sequence[Text]) -> list[float]:
+        asked.extend([*text.given][:-1] for text in texts)
+        return read(texts)
 
-    monkeypatch.setattr(of, "scores", seen)
+    monkeypatch.setattr(of, "read", seen)
     monkeypatch.setattr(module, "ROWS", 1)
     assert judged(of, message, replies * 2) == together * 2
-    assert asked == [tuple(reply) for reply in replies]
+    assert asked == replies
 
 
 def test_of_a_long_message_the_end_counts(checkpoint: Make) -> None:
@@ -98,9 +105,32 @@ def test_of_a_long_message_the_end_counts(checkpoint: Make) -> None:
     assert judged(judge(odd), message, [reply, [1] * 150]) == [None, None]
 
 
+@pytest.mark.parametrize("shape", ["plain", "odd", "deep"])
+def test_without_a_second_model_what_is_said_to_nothing_counts_half_against(
+    checkpoint: Make, shape: str, device: str
+) -> None:
+    """Of a long one, its first 128 ids; of one that was cut off, not the end that it never came to."""
+    folder = checkpoint(shape)
+    of = judge(folder, device, reverse=False)
+    replies = prompts([1, 2, 12, 40, 125 if shape == "odd" else 300], 256)
+    candidates = [
+        *(Completion(list(reply), -7.0, "stop", 0) for reply in replies),
+        Completion([], -1.0, "stop", 0),
+        Completion([5, 6, 7], -2.0, "length", 0),
+    ]
+    found = list[list[Completion]]()
+    of.cases.append(Case([], candidates, found.append, lambda: True))
+    with torch.inference_mode():
+        while of.step():
+            pass
+    expected = [c.logprob - against(folder, c) for c in candidates]
+    assert [c.score for c in found[0]] == pytest.approx(expected, rel=1e-4)
+
+
 def test_there_must_be_a_message_and_a_choice(checkpoint: Make) -> None:
     of = judge(checkpoint())
     assert judged(of, [], [[1], [2]]) == judged(of, [5], [[1], [1]]) == [None, None]
+    assert judged(judge(checkpoint(), reverse=False), [5], [[1], [1]]) == [None, None]
 
 
 def test_who_has_waited_long_enough_or_is_gone_is_not_judged(checkpoint: Make) -> None:
@@ -119,14 +149,13 @@ async def test_others_go_on_while_candidates_are_judged(
     monkeypatch.setattr(module, "ROWS", 1)
     e = await engine(reverse=checkpoint("plain", seed=5))
     judge = e.core.judge
-    assert judge
-    scores = judge.scores
+    read = judge.read
 
-    def slow(message: Sequence[int], replies: Sequence[tuple[int, ...]]) -> list[float]:
+    def slow(texts: Sequence[Text]) -> list[float]:
         time.sleep(0.02)
-        return scores(message, replies)
+        return read(texts)
 
-    monkeypatch.setattr(judge, "scores", slow)
+    monkeypatch.setattr(judge, "read", slow)
     prompt = [*prompts([30], 256)[0], EOS]
     long = asyncio.create_task(e.generate(prompt, replace(SOME, n=64, max_tokens=2)))
     while not judge.cases:
@@ -149,32 +178,55 @@ async def test_the_engine_judges_candidates_by_the_last_turn(engine: Open, check
     first, message = prompts([7, 9], 256)
     prompt = [*first, EOS, *message, EOS]
     found = await e.generate(prompt, SOME)
-    assert [c.reverse_logprob for c in found] == pytest.approx(
-        [-loss(reverse, c.token_ids, message) for c in found], rel=1e-4
-    )
-    without = await (await engine()).generate(prompt, SOME)
-    assert [replace(c, reverse_logprob=None) for c in found] == without
-    assert (await ask(e, prompt)).reverse_logprob is None  # there is nothing to choose among
-    assert (await e.generate([EOS], SOME))[0].reverse_logprob is None  # nobody has said anything
+    assert [c.score for c in found] == pytest.approx([-loss(reverse, c.token_ids, message) for c in found], rel=1e-4)
+    itself = await engine()
+    without = await itself.generate(prompt, SOME)
+    assert [replace(c, score=None) for c in found] == [replace(c, score=None) for c in without]
+    folder = Path(itself.info.path)
+    assert [c.score for c in without] == pytest.approx([c.logprob - against(folder, c) for c in without], rel=1e-4)
+    assert (await ask(e, prompt)).score is None  # there is nothing to choose among
+    assert (await e.generate([EOS], SOME))[0].score is None  # nobody has said anything
     others = [asyncio.create_task(ask(e, other)) for other in prompts([5, 30], 256)]
     assert await asyncio.gather(*(e.generate(prompt, SOME) for _ in range(3))) == [found] * 3
     await asyncio.gather(*others)
 
 
-async def test_what_the_reverse_model_cannot_judge_is_answered_nevertheless(
+async def test_what_cannot_be_judged_is_answered_nevertheless(
     engine: Open, checkpoint: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     e = await engine(reverse=checkpoint("plain", seed=5))
-    monkeypatch.setattr(Judge, "scores", lambda *_: [math.nan, 0.0, 0.0, 0.0, 0.0])
-    assert {c.reverse_logprob for c in await e.generate([1, EOS], SOME)} == {None}
+    monkeypatch.setattr(Judge, "read", lambda _, texts: [math.nan] * len(texts))
+    assert {c.score for c in await e.generate([1, EOS], SOME)} == {None}
     monkeypatch.undo()
 
     def raises(*_: object) -> list[float]:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(Judge, "scores", raises)
-    assert {c.reverse_logprob for c in await e.generate([1, EOS], SOME)} == {None}
-    assert "the reverse model raised RuntimeError('no memory')" in caplog.text
+    monkeypatch.setattr(Judge, "read", raises)
+    assert {c.score for c in await e.generate([1, EOS], SOME)} == {None}
+    assert "judging candidates raised RuntimeError('no memory')" in caplog.text
+
+
+async def test_what_is_not_judged_in_time_arrives_as_it_is(
+    engine: Open, checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in another process, which gives up at the same deadline."""
+    e = await engine(reverse=checkpoint("plain", seed=5))
+    monkeypatch.setattr(module, "ROWS", 1)
+
+    def slow(texts: Sequence[Text]) -> list[float]:
+        time.sleep(0.1)
+        return [-1.0] * len(texts)
+
+    monkeypatch.setattr(e.core.judge, "read", slow)
+    with bound(f"unix:{tmp_path / 'socket'}") as sock:
+        async with Server(e, "").listening(sock):
+            client = await connect_engine(f"unix:{tmp_path / 'socket'}")
+            try:
+                found = await client.generate([1, 2, EOS], replace(SOME, n=64, max_tokens=4), deadline=2.0)
+                assert {c.score for c in found} == {None}
+            finally:
+                await client.aclose()
 
 
 async def test_it_crosses_the_wire(engine: Open, checkpoint: Make, tmp_path: Path) -> None:
@@ -185,7 +237,7 @@ async def test_it_crosses_the_wire(engine: Open, checkpoint: Make, tmp_path: Pat
             try:
                 found: list[Completion] = await client.generate([1, 2, EOS], SOME)
                 assert found == await e.generate([1, 2, EOS], SOME)
-                assert None not in {c.reverse_logprob for c in found}
+                assert None not in {c.score for c in found}
             finally:
                 await client.aclose()
 

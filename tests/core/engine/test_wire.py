@@ -50,7 +50,7 @@ def test_a_hint_is_a_request_without_params() -> None:
 def test_a_completion_survives_the_way(logprob: float, ids: list[int]) -> None:
     there = [Completion(ids, logprob, "length", 3)]
     assert wire.load_completions(json.loads(json.dumps(wire.dump_completions(there)))) == there
-    judged = [replace(there[0], reverse_logprob=logprob)]
+    judged = [replace(there[0], score=logprob)]
     assert wire.load_completions(json.loads(json.dumps(wire.dump_completions(judged)))) == judged
 
 
