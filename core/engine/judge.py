@@ -1,8 +1,8 @@
 """Which candidate answers what was said, and not just anything? Maximum mutual information (Li et al. 2016, arXiv
-1510.03055). The model itself says how likely a reply is after nothing, and half of that counts against it (section
-4.4.1, MMI-antiLM). Or a second model that was trained with the turns in reverse (`palaver finetune --reverse`) says how
-likely the message is after the reply (DialoGPT's paper, arXiv 1911.00536, section 3.2): what could be said to anything
-makes no message likely.
+1510.03055). The model itself says how likely a reply's beginning is after nothing, and half of that counts against it
+(MMI-antiLM; what follows the beginning tells little more). Or a second model that was trained with the turns in reverse
+(`palaver finetune --reverse`) says how likely the message is after the reply (DialoGPT's paper, arXiv 1911.00536,
+section 3.2): what could be said to anything makes no message likely.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ log = logging.getLogger(__name__)
 
 ROWS = 256
 """Of a step, between two of the engine's."""
-MOST = 128
-"""Ids of a reply, its first, or of a message, its last, that are asked for: the logits of more take too much memory."""
+MESSAGE = 128
+"""Ids of a message that are asked for, its last: the logits of more take too much memory."""
+BEGINNING = 8
+"""Ids of a reply that are asked for after nothing."""
 AGAINST = 0.5
-"""Share of a reply's log-probability after nothing that counts against it."""
-Reply = tuple[int, ...]
+"""Share of their log-probability that counts against it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
     """How likely is `said` after `given`? Neither is empty."""
 
-    given: Sequence[int]
-    said: Sequence[int]
+    given: tuple[int, ...]
+    said: tuple[int, ...]
 
     def __len__(self) -> int:
         """Rows that it takes: nothing is asked of its last id."""
@@ -52,8 +53,8 @@ class Case:
     wanted: Callable[[], bool]
     deadline: float | None = None
     """On time.monotonic's clock; from then on they are good as they are."""
-    known: dict[Reply, float] = field(default_factory=dict)
-    """Log-probabilities of the texts of those that have been read."""
+    known: dict[Text, float] = field(default_factory=dict)
+    """Log-probabilities of those that have been read."""
 
 
 class Judge:
@@ -88,37 +89,38 @@ class Judge:
         """Read as many texts as fit in ROWS and in the keys and values of one window, which every model has room for.
         The candidates, when there is nothing left to read."""
         texts = self._texts(case)
-        left = [reply for reply in texts if reply not in case.known]
+        left = [text for text in dict.fromkeys(texts) if text not in case.known]
         count = rows = kept = 0
-        for reply in left:
-            length = len(texts[reply])
-            rows, kept = rows + length, kept + round_up(length, ROUND)
+        for text in left:
+            rows, kept = rows + len(text), kept + round_up(len(text), ROUND)
             if count and (rows > ROWS or kept > self.model.config.n_positions):
                 break
             count += 1
-        case.known |= zip(left[:count], self.read([texts[reply] for reply in left[:count]]), strict=True)
+        case.known |= zip(left[:count], self.read(left[:count]), strict=True)
         if count < len(left):
             return None
-        if len(texts) < 2 or not all(map(math.isfinite, case.known.values())):
+        if not texts or not all(map(math.isfinite, case.known.values())):
             return case.candidates
-        return [replace(c, score=self._score(c, texts, case.known)) for c in case.candidates]
+        return [
+            replace(c, score=self._score(c, text, case.known[text]))
+            for c, text in zip(case.candidates, texts, strict=True)
+        ]
 
-    def _texts(self, case: Case) -> dict[Reply, Text]:
-        """Of each reply once. Where a message is asked for, all are asked for the same ids of it, as many as the
-        longest leaves positions for."""
-        eos = self.model.config.eos_id
-        ends = {tuple(c.token_ids): [eos] if c.finish_reason == "stop" else [] for c in case.candidates}
-        if not self.reverse:
-            return {reply: Text([eos], [*reply, *end][:MOST]) for reply, end in ends.items()}
-        room = max(0, min(MOST, self.model.config.n_positions - max(map(len, ends))))
-        message = case.message[max(0, len(case.message) - room) :]
-        return {reply: Text([*reply, eos], message) for reply in ends} if message else {}
-
-    def _score(self, completion: Completion, texts: dict[Reply, Text], known: dict[Reply, float]) -> float:
-        reply = tuple(completion.token_ids)
+    def _texts(self, case: Case) -> list[Text]:
+        """Of each candidate; of none where there is nothing to ask for, or to choose among. A message's ids are as many
+        for all of them, as many as the longest leaves positions for."""
+        eos, longest = self.model.config.eos_id, max(len(c.token_ids) for c in case.candidates)
+        room = max(0, min(MESSAGE, self.model.config.n_positions - longest))
+        message = tuple(case.message[max(0, len(case.message) - room) :])
+        if len({tuple(c.token_ids) for c in case.candidates}) == 1 or (self.reverse and not message):
+            return []
         if self.reverse:
-            return known[reply] / len(texts[reply].said)
-        return completion.logprob - AGAINST * known[reply]
+            return [Text((*c.token_ids, eos), message) for c in case.candidates]
+        ends = [(eos,) if c.finish_reason == "stop" else () for c in case.candidates]
+        return [Text((eos,), (*c.token_ids, *end)[:BEGINNING]) for c, end in zip(case.candidates, ends, strict=True)]
+
+    def _score(self, completion: Completion, text: Text, known: float) -> float:
+        return known / len(text.said) if self.reverse else completion.logprob - AGAINST * known
 
     def read(self, texts: Sequence[Text]) -> list[float]:
         """The log-probability of each, in nats. The same number beside any others."""

@@ -57,7 +57,7 @@ def loss(folder: Path, reply: Sequence[int], message: Sequence[int]) -> float:
 def against(folder: Path, completion: Completion) -> float:
     """What a completion's log-probability after nothing takes off its score."""
     end = [EOS] if completion.finish_reason == "stop" else []
-    said = [*completion.token_ids, *end][:128]
+    said = [*completion.token_ids, *end][:8]
     return 0.5 * -loss(folder, [], said) * len(said)
 
 
@@ -107,14 +107,21 @@ def test_of_a_long_message_the_end_counts(checkpoint: Make) -> None:
 
 @pytest.mark.parametrize("shape", ["plain", "odd", "deep"])
 def test_without_a_second_model_what_is_said_to_nothing_counts_half_against(
-    checkpoint: Make, shape: str, device: str
+    checkpoint: Make, shape: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a long one, its first 128 ids; of one that was cut off, not the end that it never came to."""
+    """Of its first 8 ids, read once where two begin alike; of one that was cut off, without an end."""
     folder = checkpoint(shape)
     of = judge(folder, device, reverse=False)
     replies = prompts([1, 2, 12, 40, 125 if shape == "odd" else 300], 256)
+    asked, read = list[Text](), of.read
+
+    def seen(texts: Sequence[Text]) -> list[float]:
+        asked.extend(texts)
+        return read(texts)
+
+    monkeypatch.setattr(of, "read", seen)
     candidates = [
-        *(Completion(list(reply), -7.0, "stop", 0) for reply in replies),
+        *(Completion(list(reply), -7.0, "stop", 0) for reply in (*replies, [*replies[-1][:-1], 0])),
         Completion([], -1.0, "stop", 0),
         Completion([5, 6, 7], -2.0, "length", 0),
     ]
@@ -125,6 +132,7 @@ def test_without_a_second_model_what_is_said_to_nothing_counts_half_against(
             pass
     expected = [c.logprob - against(folder, c) for c in candidates]
     assert [c.score for c in found[0]] == pytest.approx(expected, rel=1e-4)
+    assert len(asked) == len(candidates) - 1
 
 
 def test_there_must_be_a_message_and_a_choice(checkpoint: Make) -> None:
