@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import urllib.request
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,18 @@ def open_discord(settings: DiscordSettings) -> DiscordBot:
     return DiscordBot(settings.discord_token.get_secret_value(), settings.discord_message_content)
 
 
+def proxy() -> str | None:
+    """The environment's for Discord's address, which discord.py does not look for. Raises Unservable."""
+    address = yarl.URL(Route.BASE)
+    known = urllib.request.getproxies()
+    found = known.get(address.scheme) or known.get("all")
+    if found is None or urllib.request.proxy_bypass(address.host or ""):
+        return None
+    if not found.startswith(("http://", "https://")):
+        raise Unservable(f"{address.scheme.upper()}_PROXY: Discord is reached through proxies of HTTP alone: http://…")
+    return found
+
+
 class DiscordBot:
     name = events.PLATFORM
     alone = True
@@ -214,6 +227,7 @@ class DiscordBot:
             self._client = None
 
     def _build(self, chat: Chat) -> Client:
+        """Raises Unservable for a proxy that it cannot take."""
         intents = discord.Intents.none()
         intents.guilds = intents.guild_messages = intents.dm_messages = True
         intents.message_content = self._message_content
@@ -226,19 +240,24 @@ class DiscordBot:
             guild_ready_timeout=self.guild_ready_timeout,
             heartbeat_timeout=self.heartbeat_timeout,
             max_ratelimit_timeout=30.0,
+            proxy=proxy(),
         )
         tree = app_commands.CommandTree(client)
 
         @tree.command(name="reset", description="Forget what was said in this channel and start fresh")
         async def reset(interaction: discord.Interaction) -> None:
-            await interaction.response.defer(ephemeral=True)  # Discord waits three seconds
+            done = "not done"
             try:
-                async with asyncio.timeout(RESET_SECONDS):  # the history may be out of reach
-                    await self._hearing.reset(Channel(self.name, str(interaction.channel_id)))
-                said = FORGOTTEN
-            except (NotAccepted, TimeoutError):
-                said = NOT_NOW
-            await interaction.followup.send(said, ephemeral=True)
+                await interaction.response.defer(ephemeral=True)  # Discord waits three seconds
+                try:
+                    async with asyncio.timeout(RESET_SECONDS):  # the history may be out of reach
+                        await self._hearing.reset(Channel(self.name, str(interaction.channel_id)))
+                    done, said = "done", FORGOTTEN
+                except (NotAccepted, TimeoutError):
+                    said = NOT_NOW
+                await interaction.followup.send(said, ephemeral=True)
+            except (discord.DiscordException, aiohttp.ClientError, OSError) as error:
+                log.warning("/reset in channel %s, %s, could not be answered: %s", interaction.channel_id, done, error)
 
         self._tree = tree
         return client
@@ -275,7 +294,9 @@ class DiscordBot:
         return split(clean(text), MAX_TEXT)
 
     async def turn(self, channel: Channel) -> None:
-        """discord.py keeps Discord's limits."""
+        """Discord's limit for all calls together; discord.py keeps those for each route."""
+        if self._client:
+            await self._client.turn()
 
     async def send(self, reply: Reply) -> str:
         """The message's id. Raises NotSent | MaybeSent | Refused | RetryAfter."""
@@ -319,7 +340,8 @@ class DiscordBot:
         return None
 
     async def typing(self, channel: Channel, note: str = "", to: str = "") -> None:
-        await self._call(Route("POST", "/channels/{channel_id}/typing", channel_id=int(channel.id)))
+        if self._client and self._client.sign():
+            await self._call(Route("POST", "/channels/{channel_id}/typing", channel_id=int(channel.id)))
 
     async def closed(self, channel: Channel, id: str, state: MessageState) -> None: ...
 
@@ -330,6 +352,7 @@ class DiscordBot:
     async def _after(self, channel: str, id: str) -> list[dict[str, Any]]:
         """Up to 100 messages behind `id`, oldest first."""
         route = Route("GET", "/channels/{channel_id}/messages", channel_id=int(channel))
+        await self.turn(Channel(self.name, channel))
         found = await self._call(route, params={"after": id, "limit": 100})
         return sorted(found, key=lambda event: int(event["id"]))
 

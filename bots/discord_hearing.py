@@ -19,7 +19,7 @@ import discord
 from discord.http import Route, json_or_text
 
 from bots import discord_events as events
-from core.backoff import backoff
+from core.backoff import Quota, backoff
 from core.delivery import MaybeSent, NotAccepted, NotSent, Refused, RetryAfter
 from core.messages import Channel, Message
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_SECONDS = 60.0
+EVERYTHING, SIGNS = 45, 20
+"""Calls a second, and those that may be left out. Discord takes 50, and shuts out who has ten thousand refused in ten
+minutes. https://discord.com/developers/docs/topics/rate-limits#global-rate-limit"""
 SHUT_OUT = 20.0
 """Seconds without a call when what stands before Discord refuses all of ours and does not say for how long."""
 READERS = 8
@@ -60,10 +63,35 @@ class GlobalLimit(discord.RateLimited):
 
 
 class Client(discord.Client):
-    """discord.py's client, and until when Discord wants no calls at all (the event loop's time)."""
+    """discord.py's client, and what Discord allows all of its calls together (times are the event loop's)."""
 
     quiet_until = 0.0
+    """It wants none at all until then."""
     on_session: Callable[[bool], Awaitable[None]] | None = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._all, self._signs = Quota(EVERYTHING, 1.05), Quota(SIGNS, 1.05)
+
+    async def turn(self) -> None:
+        """Wait until a call may go out, first come, first served."""
+        await asyncio.sleep(self._all.take(asyncio.get_running_loop().time()))
+
+    def sign(self) -> bool:
+        """May one go out now that others would have to wait for? It has its place then."""
+        now = asyncio.get_running_loop().time()
+        free = self._all.free(now) and self._signs.free(now) and now >= self.quiet_until
+        if free:
+            self._all.take(now)
+            self._signs.take(now)
+        return free
+
+    def be_quiet(self, seconds: float) -> None:
+        """Discord refuses all calls."""
+        now = asyncio.get_running_loop().time()
+        if now >= self.quiet_until:
+            log.warning("Discord takes no calls for %.1f s", seconds)
+        self.quiet_until = max(self.quiet_until, now + seconds)
 
     async def before_identify_hook(self, shard_id: int | None, *, initial: bool = False) -> None:
         """IDENTIFY goes out next."""
@@ -107,15 +135,15 @@ def _is_error(data: Any) -> bool:
 
 
 async def call(client: Client, route: Route, **arguments: Any) -> Any:
-    """One REST call through discord.py, which keeps Discord's limits for each route. Raises a SendError."""
-    now = asyncio.get_running_loop().time
-    if (left := client.quiet_until - now()) > 0:
+    """One REST call, which has had its turn, through discord.py, which keeps Discord's limits for each route. Raises a
+    SendError."""
+    if (left := client.quiet_until - asyncio.get_running_loop().time()) > 0:
         raise RetryAfter(left)
     try:
         async with asyncio.timeout(CALL_SECONDS):
             return await client.http.request(route, **arguments)
     except GlobalLimit as error:
-        client.quiet_until = now() + error.retry_after
+        client.be_quiet(error.retry_after)
         raise RetryAfter(error.retry_after) from None
     except discord.RateLimited as error:
         raise RetryAfter(error.retry_after) from None
@@ -399,14 +427,25 @@ class Hearing:
         if self._guilds:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._guilds_came.wait(), GUILDS_SECONDS)
-        rest = sorted(channels & set(self._behind) - self._claimed, key=lambda id: int(self._marks[id]), reverse=True)
-        if len(rest) > CATCH_UP_DIRECT:
-            log.warning(
-                "what was missed is not read in %d channels that were quiet longest", len(rest) - CATCH_UP_DIRECT
-            )
-        for channel in rest[CATCH_UP_DIRECT:]:
+        rest = channels & set(self._behind) - self._claimed
+        if len(rest) > CATCH_UP_DIRECT and self._guilds:
+            late = {channel for channel in rest if await self._comes_later(channel)}
+            rest = channels & set(self._behind) - self._claimed - late  # some came meanwhile
+        newest = sorted(rest, key=lambda id: int(self._marks[id]), reverse=True)
+        if left := newest[CATCH_UP_DIRECT:]:
+            log.warning("what was missed is not read in %d channels that were quiet longest", len(left))
+        for channel in left:
             self._release(channel)
-        await self._catch_up(dict.fromkeys(rest[:CATCH_UP_DIRECT], ""))
+        await self._catch_up(dict.fromkeys(newest[:CATCH_UP_DIRECT], ""))
+
+    async def _comes_later(self, channel: str) -> bool:
+        """With a server that is still away: it is read then, and takes no place from people's."""
+        async with self._turn:
+            try:
+                place = await self._fetch(channel) or {}
+            except ConnectionError:
+                return False
+        return str(place.get("guild_id")) in self._guilds
 
     async def _catch_up(self, channels: Mapping[str, str], guild: str = "") -> None:
         """Channels, each with its newest message where that is known."""
@@ -502,7 +541,9 @@ class Hearing:
     async def _fetch(self, channel: str, path: str = "", params: dict[str, Any] | None = None) -> Any:
         """None where we may not read any more."""
         route = Route("GET", "/channels/{channel_id}" + path, channel_id=int(channel))
-        for tries in range(5):
+        tries = 0
+        while tries < 5:
+            await self._client.turn()
             try:
                 return await call(self._client, route, params=params or {})
             except Refused:
@@ -511,6 +552,7 @@ class Hearing:
                 await self._wait(error.seconds)
             except (NotSent, MaybeSent):
                 await self._wait(backoff(tries, LATER, first=AGAIN))
+                tries += 1
         raise ConnectionError("the history is out of reach")
 
     # -- watermarks and sessions ------------------------------------------------------------------------------------

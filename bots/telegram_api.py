@@ -11,7 +11,6 @@ import asyncio
 import json
 import logging
 import re
-from collections import deque
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,7 +19,7 @@ from telegram import Bot
 from telegram.error import TelegramError
 from telegram.request import HTTPXRequest
 
-from core.backoff import backoff
+from core.backoff import Quota, backoff
 from core.delivery import MaybeSent, NotSent, RetryAfter, SendError, Unservable
 
 log = logging.getLogger(__name__)
@@ -197,24 +196,6 @@ async def wait_after(error: Exception, failures: int) -> None:
         await asyncio.sleep(backoff(failures))
 
 
-class Window:
-    """At most `count` in any `seconds`, the past ones remembered one by one: bursts are free, sums are kept."""
-
-    def __init__(self, count: int, seconds: float) -> None:
-        self._taken: deque[float] = deque(maxlen=count)
-        self._seconds = seconds
-
-    def take(self, now: float) -> float:
-        """Take the next place; the seconds until its time comes."""
-        full = len(self._taken) == self._taken.maxlen
-        at = max(now, self._taken[0] + self._seconds) if full else now
-        self._taken.append(at)
-        return at - now
-
-    def idle(self, now: float) -> bool:
-        return not self._taken or self._taken[-1] + self._seconds <= now
-
-
 class Pace:
     """Telegram's limits, each a hair wider for the way there: 30 messages a second in all, 20 a minute to a group, one
     a second to a chat, a few more in a burst. https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this
@@ -223,16 +204,16 @@ class Pace:
     MANY = 10_000
 
     def __init__(self) -> None:
-        self._all = Window(30, 1.05)
-        self._chats: dict[int, list[Window]] = {}
+        self._all = Quota(30, 1.05)
+        self._chats: dict[int, list[Quota]] = {}
         self._held: dict[int, float] = {}
 
     async def turn(self, chat: int) -> None:
         """Wait until `chat` may be sent one message. Raises RetryAfter while Telegram has told it to wait."""
         loop = asyncio.get_running_loop()
         self._refuse_held(chat)
-        for window in (*self._windows(chat), self._all):
-            if wait := window.take(loop.time()):
+        for quota in (*self._windows(chat), self._all):
+            if wait := quota.take(loop.time()):
                 await asyncio.sleep(wait)
                 self._refuse_held(chat)  # another of its topics may have been told meanwhile
 
@@ -251,10 +232,10 @@ class Pace:
         until = self._held.get(chat)
         return 0.0 if until is None else max(0.0, until - asyncio.get_running_loop().time())
 
-    def _windows(self, chat: int) -> list[Window]:
+    def _windows(self, chat: int) -> list[Quota]:
         if chat not in self._chats:
             if len(self._chats) >= self.MANY:
                 now = asyncio.get_running_loop().time()
                 self._chats = {c: ws for c, ws in self._chats.items() if not all(w.idle(now) for w in ws)}
-            self._chats[chat] = [Window(3, 3.1)] + ([Window(20, 60.5)] if chat < 0 else [])
+            self._chats[chat] = [Quota(3, 3.1)] + ([Quota(20, 60.5)] if chat < 0 else [])
         return self._chats[chat]

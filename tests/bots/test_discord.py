@@ -250,6 +250,58 @@ async def test_a_global_limit_or_ban_holds_for_all_and_ends_though_who_met_it_we
         await asyncio.wait_for(bot.send(reply(server, other, "1")), 20)
 
 
+async def test_all_channels_together_keep_discords_limit(server: DiscordServer) -> None:
+    """Fifty calls a second, whatever they are; what can be left out is, where a message would wait for it."""
+    places = [server.channel(f"c{number}") for number in range(130)]
+    async with serving(server, Ears()) as bot:
+
+        async def answer(place: str) -> None:
+            await bot.typing(Channel("discord", place))
+            await bot.turn(Channel("discord", place))
+            await bot.send(reply(server, place, "1", nonce=f"n{place}"))
+
+        await asyncio.gather(*map(answer, places))
+    times = sorted([sent.at for sent in server.ledger] + [at for at, _ in server.typing])
+    assert len(server.ledger) == 130 and 1 <= len(server.typing) < 65
+    assert all(late - early > 0.9 for early, late in zip(times, times[50:], strict=False))
+
+
+async def test_a_limit_for_all_is_one_line_and_no_failure_of_a_history(
+    server: DiscordServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    ears, general = Ears(), server.channel("general")
+    async with serving(server, ears):
+        await until(lambda: general in ears.marks)
+    server.say(general, "ann", "away", mention=True)
+    server.faults = [Fault("flood_global", "GET", times=7, value=0.05)]
+    async with serving(server, ears):
+        await until(lambda: ears.texts == ["away"], 20)
+    assert "Discord takes no calls for 0.1 s" in caplog.text and "is read later" not in caplog.text
+
+
+async def test_it_goes_through_the_environments_proxy(server: DiscordServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[bytes]()
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readline())
+        writer.close()
+
+    async with await asyncio.start_server(proxy, "127.0.0.1") as listening:
+        address = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        monkeypatch.setenv("HTTP_PROXY", address)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        async with serving(server, Ears()):  # past it
+            assert not asked
+        bot = bot_for(server)
+        monkeypatch.setattr(Route, "BASE", "http://discord.test/api/v10")
+        with pytest.raises(ConnectionError):
+            await bot.serve(Ears().chat)
+        assert asked[0].startswith(b"GET http://discord.test/api/v10/")
+        monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:1080")
+        with pytest.raises(Unservable, match=r"^HTTP_PROXY: Discord is reached through proxies of HTTP alone"):
+            await bot.serve(Ears().chat)
+
+
 @pytest.mark.parametrize("asked", [None, "soon", float("nan"), -5])
 async def test_a_wait_that_is_no_number_is_a_second(server: DiscordServer, asked: object) -> None:
     general = server.channel("general")
@@ -289,6 +341,22 @@ async def test_reset_is_a_slash_command(server: DiscordServer) -> None:
         ears.refuse = 1
         assert "again" in await server.command(general, "ann", "reset")
     assert [channel.id for channel in ears.resets] == [general, direct]
+
+
+@pytest.mark.parametrize("done", ["not done", "done"])
+async def test_a_reset_that_discord_does_not_wait_for_is_one_line(
+    server: DiscordServer, caplog: pytest.LogCaptureFixture, done: str
+) -> None:
+    ears, general = Ears(), server.channel("general")
+    gone = Fault("error", path="", value=[404, 10062, "Unknown interaction"])
+    async with serving(server, ears):
+        await until(lambda: bool(server.commands))
+        server.faults = [gone] if done == "not done" else [Fault("delay", path="/callback", value=0), gone]
+        command = asyncio.create_task(server.command(general, "ann", "reset"))
+        await until(lambda: "could not be answered" in caplog.text)
+        command.cancel()
+    assert f"/reset in channel {general}, {done}, could not be answered: 404 Not Found" in caplog.text
+    assert "Traceback" not in caplog.text and len(ears.resets) == (done == "done")
 
 
 async def test_reset_is_offered_until_discord_takes_it(server: DiscordServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -867,7 +935,7 @@ async def test_a_server_that_comes_late_is_read_though_many_channels_are_not(
         server.say(place, "ann", "away", mention=True)
     server.faults = [Fault("delay", "GET", times=-1, value=0.3)]
     async with serving(server, ears):
-        await until(lambda: any("/messages" in path for _, path, _ in server.calls))
+        await until(lambda: any(path.startswith("/channels/") for _, path, _ in server.calls))
         server.outage_ends()
         await asyncio.sleep(0.5)
         for place in places:
@@ -875,6 +943,36 @@ async def test_a_server_that_comes_late_is_read_though_many_channels_are_not(
         await until(lambda: len(ears.heard) == 6)
     for place in places:
         assert [message.text for message in ears.heard if message.channel.id == place] == ["away", "back"]
+
+
+@pytest.mark.parametrize("how", ["one by one", "not at all"])
+async def test_servers_that_are_late_take_no_place_from_people(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(hearing, "CATCH_UP_DIRECT", 1)
+    monkeypatch.setattr(hearing, "GUILDS_SECONDS", 0.5)
+    ears, direct, places = Ears(), server.direct("ann"), [server.channel(f"c{number}") for number in range(3)]
+    async with serving(server, ears):
+        server.say(direct, "ann", "before")
+        chatter = [server.say(place, "bob", "chatter") for place in places]
+        await until(lambda: [ears.marks.get(place) for place in places] == chatter)
+    server.outage()
+    server.say(direct, "ann", "away")
+    for place in places:
+        server.say(place, "ann", "away", mention=True)
+    if how == "one by one":
+        server.other_guilds = [server._id() for _ in range(3)]
+    async with serving(server, ears):
+        if how == "one by one":
+            for other in server.other_guilds:
+                await asyncio.sleep(0.3)
+                server.publish_raw("GUILD_CREATE", {**server._guild(), "id": other, "channels": [], "threads": []})
+            await asyncio.sleep(0.3)
+            server.outage_ends()
+        else:
+            await until(lambda: ears.texts[-1] == "away")
+            server.outage_ends()
+        await until(lambda: ears.texts.count("away") == 4, 10)
 
 
 async def test_when_very_much_was_missed_the_newest_is_heard_and_the_rest_expires(

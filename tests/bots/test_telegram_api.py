@@ -6,15 +6,12 @@ import asyncio
 import logging
 import random
 import socket
-from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from bots import telegram_api
-from bots.telegram_api import Pace, Rejected, TelegramApi, Unreadable, Window, wait_after
+from bots.telegram_api import Pace, Rejected, TelegramApi, Unreadable, wait_after
 from core.delivery import MaybeSent, NotSent, RetryAfter, SendError, Unservable
 from tests.fakes.telegram_server import Fault, TelegramServer
 from tests.simulation.virtual_time import VirtualLoop, run
@@ -194,23 +191,6 @@ def test_all_chats_together_are_sent_thirty_a_second() -> None:
         assert all(last - first > 1 for first, last in zip(times, times[30:], strict=False)) and times[-1] < 4
 
     run(VirtualLoop(), scene())
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    st.integers(1, 5),
-    st.floats(0.1, 10),
-    st.lists(st.floats(0, 5), min_size=1, max_size=60),
-)
-def test_a_window_is_never_broken_and_never_idle_for_nothing(count: int, seconds: float, gaps: list[float]) -> None:
-    window, now, times = Window(count, seconds), 0.0, list[float]()
-    for gap in gaps:
-        now += gap
-        times.append(now + window.take(now))
-        assert times[-1] == now or times[-1] == pytest.approx(times[-1 - count] + seconds)
-    assert all(late >= early - 1e-6 for early, late in pairwise(times))
-    for first, last in zip(times, times[count:], strict=False):
-        assert last - first >= seconds - 1e-6
 
 
 async def test_a_chat_that_must_wait_keeps_no_other_waiting() -> None:
