@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, make_url
@@ -35,6 +35,7 @@ FSYNC_FAILED = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
 BAD_VALUE = (sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH, sqlite3.SQLITE_RANGE)
 BAD_VALUE_CLASS = ("21", "22", "23", "54")  # PostgreSQL's: cardinality, data, integrity, program limits
 BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+MENDS = "the next start puts the newest good copy in its place"
 GROUP = 256
 RESCUE_EVERY = 10.0
 """Seconds after which saving a file that is gone from its place is tried again."""
@@ -143,8 +144,13 @@ class SQLite:
         def transaction() -> T:
             if self._rescue and self._gone():
                 self._end(self._rescue)
-            with self._engine.begin() as connection:
-                return work(connection)
+            try:
+                with self._engine.begin() as connection:
+                    return work(connection)
+            except DBAPIError as error:
+                if self._rescue and is_damaged(error.orig):
+                    end(f"{self._file} is damaged, so this process ends here: {MENDS} ({error.orig})")
+                raise
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, transaction)
 
@@ -171,9 +177,7 @@ class SQLite:
                 self._not_saved, self._again = str(error), time.monotonic() + RESCUE_EVERY
                 log.error("%s is gone from its place, and cannot be saved yet: %s", self._file, error)
             else:
-                log.critical("%s", said)
-                logging.shutdown()
-                os._exit(74)
+                end(said)
             finally:
                 open_.close()
         raise JournalBusy(f"{self._file} is gone from its place, and cannot be saved yet: {self._not_saved}")
@@ -279,9 +283,7 @@ def busy(error: BaseException) -> JournalBusy | None:
     original = error.orig if isinstance(error, DBAPIError) else error
     code = getattr(original, "sqlite_errorcode", None)
     if code in FSYNC_FAILED:
-        log.critical("fsync failed: what the disk holds is unknown, so this process ends here (%s)", original)
-        logging.shutdown()
-        os._exit(74)
+        end(f"fsync failed: what the disk holds is unknown, so this process ends here ({original})")
     if isinstance(error, DBAPIError) and not error.connection_invalidated:
         state = getattr(original, "sqlstate", None)
         if (code is not None and code & 0xFF in BAD_VALUE) or (state is not None and state[:2] in BAD_VALUE_CLASS):
@@ -302,10 +304,22 @@ def away(error: BaseException) -> bool:
     return isinstance(error, OSError | asyncio.TimeoutError) or NO_PRIMARY in str(original)
 
 
+def is_damaged(error: BaseException | None) -> bool:
+    """Is it SQLite's file that is? No try again mends that."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in BROKEN
+
+
+def end(why: str) -> NoReturn:
+    """This process, for the sake of the journal's file."""
+    log.critical("%s", why)
+    logging.shutdown()
+    os._exit(74)
+
+
 def _not_now(error: BaseException | None) -> JournalBusy:
     text = " ".join(str(error).split())[:200] or type(error).__name__
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF in BROKEN:
-        text += "; a restart puts the newest good copy in its place"
+    if is_damaged(error):
+        text += f"; {MENDS}"
     return JournalBusy(f"the database does not work now: {text}")
 
 

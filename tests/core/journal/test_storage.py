@@ -322,18 +322,35 @@ async def test_run_waits_for_a_postgresql_that_is_away_at_its_start(
         await served.communicate()
 
 
-async def test_corrupt_while_it_runs_nothing_is_taken(file: Path) -> None:
-    """A message that were refused for good would be acknowledged, and lost."""
+def scribble(file: Path) -> None:
+    """Over all of it but its first page."""
+    with contextlib.closing(sqlite3.connect(file, timeout=30)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with file.open("rb+") as opened_:
+        opened_.seek(4096)
+        opened_.write(os.urandom(file.stat().st_size - 4096))
+
+
+async def test_corrupt_while_it_runs_a_question_is_refused_for_now(file: Path) -> None:
     async with opened(file) as journal:
         await journal.receive(*(message(str(number), "x" * 500) for number in range(500)), deadline=60)
-        with contextlib.closing(sqlite3.connect(file)) as database:
-            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        with file.open("rb+") as opened_:
-            opened_.seek(4096)
-            opened_.write(os.urandom(file.stat().st_size - 4096))
-        for call in (journal.receive(message("new"), deadline=60), journal.due(), journal.ping()):
-            with pytest.raises(JournalBusy, match="malformed; a restart puts the newest good copy"):
-                await call
+        scribble(file)
+        with pytest.raises(JournalBusy, match="malformed; the next start puts the newest good copy"):
+            await journal.due()
+
+
+async def test_corrupt_while_it_runs_a_write_ends_the_process_and_the_next_start_mends_it(file: Path) -> None:
+    """A message that were refused for good would be acknowledged, and lost; one refused for now would be for ever."""
+    with writer(url_of(file)) as process:
+        told(process, "20")
+        async with opened(file) as journal:
+            kept = await journal.backup()
+        scribble(file)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 74
+    assert f"{file} is damaged, so this process ends here: the next start puts the newest good copy" in errors
+    async with opened(file):
+        assert set(ids(kept)) == set(ids(file)) >= set(map(str, range(21)))
 
 
 class Cutting:
