@@ -480,6 +480,12 @@ async def test_it_can_be_used_without_sight(browser: Browser, bot: WebBot) -> No
             assert part in tree, tree
         assert re.search(r"You said:\s*hello", tree) and re.search(r"Palaver said:\s*You said hello", tree), tree
         assert await page.evaluate("[...document.querySelectorAll('img')].every(image => image.hasAttribute('alt'))")
+        for number in range(14):
+            await say(page, f"hello number {number}")
+            await expect(said(page)).to_have_count(2 * number + 4)
+        await page.evaluate("[...document.querySelectorAll('main .unseen')].at(-1).scrollIntoView()")
+        heights = "[document.documentElement.scrollHeight - innerHeight, scrollY, document.body.scrollTop]"
+        assert await page.evaluate(heights) == [0, 0, 0], "what is read aloud stands with what is seen"
 
 
 async def test_a_connection_that_breaks_without_a_word(browser: Browser, bot: WebBot) -> None:
