@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from core.engine.base import BadCheckpoint
+from core.engine.base import BadCheckpoint, mend
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -50,7 +51,7 @@ class Tokenizer:
             tokenizer = cls(backend, vocab_size)
         except Exception as error:  # the library raises plain Exception
             reason = " ".join(str(error).split())
-            raise BadCheckpoint(f"{file} is not a GPT-2 tokenizer ({reason}): fetch the file again") from error
+            raise BadCheckpoint(f"{file} is not a GPT-2 tokenizer ({reason}): {mend(file)}") from error
         ids = max(backend.get_vocab(with_added_tokens=False).values(), default=-1) + 1  # added ones nobody types
         if vocab_size and ids > vocab_size:
             raise BadCheckpoint(
@@ -64,12 +65,10 @@ class Tokenizer:
         return tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; never `eos_id`. Lone surrogates count as question marks."""
-        ids: list[int] = self._backend.encode(
-            text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False
-        ).ids
-        assert self.eos_id not in ids
-        return ids
+        """Token ids of `text`; never `eos_id`, though some vocabularies have it for what they do not know. Lone
+        surrogates count as question marks."""
+        ids = self._backend.encode(text.encode("utf-8", "replace").decode("utf-8"), add_special_tokens=False).ids
+        return [id for id in ids if id != self.eos_id]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special tokens, unknown ids and a character cut off at the end are left out."""
@@ -91,8 +90,19 @@ class Tokenizer:
 
 def _from_vocab(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-    config = vocab.with_name("tokenizer_config.json")
-    prefix = config.is_file() and json.loads(config.read_text("utf-8")).get("add_prefix_space") is True
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    config, added = (_read(vocab.with_name(name)) for name in ("tokenizer_config.json", "added_tokens.json"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space") is True)
     backend.decoder = decoders.ByteLevel()
+    known = config.get("added_tokens_decoder", {})
+    for content, id in sorted(added.items(), key=lambda item: int(item[1])):
+        special = known.get(str(id), {}).get("special") is True
+        backend.add_tokens([tokenizers.AddedToken(content, special=special, normalized=False)])
+        if backend.token_to_id(content) != id:
+            raise ValueError(f"added_tokens.json has {content!r:.40} as {id}, which is not the next id")
     return backend
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """{} where there is none."""
+    found: dict[str, Any] = json.loads(path.read_text("utf-8-sig")) if path.is_file() else {}
+    return found

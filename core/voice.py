@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
-from core.engine.base import Completion, Engine, SamplingParams
+from core.engine.base import Completion, Engine, EngineError, SamplingParams
 from core.messages import Turn
 from core.ranking import choose, stale
 from core.text import normalise, restore
@@ -65,8 +65,8 @@ class Voice:
     ) -> tuple[str, Completion] | None:
         """(the reply in the model's spelling, its completion); None when there is nothing to answer.
 
-        The same turns and seed give the same reply. What only repeats the bot is drawn again, twice at most. Raises an
-        EngineError.
+        The same turns and seed give the same reply. What only repeats the bot is drawn again, twice at most and as
+        long as there is time. Raises an EngineError.
         """
         prompt = self.prompt(turns)
         if not prompt:
@@ -76,18 +76,25 @@ class Voice:
         clock = asyncio.get_running_loop().time
         end = None if deadline is None else clock() + deadline
         draws = 3 if params.temperature > 0 and params.seed is not None else 1
+        found: tuple[str, Completion] | None = None
         for draw in range(draws):
             drawn = params if params.seed is None else replace(params, seed=(params.seed + draw * params.n) % 2**63)
             left = None if end is None else end - clock()
-            completions = await self.engine.generate(prompt, drawn, session=session, deadline=left)
+            try:
+                completions = await self.engine.generate(prompt, drawn, session=session, deadline=left)
+            except EngineError:
+                if found is None:
+                    raise
+                break
             said = [self.tokenizer.decode(completion.token_ids).strip() for completion in completions]
             best, fresh = choose(completions, said, old_lines)
-            if fresh or draw == draws - 1:
-                if session:  # the reply goes first
-                    answered = [*turns, Turn("assistant", "", said[best], turns[-1].index + 1)]
-                    asyncio.get_running_loop().call_soon(self._look_ahead, session, prompt, answered)
-                return said[best], completions[best]
-        raise AssertionError("unreachable")
+            found = said[best], completions[best]
+            if fresh:
+                break
+        if session and found:  # the reply goes first
+            answered = [*turns, Turn("assistant", "", found[0], turns[-1].index + 1)]
+            asyncio.get_running_loop().call_soon(self._look_ahead, session, prompt, answered)
+        return found
 
     def _look_ahead(self, session: str, prompt: Sequence[int], turns: Sequence[Turn]) -> None:
         """When the window is about to move, its new place is prepared while nobody waits."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
@@ -42,6 +43,16 @@ class OtherModel(EngineError): ...
 
 
 class BadCheckpoint(EngineError): ...
+
+
+def mend(path: Path) -> str:
+    """What to do about a checkpoint's file that could not be read."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(24).startswith(b"version https://git-lfs")
+    except OSError as error:
+        return f"it cannot be opened ({error.strerror}), who runs palaver must be allowed to"
+    return "it only says where Git LFS has the file: git lfs pull brings it" if pointer else "fetch the file again"
 
 
 class HubAway(EngineError): ...

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.engine.base import BadCheckpoint
+from core.engine.base import BadCheckpoint, mend
 
 ACTIVATIONS = {
     "gelu_new": "tanh",
@@ -74,11 +74,11 @@ class Config:
 def read_config(path: Path) -> Config:
     """Raises BadCheckpoint where it is not a GPT-2 configuration that this engine computes exactly."""
     try:
-        raw: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        raw: dict[str, Any] = json.loads(path.read_text("utf-8-sig"))  # editors on Windows begin a file with a mark
         if not isinstance(raw, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path} cannot be read ({error}): fetch the file again") from error
+        raise BadCheckpoint(f"{path} cannot be read ({error}): {mend(path)}") from error
     kind = raw.get("model_type", "gpt2")
     if kind != "gpt2":
         raise BadCheckpoint(f"{path}: model_type is {kind!r}; Palaver runs the GPT-2 family (DialoGPT) only")

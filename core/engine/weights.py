@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from core.engine.base import BadCheckpoint
+from core.engine.base import BadCheckpoint, mend
 from core.engine.config import Config, read_config
 
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|.*\.rotary_emb\..*")
@@ -132,7 +132,7 @@ def _shards(index: Path) -> list[str]:
     try:
         names = sorted({str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise BadCheckpoint(f"{index} is not an index of shards ({error!r}): fetch the file again") from error
+        raise BadCheckpoint(f"{index} is not an index of shards ({error!r}): {mend(index)}") from error
     for name in names:
         if Path(name).name != name or not os.path.isfile(index.parent / name):
             raise BadCheckpoint(f"{index} names {name!r:.80}, which is not there: fetch the missing shard")
@@ -144,7 +144,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except (SafetensorError, OSError, ValueError) as error:
-        raise BadCheckpoint(f"{path} is damaged or cut short ({_one_line(error)}): fetch the file again") from error
+        raise BadCheckpoint(f"{path} is damaged or cut short ({_one_line(error)}): {mend(path)}") from error
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -157,7 +157,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         raw = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except Exception as error:  # torch raises whatever the broken pickle or zip made it raise
         raise BadCheckpoint(
-            f"{path} is damaged, cut short, or holds more than weights ({_one_line(error)}): fetch the file again"
+            f"{path} is damaged, cut short, or holds more than weights ({_one_line(error)}): {mend(path)}"
         ) from error
     raw = raw.get("state_dict", raw) if isinstance(raw, dict) else None
     if not isinstance(raw, dict):

@@ -29,6 +29,7 @@ from core.engine.base import (
     PromptTooLong,
     QueueFull,
     SamplingParams,
+    mend,
 )
 
 STATUS: dict[type[EngineError], int] = {
@@ -44,7 +45,14 @@ STATUS: dict[type[EngineError], int] = {
 """Every refusal and its HTTP status. The name in the body decides; the status is for those who only see that."""
 ERRORS = {error.__name__: error for error in STATUS}
 BAD_REQUEST = "BadRequest"
-TOKENIZER_FILES = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+)
 """What a client elsewhere needs of the checkpoint's folder."""
 MODEL, REQUEST, SESSION = "Palaver-Model", "Palaver-Request", "X-Session-Id"
 _KNOBS = [field.name for field in fields(SamplingParams)]
@@ -119,9 +127,15 @@ def load_completions(answer: dict[str, Any]) -> list[Completion]:
 
 
 def tokenizer_files(folder: Path) -> dict[str, str]:
-    """Name -> text of those in TOKENIZER_FILES that are there."""
-    found = [folder / name for name in TOKENIZER_FILES]
-    return {path.name: path.read_text("utf-8") for path in found if path.is_file()}
+    """Name -> text of those in TOKENIZER_FILES that are there. Raises BadCheckpoint."""
+    files = dict[str, str]()
+    for path in (folder / name for name in TOKENIZER_FILES):
+        try:
+            if path.is_file():
+                files[path.name] = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadCheckpoint(f"{path} cannot be read ({error}): {mend(path)}") from error
+    return files
 
 
 def fingerprint(files: dict[str, str]) -> str:

@@ -82,6 +82,37 @@ def test_a_space_before_the_first_word_where_the_model_learnt_it_so(tmp_path: Pa
     assert Tokenizer.load(tmp_path).encode("there") == plain.encode(" there") != plain.encode("there")
 
 
+def test_what_it_does_not_know_is_no_end_of_text(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({END_OF_TEXT: 0, "h": 1, "i": 2}, [], unk_token=END_OF_TEXT))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert backend.encode("hi zzz").ids == [1, 2, 0, 0, 0, 0]
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.encode("hi zzz"), tokenizer.encode("zzz")) == ([1, 2], [])
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_words_that_were_added_beside_the_two_files(tmp_path: Path, special: bool) -> None:
+    """As Transformers 4 saved them. What is special is neither typed nor said."""
+    backend = trained()
+    backend.model.save(str(tmp_path))
+    vocab = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {END_OF_TEXT: len(vocab)}), encoding="utf-8")
+    end = len(vocab)
+    decoder = {str(end + 1): {"content": "xyzzy", "special": special}, str(end + 2): {"content": "plugh"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}), "utf-8-sig")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"plugh": end + 2, "xyzzy": end + 1}), "utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("hello xyzzy plugh")
+    assert (end + 1 in ids, end + 2 in ids) == (not special, True)
+    assert tokenizer.decode([*tokenizer.encode("hello "), end + 1, end + 2]) == (
+        "hello plugh" if special else "hello xyzzyplugh"
+    )
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"plugh": end + 7}), "utf-8")
+    with pytest.raises(BadCheckpoint, match=rf"added_tokens\.json has 'plugh' as {end + 7}, which is not the next id"):
+        Tokenizer.load(tmp_path)
+
+
 def test_cut_characters_and_strange_ids_are_left_out(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode("ok \u20ac")

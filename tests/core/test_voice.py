@@ -10,11 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.app import open_voice
-from core.engine.base import BadCheckpoint, Completion, EngineClosed, SamplingParams
+from core.engine.base import BadCheckpoint, Cancelled, Completion, EngineClosed, EngineError, QueueFull, SamplingParams
 from core.engine.echo_engine import EchoEngine
 from core.messages import Turn
 from core.settings import Settings
@@ -187,6 +188,25 @@ async def test_it_does_not_draw_for_ever(voice: Callable[..., Voice]) -> None:
     spoken = await speaker.speak([user("a"), bot("why ?", 1), user("b", 2)], seed=1)
     assert spoken and spoken[0] == "why ?"
     assert len(asked(speaker)) == 3
+
+
+@pytest.mark.parametrize("ends", [Cancelled, QueueFull, EngineClosed])
+async def test_what_repeats_is_said_where_the_engine_draws_no_other(
+    voice: Callable[..., Voice], ends: type[EngineError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaker = voice("why ?", "why ?")
+    generate = speaker.engine.generate
+
+    async def generate_twice(*a: Any, **how: Any) -> list[Completion]:
+        if len(asked(speaker)) == 2:
+            raise ends("no more")
+        return await generate(*a, **how)
+
+    monkeypatch.setattr(speaker.engine, "generate", generate_twice)
+    spoken = await speaker.speak([user("a"), bot("why ?", 1), user("b", 2)], seed=1)
+    assert spoken and spoken[0] == "why ?" and len(asked(speaker)) == 2
+    with pytest.raises(ends):
+        await speaker.speak([user("a")], seed=1)
 
 
 async def test_greedy_is_asked_once(voice: Callable[..., Voice]) -> None:

@@ -198,6 +198,7 @@ def bin_of(what: Any) -> Callable[[Path], None]:
     return edit
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another family": (edit_config(model_type="llama"), "config.json: model_type is 'llama'"),
     "cross attention": (edit_config(add_cross_attention=True), "config.json: add_cross_attention"),
@@ -230,8 +231,16 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "old bin cut": (then(resave("bin-old"), cut("pytorch_model.bin", 0.7)), "pytorch_model.bin is damaged, cut short"),
     "bin with code": (dangerous, "pytorch_model.bin is damaged, cut short, or holds more than weights"),
     "a git-lfs pointer": (
-        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"),
-        "model.safetensors is damaged or cut short",
+        lambda f: (f / "model.safetensors").write_text(POINTER),
+        "model.safetensors is damaged or cut short .* git lfs pull brings it",
+    ),
+    "a git-lfs pointer of a .bin": (
+        then(resave("bin"), lambda f: (f / "pytorch_model.bin").write_text(POINTER)),
+        "pytorch_model.bin is damaged, .* git lfs pull brings it",
+    ),
+    "a git-lfs pointer of a config": (
+        lambda f: (f / "config.json").write_text(POINTER),
+        "config.json cannot be read .* git lfs pull brings it",
     ),
     "shard missing": (
         then(resave("bin-shards"), lambda f: (f / "pytorch_model-00002-of-00002.bin").unlink()),
@@ -295,6 +304,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a single position": (edit_config(n_positions=1), "n_positions is 1, not a whole number from 2"),
     "no head": (edit_config(tie_word_embeddings=False), "lacks lm_head.weight"),
 }
+
+
+def test_a_config_may_begin_with_a_mark(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "model", "plain")
+    before = read_config(folder / "config.json")
+    text = (folder / "config.json").read_text("utf-8")
+    (folder / "config.json").write_text(text, "utf-8-sig")
+    assert read_config(folder / "config.json") == before
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.engine import wire
-from core.engine.base import Completion, EngineError, Failed, SamplingParams
+from core.engine.base import BadCheckpoint, Completion, EngineError, Failed, SamplingParams
 
 GOOD: dict[str, Any] = {"prompt": [1, 2], "params": {}, "session": "", "deadline": None}
 
@@ -121,3 +122,13 @@ def test_what_is_malformed_is_one_line_that_names_it(body: bytes, names: str) ->
         wire.load_request(body, 300)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_a_tokenizers_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "merges.txt").write_bytes(b"\xe9 \xe8")
+    with pytest.raises(BadCheckpoint, match=r"merges\.txt cannot be read \('utf-8' codec.*: fetch the file again"):
+        wire.tokenizer_files(tmp_path)
+    (tmp_path / "merges.txt").unlink()
+    (tmp_path / "config.json").symlink_to(tmp_path / "config.json")
+    assert wire.tokenizer_files(tmp_path) == {"tokenizer.json": "{}"}
