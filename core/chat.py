@@ -19,6 +19,7 @@ from core import metrics
 from core.backoff import backoff
 from core.courier import TYPING_EVERY, Courier, insist, wall
 from core.crash import crash_point
+from core.delivery import NotAccepted
 from core.engine.base import Cancelled, Completion, EngineError, Failed, PromptTooLong
 from core.messages import Channel, Message, MessageState, Request, Turn
 from core.queue import RequestQueue
@@ -102,7 +103,11 @@ class Chat:
     async def _receive(self, messages: list[Message], marks: Mapping[Channel, str], began: float) -> bool:
         """T1, and what follows from it."""
         crash_point("before T1")
-        received = await self.journal.receive(*messages, deadline=self._limits.deadline, marks=marks)
+        try:
+            received = await self.journal.receive(*messages, deadline=self._limits.deadline, marks=marks)
+        except NotAccepted:
+            metrics.refused.inc()
+            raise
         crash_point("after T1")
         metrics.commit_seconds.observe(self._clock() - began)
         for request in received.asked:

@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,32 @@ class Complaints:
             loop.default_exception_handler(context)
 
 
+class Often(logging.Filter):
+    """Of warnings that differ in their arguments alone, in ten seconds the first ten; the next one after that says how
+    many were left out. A journal that is away is told of at each message, and would fill the disk that it waits for."""
+
+    MOST, SECONDS = 10, 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        key, now = (record.name, str(record.msg)), time.monotonic()
+        since, count = self._seen.get(key, (now, 0))
+        if now - since >= self.SECONDS:
+            if count > self.MOST:
+                record.msg = f"{record.getMessage()} ({count - self.MOST} such lines before it were left out)"
+                record.args = None
+            since, count = now, 0
+        if len(self._seen) > 1000:  # who writes no templates
+            self._seen.clear()
+        self._seen[key] = since, count + 1
+        return count < self.MOST
+
+
 def _ours(record: logging.LogRecord) -> bool:
     """Not what whoever found the port has sent: it was answered 400, and a scan must not fill the disk."""
     return not record.exc_info or type(record.exc_info[1]).__module__ not in STRANGERS
@@ -97,6 +124,7 @@ def set_up(level: str, secrets: Iterable[str] = ()) -> None:
     formatter = Redacting(secrets)
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(formatter)
+    stream.addFilter(Often())
     logging.basicConfig(level=level.upper(), handlers=[stream], force=True)
     for name in ("httpx", "httpcore", "httpx2", "httpcore2", "aiohttp.access", "discord.gateway", "alembic", "asyncio"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -10,6 +10,7 @@ from prometheus_client import Counter, Gauge, Histogram, generate_latest
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
 
 received = Counter("palaver_messages_received", "Questions stored, each once.", ["platform"])
+refused = Counter("palaver_messages_refused", "Times that the journal could not take what came: it comes again.")
 finished = Counter(
     "palaver_messages_finished", "Questions that reached a final state in this process.", ["platform", "state"]
 )

@@ -102,8 +102,10 @@ def test_a_channel_of_a_platform_that_no_bot_has_is_refused() -> None:
 def test_what_the_journal_does_not_take_is_not_accepted() -> None:
     async def scene(house: House) -> None:
         house.refusing = True
+        before = REGISTRY.get_sample_value("palaver_messages_refused_total") or 0.0
         with pytest.raises(NotAccepted):
             await house.say("hi")
+        assert REGISTRY.get_sample_value("palaver_messages_refused_total") == before + 1
         house.refusing = False
         await asyncio.sleep(5)
         assert house.states() == [] and house.platform.texts() == []

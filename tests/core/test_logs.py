@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from core.logs import Complaints, Redacting, announce
+from core.logs import Complaints, Often, Redacting, announce
 
 SECRET = "canary-7f3a9b2c"
 TELEGRAM = "123456789:AAEhBOweik6ad9r_QXMENQjcrGbqCr4K-bc"
@@ -71,3 +71,25 @@ async def test_of_descriptors_that_are_lacking_it_is_told_once_and_of_the_rest_a
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     complain(loop, {"message": "something else", "exception": KeyError("a bug")})
     assert caplog.records[-1].levelno == logging.ERROR and len(caplog.records) == 2
+
+
+def test_what_is_told_of_at_each_message_does_not_fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is told once, or is worse, is told."""
+    now, often = [0.0], Often()
+    monkeypatch.setattr("core.logs.time.monotonic", lambda: now[0])
+
+    def told(text: str, *args: object, level: int = logging.WARNING) -> str | None:
+        record = logging.LogRecord("palaver", level, "f", 1, text, args, None)
+        return record.getMessage() if often.filter(record) else None
+
+    lines = [told("%s: not stored", number) for number in range(50)]
+    assert lines == [f"{number}: not stored" for number in range(10)] + [None] * 40
+    assert told("%s: not sent", 1) == "1: not sent"
+    assert [told("%s: not stored", 1, level=logging.ERROR) for _ in range(20)] == ["1: not stored"] * 20
+    now[0] = 10.5
+    assert told("%s: not stored", 50) == "50: not stored (40 such lines before it were left out)"
+    assert told("%s: not stored", 51) == "51: not stored"
+    now[0] = 30.0
+    assert told("%s: not stored", 52) == "52: not stored"
+    assert [told(f"no template {number}") is None for number in range(5000)].count(True) == 0
+    assert len(often._seen) <= 1001
