@@ -159,14 +159,13 @@ def open_discord(settings: DiscordSettings) -> DiscordBot:
 
 def proxy() -> str | None:
     """The environment's for Discord's address, which discord.py does not look for. Raises Unservable."""
-    address = yarl.URL(Route.BASE)
-    known = urllib.request.getproxies()
-    found = known.get(address.scheme) or known.get("all")
-    if found is None or urllib.request.proxy_bypass(address.host or ""):
+    address, known = yarl.URL(Route.BASE), urllib.request.getproxies()
+    kind = address.scheme if address.scheme in known else "all"
+    if kind not in known or urllib.request.proxy_bypass(address.host or ""):
         return None
-    if not found.startswith(("http://", "https://")):
-        raise Unservable(f"{address.scheme.upper()}_PROXY: Discord is reached through proxies of HTTP alone: http://…")
-    return found
+    if not known[kind].startswith(("http://", "https://")):
+        raise Unservable(f"{kind.upper()}_PROXY: Discord is reached through proxies of HTTP alone: http://…")
+    return known[kind]
 
 
 class DiscordBot:
@@ -326,6 +325,7 @@ class DiscordBot:
         first = last = str(int(reply.to) - 1)  # with the question: where not even that is shown, nobody can tell
         begun = reply.created_at - timedelta(minutes=1)  # two clocks
         for _ in range(LOOK_BACK):
+            await self.turn(reply.channel)
             page = await self._after(reply.channel.id, last)
             me = str(self._me)  # known from the login on, which a first page waits for
             for event in page:
@@ -352,7 +352,6 @@ class DiscordBot:
     async def _after(self, channel: str, id: str) -> list[dict[str, Any]]:
         """Up to 100 messages behind `id`, oldest first."""
         route = Route("GET", "/channels/{channel_id}/messages", channel_id=int(channel))
-        await self.turn(Channel(self.name, channel))
         found = await self._call(route, params={"after": id, "limit": 100})
         return sorted(found, key=lambda event: int(event["id"]))
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_SECONDS = 60.0
-EVERYTHING, SIGNS = 45, 20
-"""Calls a second, and those that may be left out. Discord takes 50, and shuts out who has ten thousand refused in ten
-minutes. https://discord.com/developers/docs/topics/rate-limits#global-rate-limit"""
+CALLS, FREE = 45, 15
+"""Calls a second, and so many that what may be left out leaves to others. Discord takes 50, and shuts out who has ten
+thousand refused in ten minutes. https://discord.com/developers/docs/topics/rate-limits#global-rate-limit"""
 SHUT_OUT = 20.0
 """Seconds without a call when what stands before Discord refuses all of ours and does not say for how long."""
 READERS = 8
@@ -71,19 +71,18 @@ class Client(discord.Client):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._all, self._signs = Quota(EVERYTHING, 1.05), Quota(SIGNS, 1.05)
+        self._calls = Quota(CALLS, 1.05)
 
     async def turn(self) -> None:
         """Wait until a call may go out, first come, first served."""
-        await asyncio.sleep(self._all.take(asyncio.get_running_loop().time()))
+        await asyncio.sleep(self._calls.take(asyncio.get_running_loop().time()))
 
     def sign(self) -> bool:
-        """May one go out now that others would have to wait for? It has its place then."""
+        """May one go out now that can be left out? It has its place then."""
         now = asyncio.get_running_loop().time()
-        free = self._all.free(now) and self._signs.free(now) and now >= self.quiet_until
+        free = now >= self.quiet_until and self._calls.free(now, FREE + 1)
         if free:
-            self._all.take(now)
-            self._signs.take(now)
+            self._calls.take(now)
         return free
 
     def be_quiet(self, seconds: float) -> None:
@@ -429,8 +428,9 @@ class Hearing:
                 await asyncio.wait_for(self._guilds_came.wait(), GUILDS_SECONDS)
         rest = channels & set(self._behind) - self._claimed
         if len(rest) > CATCH_UP_DIRECT and self._guilds:
-            late = {channel for channel in rest if await self._comes_later(channel)}
-            rest = channels & set(self._behind) - self._claimed - late  # some came meanwhile
+            late = await asyncio.gather(*map(self._comes_later, rest))
+            later = {channel for channel, comes in zip(rest, late, strict=True) if comes}
+            rest = channels & set(self._behind) - self._claimed - later  # some came meanwhile
         newest = sorted(rest, key=lambda id: int(self._marks[id]), reverse=True)
         if left := newest[CATCH_UP_DIRECT:]:
             log.warning("what was missed is not read in %d channels that were quiet longest", len(left))

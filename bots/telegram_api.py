@@ -212,7 +212,7 @@ class Pace:
         """Wait until `chat` may be sent one message. Raises RetryAfter while Telegram has told it to wait."""
         loop = asyncio.get_running_loop()
         self._refuse_held(chat)
-        for quota in (*self._windows(chat), self._all):
+        for quota in (*self._quotas(chat), self._all):
             if wait := quota.take(loop.time()):
                 await asyncio.sleep(wait)
                 self._refuse_held(chat)  # another of its topics may have been told meanwhile
@@ -232,7 +232,7 @@ class Pace:
         until = self._held.get(chat)
         return 0.0 if until is None else max(0.0, until - asyncio.get_running_loop().time())
 
-    def _windows(self, chat: int) -> list[Quota]:
+    def _quotas(self, chat: int) -> list[Quota]:
         if chat not in self._chats:
             if len(self._chats) >= self.MANY:
                 now = asyncio.get_running_loop().time()

@@ -25,9 +25,10 @@ class Quota:
         self._taken.append(at)
         return at - now
 
-    def free(self, now: float) -> bool:
-        """Would the next place be there at once?"""
-        return len(self._taken) < (self._taken.maxlen or 0) or self._taken[0] + self._seconds <= now
+    def free(self, now: float, places: int = 1) -> bool:
+        """Would so many (`count` at most) be there at once?"""
+        over = len(self._taken) + places - (self._taken.maxlen or 0)
+        return over <= 0 or self._taken[over - 1] + self._seconds <= now
 
     def idle(self, now: float) -> bool:
         return not self._taken or self._taken[-1] + self._seconds <= now

@@ -50,8 +50,10 @@ def mend(path: Path) -> str:
     try:
         with path.open("rb") as file:
             pointer = file.read(24).startswith(b"version https://git-lfs")
-    except OSError as error:
-        return f"it cannot be opened ({error.strerror}), who runs palaver must be allowed to"
+    except PermissionError:
+        return "let the user that runs Palaver read it"
+    except OSError:
+        pointer = False
     return "it only says where Git LFS has the file: git lfs pull brings it" if pointer else "fetch the file again"
 
 

@@ -89,6 +89,8 @@ class Judge:
         """Read as many texts as fit in ROWS and in the keys and values of one window, which every model has room for.
         The candidates, when there is nothing left to read."""
         texts = self._texts(case)
+        if not texts:
+            return case.candidates
         left = [text for text in dict.fromkeys(texts) if text not in case.known]
         count = rows = kept = 0
         for text in left:
@@ -99,7 +101,7 @@ class Judge:
         case.known |= zip(left[:count], self.read(left[:count]), strict=True)
         if count < len(left):
             return None
-        if not texts or not all(map(math.isfinite, case.known.values())):
+        if not all(map(math.isfinite, case.known.values())):
             return case.candidates
         return [
             replace(c, score=self._score(c, text, case.known[text]))
@@ -124,8 +126,6 @@ class Judge:
 
     def read(self, texts: Sequence[Text]) -> list[float]:
         """The log-probability of each, in nats. The same number beside any others."""
-        if not texts:
-            return []
         ids, rows, wanted = list[int](), list[Rows](), list[int]()
         for text in texts:
             rows.append(Rows(self.model.new_kv(len(text)), 0, len(text)))

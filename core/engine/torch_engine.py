@@ -143,8 +143,9 @@ class TorchEngine:
         if not isinstance(params, SamplingParams) or not isinstance(session, str):
             raise ValueError("params must be SamplingParams, and session text")
         future: asyncio.Future[list[Completion]] = self._loop.create_future()
-        until = None if deadline is None else time.monotonic() + deadline
-        judged_by = None if until is None or deadline is None else until - deadline * WAY_BACK
+        now = time.monotonic()
+        until = None if deadline is None else now + deadline
+        judged_by = None if deadline is None else now + deadline * (1 - WAY_BACK)
 
         def deliver(end: list[Completion] | EngineError) -> None:
             if isinstance(end, list) and len(end) > 1:

@@ -230,7 +230,7 @@ def test_who_waits_for_a_turn_in_a_chat_that_is_told_to_wait_waits_on() -> None:
 async def test_old_chats_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "MANY", 10)
     pace = Pace()
-    pace._windows(-1)[1].take(asyncio.get_running_loop().time())
+    pace._quotas(-1)[1].take(asyncio.get_running_loop().time())
     for chat in range(100):
-        pace._windows(chat)
+        pace._quotas(chat)
     assert len(pace._chats) <= 11 and -1 in pace._chats

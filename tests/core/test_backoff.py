@@ -33,6 +33,8 @@ def test_a_quota_is_never_broken_and_never_idle_for_nothing(count: int, seconds:
     for gap in gaps:
         now += gap
         free = quota.free(now)
+        places = sum(at + seconds <= now for at in times[-count:]) + count - len(times[-count:])
+        assert [quota.free(now, n) for n in range(1, count + 1)] == [n <= places for n in range(1, count + 1)]
         times.append(now + quota.take(now))
         assert free == (times[-1] == now)
         assert times[-1] == now or times[-1] == pytest.approx(times[-1 - count] + seconds)

@@ -117,7 +117,6 @@ class DiscordServer:
         self.deaf_to_after = False
         """A server that always tells the whole history."""
         self.nonce_seconds = 120.0
-        self.other_guilds: list[str] = []  # that the bot is in, and of which nothing comes by itself
         self.identifies = self.resumes = 0
         self.refuse_sessions = 0
         """So many IDENTIFYs and RESUMEs more are answered with "invalid session"."""
@@ -383,7 +382,7 @@ class DiscordServer:
             "user": self.me,
             "session_id": session.id,
             "resume_gateway_url": self.resume_gateway or self.gateway,
-            "guilds": [{"id": id, "unavailable": True} for id in (self.guild, *self.other_guilds)],
+            "guilds": [{"id": self.guild, "unavailable": True}],
             "private_channels": [],
             "relationships": [],
             "application": {"id": self.me["id"], "flags": 0},

@@ -221,6 +221,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "layers without end": (edit_config(n_layer=2_000_000), "n_layer is 2000000, not a whole number from 1 to 1024"),
     "config all brackets": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json cannot be read"),
     "config no JSON": (cut("config.json", 0.5), "config.json cannot be read"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json cannot be read .*: fetch the file again"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json cannot be read"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "header cut": (cut("model.safetensors", 100), "model.safetensors is damaged or cut short"),

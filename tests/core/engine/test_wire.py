@@ -124,11 +124,19 @@ def test_what_is_malformed_is_one_line_that_names_it(body: bytes, names: str) ->
     assert len(str(caught.value)) < 300
 
 
-def test_a_tokenizers_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_a_tokenizers_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "merges.txt").write_bytes(b"\xe9 \xe8")
     with pytest.raises(BadCheckpoint, match=r"merges\.txt cannot be read \('utf-8' codec.*: fetch the file again"):
         wire.tokenizer_files(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(BadCheckpoint, match=r"\.json cannot be read .*: let the user that runs Palaver read it"):
+            wire.tokenizer_files(tmp_path)
     (tmp_path / "merges.txt").unlink()
     (tmp_path / "config.json").symlink_to(tmp_path / "config.json")
     assert wire.tokenizer_files(tmp_path) == {"tokenizer.json": "{}"}
