@@ -24,7 +24,8 @@ from discord.http import Route
 from pydantic import Field, SecretStr, field_validator
 
 from bots import discord_events as events
-from bots.discord_hearing import SESSIONS_A_DAY, Client, Hearing, Rejected, call, read_answer
+from bots.discord_api import Client, Rejected, call, read_answer
+from bots.discord_hearing import SESSIONS_A_DAY, Hearing
 from bots.splitting import split
 from core.backoff import backoff
 from core.delivery import NotAccepted, NotSent, Unservable

@@ -22,6 +22,7 @@ from pydantic import SecretStr
 from bots import discord as module
 from bots import discord_hearing as hearing
 from bots.discord import FORGOTTEN, DiscordBot, DiscordSettings, open_discord
+from bots.discord_api import Client, call
 from core.delivery import MaybeSent, NotSent, Refused, RetryAfter, SendError, Unservable
 from core.messages import Channel, Reply
 from core.settings import WrongSettings, read
@@ -234,7 +235,7 @@ async def test_one_channel_that_must_wait_delays_no_other(server: DiscordServer)
 async def test_a_global_limit_or_ban_holds_for_all_and_ends_though_who_met_it_went_away(
     server: DiscordServer, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    monkeypatch.setattr(hearing, "SHUT_OUT", 1.0)
+    monkeypatch.setattr("bots.discord_api.SHUT_OUT", 1.0)
     ears, general, other = Ears(), server.channel("general"), server.channel("other")
     async with serving(server, ears) as bot:
         server.faults = [fault]
@@ -826,9 +827,8 @@ def slow_reads(
     wait for."""
     reads: list[str] = []
     old_read, new_read = asyncio.Event(), asyncio.Event()
-    call = hearing.call
 
-    async def slow(client: hearing.Client, route: Route, **arguments: Any) -> Any:
+    async def slow(client: Client, route: Route, **arguments: Any) -> Any:
         answer = await call(client, route, **arguments)
         reads.append(str(route.channel_id))
         if reads[-1] == general and reads.count(general) == 1:
