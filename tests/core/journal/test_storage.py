@@ -331,6 +331,23 @@ def scribble(file: Path) -> None:
         opened_.write(os.urandom(file.stat().st_size - 4096))
 
 
+@contextlib.contextmanager
+def between_two_writes(process: subprocess.Popen[str], file: Path) -> Iterator[None]:
+    """It stands still with all it wrote in the file, and reads that again when it goes on: else what is in the log, or
+    in its memory, would hide the file for as long as it likes."""
+    whole = False
+    while not whole:
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        with contextlib.closing(sqlite3.connect(file, timeout=0)) as other:
+            ((refused, *_),) = other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        try:
+            if whole := not refused:
+                yield
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+
 async def test_corrupt_while_it_runs_a_question_is_refused_for_now(file: Path) -> None:
     async with opened(file) as journal:
         await journal.receive(*(message(str(number), "x" * 500) for number in range(500)), deadline=60)
@@ -345,7 +362,8 @@ async def test_corrupt_while_it_runs_a_write_ends_the_process_and_the_next_start
         told(process, "20")
         async with opened(file) as journal:
             kept = await journal.backup()
-        scribble(file)
+        with between_two_writes(process, file):
+            scribble(file)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 74
     assert f"{file} is damaged, so this process ends here: the next start puts the newest good copy" in errors
