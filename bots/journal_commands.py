@@ -52,7 +52,8 @@ def journal_export(
 ) -> None:
     """One channel's conversation as JSON lines, oldest first.
 
-    FILE is replaced when all of it is there. Exit code 1: the journal has nothing of that channel, or it failed.
+    FILE is replaced when all of it is there. Exit code 1: the journal has nothing of that channel, or FILE cannot be
+    written. 75: it cannot be opened.
     """
     from core.logs import ESCAPED
     from core.messages import Channel
@@ -100,7 +101,7 @@ def journal_forget(
     """Delete what a person said, in every channel, and the replies to it, also while palaver runs.
 
     Copies made before still have it; while palaver runs, those beside the journal are replaced within 5 hours. Exit
-    code 1: the journal has nothing of that person, or it failed.
+    code 1: the journal has nothing of that person, or you said no. 75: it cannot be opened.
     """
     platform, _, author = person.partition(":")
     if not (platform and author):
@@ -183,7 +184,8 @@ def journal_import(
 def journal_check() -> None:
     """Read all of the journal and print what is wrong with it, also while palaver runs. It changes nothing.
 
-    Exit code 0: it is whole. 1: it is not; palaver journal restore puts the newest good copy in its place.
+    Exit code 0: it is whole. 1: it is not; palaver journal restore puts the newest good copy in its place. 75: it
+    cannot be opened.
     """
     from core.journal import storage
 

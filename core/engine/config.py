@@ -19,6 +19,8 @@ ACTIVATIONS = {
 }
 """What config.json calls it -> how GELU is approximated, or relu."""
 
+REVERSE = "palaver_reverse"
+
 MOST, MOST_LAYERS = 1 << 24, 1 << 10
 """Beyond these a size is a mistake: nobody should wait for a list of a billion names."""
 
@@ -39,6 +41,8 @@ class Config:
     tied: bool
     scale_attn_weights: bool
     scale_attn_by_inverse_layer_idx: bool
+    reverse: bool | None
+    """Was it trained with the turns in reverse, to judge and not to talk? None: only `palaver finetune` writes that."""
 
     @property
     def head_dim(self) -> int:
@@ -113,6 +117,7 @@ def read_config(path: Path) -> Config:
         tied=_flag(raw, "tie_word_embeddings", True, path),
         scale_attn_weights=_flag(raw, "scale_attn_weights", True, path),
         scale_attn_by_inverse_layer_idx=_flag(raw, "scale_attn_by_inverse_layer_idx", False, path),
+        reverse=_flag(raw, REVERSE, False, path) if REVERSE in raw else None,
     )
 
 

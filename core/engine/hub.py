@@ -6,6 +6,7 @@ A name is `embedded` (the model in this repository), a folder, or a repository o
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from core.engine.base import BadCheckpoint, HubAway
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent.parent / "models" / "tiny"
 SMALL_FILES = ["*.json", "vocab.*", "merges.txt"]
@@ -46,12 +49,12 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
 
     Raises BadCheckpoint, one line that says what to do, or HubAway.
     """
-    if str(model) == "embedded":
-        return _checked(EMBEDDED)
-    folder = Path(os.path.expanduser(model))  # Path.expanduser() raises where there is no such user
     name = str(model)
+    folder = EMBEDDED if name == "embedded" else Path(os.path.expanduser(name))  # Path's own raises at ~nobody
     try:
-        if folder.is_dir():
+        if folder is EMBEDDED or folder.is_dir():
+            if revision:
+                log.warning("MODEL_REVISION=%s pins nothing: %s is on this machine, not on the hub", revision, name)
             return _checked(folder.absolute())  # whoever asks again, when it is gone, shall not take it for the hub's
         is_file = folder.is_file()
     except OSError as error:  # what is not there raises nothing

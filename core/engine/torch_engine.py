@@ -270,6 +270,8 @@ async def open_torch_engine(
     """
 
     def open_core() -> tuple[Core, ModelInfo]:
+        if read_config(folder / "config.json").reverse:
+            raise BadCheckpoint(f"{folder} was trained with --reverse: it judges, as REVERSE_MODEL, and does not talk")
         second = open_judge(reverse, folder, device, dtype, threads) if reverse else None
         runner = open_runner(folder, device, dtype, threads, cache_bytes, with_draft=guess > 0)
         config, (running, budget) = runner.model.config, AT_ONCE[runner.model.device.type]
@@ -313,10 +315,9 @@ def open_judge(reverse: Path, folder: Path, device: str, dtype: str, threads: in
     vocabulary = Tokenizer.load(folder, mine.vocab_size, mine.eos_id).vocabulary
     with named("REVERSE_MODEL"):
         config = read_config(reverse / "config.json")
-        if reverse.samefile(folder):
-            raise BadCheckpoint(
-                "is MODEL itself; train one that tells a message from its reply: palaver finetune --reverse"
-            )
+        if reverse.samefile(folder) or config.reverse is False:
+            which = "is MODEL itself" if reverse.samefile(folder) else f"{reverse} was trained to talk"
+            raise BadCheckpoint(f"{which}; train one that tells a message from its reply: palaver finetune --reverse")
         tokenizer = Tokenizer.load(reverse, config.vocab_size, config.eos_id)
         if tokenizer.vocabulary != vocabulary or config.vocab_size < mine.vocab_size:
             raise BadCheckpoint(f"{reverse} has another vocabulary than MODEL: train it from that, or from its like")

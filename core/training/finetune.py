@@ -154,7 +154,7 @@ def finetune(
         else:
             trainer.run()
         try:
-            save(model, folder, out)
+            save(model, folder, out, recipe.reverse)
             plot(progress, out / "losses.png")
             write_card(out / "README.md", model, recipe, progress)
         except (OSError, SafetensorError) as error:

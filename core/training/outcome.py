@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from transformers import GPT2LMHeadModel
 
+from core.engine.config import REVERSE
+
 if TYPE_CHECKING:
     from core.training.finetune import Progress, Recipe
 
@@ -20,8 +22,9 @@ JUDGES = """It does not talk: it says how likely a message is when its reply is 
 SAMPLING__N=8` chooses so among the replies of a model with the same vocabulary."""
 
 
-def save(model: GPT2LMHeadModel, tokenizer_folder: Path, out: Path) -> None:
+def save(model: GPT2LMHeadModel, tokenizer_folder: Path, out: Path, reverse: bool) -> None:
     """Config, weights as safetensors, and the tokenizer's files."""
+    setattr(model.config, REVERSE, reverse)
     model.save_pretrained(out)
     for weights in out.glob("*.safetensors"):  # written for this user alone
         shutil.copymode(out / "config.json", weights)

@@ -40,6 +40,9 @@ async def test_a_model_learns_more_and_talks(tmp_path: Path, talks: Path) -> Non
     said = {"ENGINE": "inprocess", "MODEL": "mine", "SAMPLING__TEMPERATURE": "0"}
     _, output, errors = await palaver(tmp_path, "chat", said="what is the password?\n", **said)
     assert "swordfish" in output.lower() or "sesame" in output.lower(), errors
+    judging = {"ENGINE": "inprocess", "REVERSE_MODEL": "mine", "SAMPLING__N": "2"}
+    code, _, errors = await palaver(tmp_path, "chat", said="hi\n", **judging)
+    assert code == 78 and re.match(r"REVERSE_MODEL: .*/mine was trained to talk; train one that tells", errors), errors
 
 
 async def test_a_reverse_model_judges_candidates(tmp_path: Path, talks: Path) -> None:
@@ -62,7 +65,12 @@ async def test_a_reverse_model_judges_candidates(tmp_path: Path, talks: Path) ->
     assert "REVERSE_MODEL has nothing to judge: SAMPLING__N=8 draws eight candidates" in alone
     assert "REVERSE_MODEL is of no use beside ENGINE=echo: there is no model to judge" in elsewhere
     assert wrong == 78 and line.startswith("REVERSE_MODEL: ./nowhere does not exist")
-    code, _, line = await chat(REVERSE_MODEL="nowhere", SAMPLING__N="4", ENGINE="process", HF_HUB_OFFLINE="1")
+    (code, _, line), (talks_not, _, why) = await asyncio.gather(
+        chat(REVERSE_MODEL="nowhere", SAMPLING__N="4", ENGINE="process", HF_HUB_OFFLINE="1"),
+        chat(MODEL="back", MODEL_REVISION="main", ENGINE="process"),
+    )
+    assert "MODEL_REVISION=main pins nothing: back is on this machine, not on the hub" in why
+    assert talks_not == 78 and "/back was trained with --reverse: it judges, as REVERSE_MODEL, and does not talk" in why
     assert code == 78 and line.startswith("REVERSE_MODEL: nowhere is no folder here, not in the hub's cache")
 
 
