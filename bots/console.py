@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import sys
 from collections.abc import AsyncIterator
@@ -25,6 +26,8 @@ WELCOME = "This is a bot; it makes things up. /reset starts anew, /quit ends."
 AGAIN = "That is forgotten. Hello again!"
 UNHEARD = "(I can only read words.)"
 SILENCE = "(No answer came.)"
+KEYS = re.compile(r"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Z])")
+"""Arrows and their like, as a terminal sends them (ECMA-48, section 5.4): nobody said that."""
 
 
 class ConsoleBot:
@@ -122,7 +125,7 @@ async def read_lines() -> AsyncIterator[str]:
         *lines, rest = (rest + chunk).split(b"\n")
         rest = rest[-4 * MAX_CHARS :]
         for line in lines if more or not rest else [rest]:
-            yield clean(line.decode("utf-8", "replace")).strip()[-MAX_CHARS:]
+            yield clean(KEYS.sub("", line.decode("utf-8", "replace"))).strip()[-MAX_CHARS:]
 
 
 async def _readable(descriptor: int) -> None:

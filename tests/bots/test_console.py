@@ -149,6 +149,8 @@ async def test_a_person_talks(terminal: Callable[[], Terminal]) -> None:
     window.type("hello\n")
     await window.shows("…")
     await window.shows("Hello\r\n> ")
+    window.type("good\x1b[D\x1b[3~\x1bOA evening\n")  # arrows and the like are not said
+    await window.shows("Good evening\r\n> ")
     window.type("🦄\n")
     await window.shows(UNHEARD)
     window.type("/reset\n")
