@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from core.delivery import MaybeSent, NotSent, Platform, Refused, RetryAfter, SendError, Unservable
@@ -9,10 +10,33 @@ from core.delivery import MaybeSent, NotSent, Platform, Refused, RetryAfter, Sen
 if TYPE_CHECKING:
     from core.chat import Chat
 
-__all__ = ["Bot", "MaybeSent", "NotSent", "Platform", "Refused", "RetryAfter", "SendError", "Unservable"]
+__all__ = ["Bot", "Line", "MaybeSent", "NotSent", "Platform", "Refused", "RetryAfter", "SendError", "Unservable"]
+
+
+class Line:
+    """Whether the platform is heard. What is over within half a minute is no trouble."""
+
+    PATIENCE = 30.0
+
+    def __init__(self) -> None:
+        self._why, self._since = "", 0.0
+
+    def up(self) -> None:
+        self._why = ""
+
+    def down(self, why: str) -> None:
+        if not self._why:
+            self._since = time.monotonic()
+        self._why = why
+
+    @property
+    def trouble(self) -> str:
+        """ "" or what it is, one line."""
+        return self._why if time.monotonic() - self._since >= self.PATIENCE else ""
 
 
 class Bot(Platform, Protocol):
+    line: Line
     alone: bool
     """Is it an account somewhere, which one process at a time serves? The others on the journal wait to take over."""
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from bots.base import Line
 from core.delivery import NotAccepted, Unservable
 from core.messages import Author, Channel, Message, MessageState, Reply
 from core.text import MAX_CHARS, clean
@@ -40,6 +41,7 @@ class ConsoleBot:
         self._erase = "" if os.environ.get("TERM") == "dumb" else "\r\x1b[K"
         """What takes a line away; in an editor's terminal nothing does."""
         self.channel = Channel(self.name, "local" if self.at_terminal else secrets.token_hex(8))
+        self.line = Line()
         self._patience = patience
         self._asked: dict[str, asyncio.Future[str]] = {}
 

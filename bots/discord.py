@@ -24,11 +24,12 @@ from discord.http import Route
 from pydantic import Field, SecretStr, field_validator
 
 from bots import discord_events as events
+from bots.base import Line
 from bots.discord_api import Client, Rejected, call, read_answer
 from bots.discord_hearing import SESSIONS_A_DAY, Hearing
 from bots.splitting import split
 from core.backoff import backoff
-from core.delivery import NotAccepted, NotSent, Unservable
+from core.delivery import NotAccepted, NotSent, RetryAfter, Unservable
 from core.messages import Channel, MessageState, Reply
 from core.settings import Group
 from core.text import clean
@@ -106,6 +107,8 @@ class Gateway(DiscordWebSocket):
     @classmethod
     async def from_client(cls, client: discord.Client, *, gateway: yarl.URL | None = None, **how: Any) -> Gateway:
         """discord.py asks only the address that the last session came with: that may be gone where Discord is not."""
+        if isinstance(client, Client):
+            client.line.down("no session on Discord's gateway")
         try:
             return await super().from_client(client, gateway=gateway, **how)
         except (OSError, aiohttp.ClientError):
@@ -134,6 +137,10 @@ class Gateway(DiscordWebSocket):
             log.warning("Discord does not confirm the session, connecting anew")
             await self.close()
             raise ReconnectWebSocket(self.shard_id, resume=False) from None
+        except ReconnectWebSocket:
+            if waits:  # else it is what happens every few hours
+                log.warning("Discord ended a session before it began (code %s)", self.socket.close_code)
+            raise
 
 
 def _tell_calmly(record: logging.LogRecord) -> bool:
@@ -182,11 +189,14 @@ class DiscordBot:
         self._message_content = message_content
         self._client: Client | None = None
         self._logged_in = asyncio.Event()
+        self.line = Line()
 
     # -- hearing -------------------------------------------------------------------------------------------------
 
     async def serve(self, chat: Chat) -> None:
-        """Raises Unservable for a token or an intent that Discord refuses, ConnectionError when it is out of reach."""
+        """Raises Unservable for a token or an intent that Discord refuses, ConnectionError when it is out of reach,
+        RetryAfter when it says for how long."""
+        self.line.down("not logged in on Discord")
         client = self._build(chat)
         hearing = self._hearing = Hearing(client, chat)
         await hearing.open()
@@ -214,7 +224,9 @@ class DiscordBot:
                     what.get(error.code, f"Discord closed the gateway for good, code {error.code}")
                 ) from None
             raise
-        except (discord.HTTPException, discord.RateLimited, aiohttp.ClientError, OSError) as error:
+        except discord.RateLimited as error:
+            raise RetryAfter(error.retry_after, "Discord takes no calls") from None
+        except (discord.HTTPException, aiohttp.ClientError, OSError) as error:
             said = " ".join(str(error).split())[:200]
             raise ConnectionError(f"Discord is out of reach: {said or type(error).__name__}") from None
         finally:
@@ -232,6 +244,7 @@ class DiscordBot:
         intents.guilds = intents.guild_messages = intents.dm_messages = True
         intents.message_content = self._message_content
         client = Client(
+            self.line,
             intents=intents,
             max_messages=None,
             chunk_guilds_at_startup=False,
@@ -258,6 +271,10 @@ class DiscordBot:
                 await interaction.followup.send(said, ephemeral=True)
             except (discord.DiscordException, aiohttp.ClientError, OSError) as error:
                 log.warning("/reset in channel %s, %s, could not be answered: %s", interaction.channel_id, done, error)
+
+        @tree.error
+        async def unknown(interaction: discord.Interaction, error: app_commands.AppCommandError) -> None:
+            log.warning("Discord passed on a command that is not ours: %s", error)
 
         self._tree = tree
         return client
@@ -295,6 +312,7 @@ class DiscordBot:
 
     async def turn(self, channel: Channel) -> None:
         """Discord's limit for all calls together; discord.py keeps those for each route."""
+        await self._login()
         if self._client:
             await self._client.turn()
 
@@ -358,8 +376,12 @@ class DiscordBot:
 
     async def _call(self, route: Route, **arguments: Any) -> Any:
         """One REST call, failures as the courier wants them."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._logged_in.wait(), 5.0)
+        await self._login()
         if self._client is None:
             raise NotSent("not logged in yet")
         return await call(self._client, route, **arguments)
+
+    async def _login(self) -> None:
+        """Wait for it a while: a start takes up what is owed before."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._logged_in.wait(), 5.0)

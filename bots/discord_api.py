@@ -11,6 +11,7 @@ import aiohttp
 import discord
 from discord.http import Route, json_or_text
 
+from bots.base import Line
 from core.backoff import Quota
 from core.delivery import MaybeSent, NotSent, Refused, RetryAfter
 
@@ -37,13 +38,27 @@ class Client(discord.Client):
     """It wants none at all until then."""
     on_session: Callable[[bool], Awaitable[None]] | None = None
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._calls = Quota(CALLS, 1.05)
+    def __init__(self, line: Line, **options: Any) -> None:
+        trace = aiohttp.TraceConfig()
+        trace.on_request_start.append(self._leave)
+        super().__init__(http_trace=trace, **options)
+        self.line = line
+        self._calls, self._leaving = Quota(CALLS, 1.05), Quota(CALLS, 1.05)
 
     async def turn(self) -> None:
         """Wait until a call may go out, first come, first served."""
         await asyncio.sleep(self._calls.take(asyncio.get_running_loop().time()))
+
+    async def _leave(self, session: object, context: object, request: aiohttp.TraceRequestStartParams) -> None:
+        """Just before a call goes out, whatever it waited for since its turn: a commit, its route's limit, a second
+        try. It waits again, should too many have come together. What answers an interaction is not limited."""
+        path = str(request.url).removeprefix(Route.BASE)
+        if path == str(request.url) or path.startswith(("/interactions/", "/webhooks/")):
+            return
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(self._leaving.take(loop.time()))
+        if (left := self.quiet_until - loop.time()) > 0:
+            raise GlobalLimit(left)
 
     def sign(self) -> bool:
         """May one go out now that can be left out? It has its place then."""
@@ -59,6 +74,13 @@ class Client(discord.Client):
         if now >= self.quiet_until:
             log.warning("Discord takes no calls for %.1f s", seconds)
         self.quiet_until = max(self.quiet_until, now + seconds)
+
+    async def on_connect(self) -> None:
+        """A session has begun."""
+        self.line.up()
+
+    async def on_resumed(self) -> None:
+        self.line.up()
 
     async def before_identify_hook(self, shard_id: int | None, *, initial: bool = False) -> None:
         """IDENTIFY goes out next."""

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
-from bots.base import MaybeSent, NotSent, Refused, RetryAfter, SendError, Unservable
+from bots.base import Line, MaybeSent, NotSent, Refused, RetryAfter, SendError, Unservable
 from bots.splitting import split
 from bots.telegram_api import LOOPBACK, Pace, Rejected, TelegramApi, Unreadable
 from bots.telegram_polling import Poller
@@ -158,12 +158,14 @@ class TelegramBot:
         self._confirming: Counter[Channel] = Counter()
         self._hinted: set[Channel] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.line = Line()
 
     # -- hearing -------------------------------------------------------------------------------------------------
 
     async def serve(self, chat: Chat) -> None:
         """Until cancelled. Raises Unservable when Telegram does not know the token or takes no webhook."""
         self._chat = chat
+        self.line.down("Telegram does not answer")
         await self._api.open()
         try:
             await self._introduce()
@@ -171,7 +173,7 @@ class TelegramBot:
             if self._settings.telegram_webhook_url:
                 await self._listen(chat)
             else:
-                await Poller(self._api, chat, self.take).run()
+                await Poller(self._api, chat, self.take, self.line).run()
         finally:
             await self.aclose()
 
@@ -346,6 +348,7 @@ class TelegramBot:
                 log.info("Telegram: the webhook listens on %s:%d without TLS; put a proxy before it", host, port)
             while True:
                 await self._set_webhook(secret)
+                self.line.up()
                 await self._webhook_gone()
                 log.warning("Telegram: somebody took our webhook away; it is set again")
 

@@ -11,6 +11,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+from bots.base import Line
 from bots.telegram_api import Rejected, TelegramApi, Unreadable, wait_after
 from bots.telegram_updates import WANTED
 from bots.telegram_webhook import parse
@@ -32,10 +33,12 @@ TWO_POLLERS = (
 
 
 class Poller:
-    def __init__(self, api: TelegramApi, chat: Chat, take: Callable[[list[Any], bool], Awaitable[None]]) -> None:
+    def __init__(
+        self, api: TelegramApi, chat: Chat, take: Callable[[list[Any], bool], Awaitable[None]], line: Line
+    ) -> None:
         """`take` returns when the updates are in the journal, and raises NotAccepted when they are not. It is told
         whether they were missed."""
-        self._api, self._chat, self._take = api, chat, take
+        self._api, self._chat, self._take, self._line = api, chat, take, line
 
     async def run(self) -> None:
         """Until cancelled. An offset confirms and is then forgotten: after a quiet week the ids go on at random,
@@ -55,14 +58,17 @@ class Poller:
                 poison = parse(error.payload) if careful and error.payload == spoilt else None
                 if poison is None:
                     careful, spoilt = BATCH, error.payload
+                    self._line.down(str(error))
                     await wait_after(error, failures)
                     failures += 1
                     continue
                 updates = [poison]
             except (Rejected, SendError) as error:
+                self._line.down(str(error))
                 await self._mend(error, failures)
                 failures += 1
                 continue
+            self._line.up()
             if failures:
                 log.info("Telegram: polling goes on")
                 missed = True

@@ -37,6 +37,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from pydantic import Field, field_validator
 from yarl import URL
 
+from bots.base import Line
 from core import metrics
 from core.delivery import NotAccepted, Unservable
 from core.logs import announce
@@ -125,6 +126,7 @@ class WebBot:
         """What /readyz asks: "" or what is missing. Until it is set, nothing is ready."""
         self.address = ""
         """Where it serves, for example http://127.0.0.1:8080; "" while it does not."""
+        self.line = Line()
         self._settings = settings
         self._local = _is_loopback(settings.web_host)
         self._names = _hosts(settings.web_origin)

@@ -18,7 +18,7 @@ from core import metrics, systemd
 from core.backoff import backoff
 from core.chat import Chat
 from core.courier import Courier, insist
-from core.delivery import NotAccepted, Unservable
+from core.delivery import NotAccepted, RetryAfter, Unservable
 from core.engine.base import Engine, HubAway
 from core.logs import Complaints
 from core.owner import OWNER
@@ -28,7 +28,7 @@ from core.tokenizer import Tokenizer
 from core.voice import Voice
 
 if TYPE_CHECKING:
-    from bots.base import Bot
+    from bots.base import Bot, Line
     from core.journal.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class App:
     def __init__(self, settings: Settings, journal: Journal, courier: Courier, chat: Chat) -> None:
         self.settings, self.journal, self.courier, self.chat = settings, journal, courier, chat
         self.serving: dict[str, str] = {}  # bot -> why it does not serve, "" when it does
+        self._lines: dict[str, Line] = {}
         self.stopping = asyncio.Event()
         self._wrongly_set = 0  # bots that ended so
         self._code = 0
@@ -148,7 +149,8 @@ class App:
         """ "" when every message would be answered; else what is missing, one line."""
         if self.stopping.is_set():
             return "stopping"
-        if silent := [f"{name}: {why}" for name, why in self.serving.items() if why]:
+        states = {name: why or self._lines[name].trouble for name, why in self.serving.items()}
+        if silent := [f"{name}: {why}" for name, why in states.items() if why]:
             return "; ".join(silent)
         try:
             await self.journal.ping()
@@ -158,7 +160,7 @@ class App:
 
     async def _serve(self, bot: Bot) -> None:
         """When it is this process's turn, take up what the journal owes the bot, and run it."""
-        self.serving[bot.name] = ""
+        self.serving[bot.name], self._lines[bot.name] = "", bot.line
         async with self._turn(bot.name) if bot.alone else contextlib.nullcontext():
             await self.courier.open([bot])
             await self.chat.open([bot.name])
@@ -207,10 +209,10 @@ class App:
 
     async def _supervise(self, bot: Bot) -> None:
         """One bot, started again when it dies; the others never notice."""
-        failures = 0
+        failures, serves = 0, False
+        metrics.bot_up.labels(bot.name).set_function(lambda: serves and not bot.line.trouble)
         while True:
-            self.serving[bot.name] = ""
-            metrics.bot_up.labels(bot.name).set(1)
+            self.serving[bot.name], serves = "", True
             began = time.monotonic()
             try:
                 await bot.serve(self.chat)
@@ -227,15 +229,16 @@ class App:
                         log.exception("%s died while it was stopped", bot.name)
                     return
                 failures = 0 if time.monotonic() - began > STEADY else failures + 1
-                wait = backoff(failures, 60.0, first=1.0)
+                asked = error.seconds if isinstance(error, RetryAfter) else 0.0
+                wait = max(asked, backoff(failures, 60.0, first=1.0))
                 self.serving[bot.name] = f"{type(error).__name__}, starting again"
-                if isinstance(error, ConnectionError):
+                if isinstance(error, ConnectionError | RetryAfter):
                     log.warning("%s: %s; starting it again in %.1f s", bot.name, error, wait)
                 else:
                     log.exception("%s died; starting it again in %.1f s", bot.name, wait)
                 metrics.bot_restarts.labels(bot.name).inc()
             finally:
-                metrics.bot_up.labels(bot.name).set(0)
+                serves = False
             await asyncio.sleep(wait)
 
     async def _beat(self) -> None:

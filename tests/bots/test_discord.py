@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from bots import discord as module
 from bots import discord_hearing as hearing
+from bots.base import Line
 from bots.discord import FORGOTTEN, DiscordBot, DiscordSettings, open_discord
 from bots.discord_api import Client, call
 from core.delivery import MaybeSent, NotSent, Refused, RetryAfter, SendError, Unservable
@@ -262,9 +263,81 @@ async def test_all_channels_together_keep_discords_limit(server: DiscordServer) 
             await bot.send(reply(server, place, "1", nonce=f"n{place}"))
 
         await asyncio.gather(*map(answer, places))
-    times = sorted([sent.at for sent in server.ledger] + [at for at, _ in server.typing])
-    assert len(server.ledger) == 130 and 1 <= len(server.typing) < 65
-    assert all(late - early > 0.9 for early, late in zip(times, times[50:], strict=False))
+    assert len(server.ledger) == 130 and 1 <= len(server.typing) < 65 and keeps_the_limit(server.limited)
+
+
+def keeps_the_limit(times: list[float]) -> bool:
+    return all(late - early > 0.9 for early, late in zip(times, times[50:], strict=False))
+
+
+async def test_what_is_owed_at_a_start_keeps_discords_limit(server: DiscordServer) -> None:
+    places = [server.channel(f"c{number}") for number in range(110)]
+    bot = bot_for(server)
+
+    async def answer(place: str) -> None:
+        await bot.turn(Channel("discord", place))
+        await bot.send(reply(server, place, "1", nonce=f"n{place}"))
+
+    owed = asyncio.gather(*map(answer, places))
+    turn = asyncio.create_task(bot.turn(Channel("discord", places[0])))
+    await asyncio.sleep(0.05)
+    assert not turn.done(), "nothing is under way before the login"
+    task = asyncio.create_task(bot.serve(Ears().chat))
+    await asyncio.gather(owed, turn)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert len(server.ledger) == 110 and keeps_the_limit(server.limited)
+
+
+async def test_calls_that_waited_after_their_turn_keep_the_limit_and_stop_at_a_ban(server: DiscordServer) -> None:
+    """As for a commit, or for the limit of their route: they would all come at once."""
+    places = [server.channel(f"c{number}") for number in range(110)]
+    async with serving(server, Ears()) as bot:
+        await asyncio.gather(*(bot.turn(Channel("discord", place)) for place in places))
+        sending = [asyncio.create_task(bot.send(reply(server, place, "1", nonce=f"n{place}"))) for place in places]
+        server.faults = [Fault("flood_global", channel=places[60], value=20.0)]
+        ends = await asyncio.gather(*sending, return_exceptions=True)
+    assert keeps_the_limit(server.limited) and 60 <= len(server.ledger) < 90
+    assert all(isinstance(end, str | RetryAfter) for end in ends)
+    assert sum(isinstance(end, str) for end in ends) == len(server.ledger)
+
+
+async def test_a_login_that_must_wait_says_for_how_long(server: DiscordServer) -> None:
+    server.faults = [Fault("flood_global", "GET", path="/users/@me", value=1234.0)]
+    with pytest.raises(RetryAfter) as caught:
+        await bot_for(server).serve(Ears().chat)
+    assert caught.value.seconds == 1234.0
+
+
+async def test_a_gateway_that_is_deaf_for_a_while_is_told(
+    server: DiscordServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Line, "PATIENCE", 0.2)
+    monkeypatch.setattr(module.Backoff, "delay", lambda _: 0.02)
+    server.closes_sessions = 10**9
+    bot = bot_for(server)
+    assert not bot.line.trouble
+    task = asyncio.create_task(bot.serve(Ears().chat))
+    await until(lambda: bot.line.trouble == "no session on Discord's gateway")
+    assert "Discord ended a session before it began (code 4000)" in caplog.text
+    server.closes_sessions = 0
+    await server.until(connected=True)
+    await until(lambda: not bot.line.trouble)
+    await server.drop()  # a session is resumed
+    await until(lambda: server.resumes == 1)
+    await asyncio.sleep(0.3)
+    assert not bot.line.trouble
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_command_that_is_not_ours_is_a_line(server: DiscordServer, caplog: pytest.LogCaptureFixture) -> None:
+    general = server.channel("general")
+    async with serving(server, Ears()):
+        asked = asyncio.create_task(server.command(general, "ann", "imagine"))
+        await until(lambda: "a command that is not ours: Application command 'imagine' not found" in caplog.text)
+        asked.cancel()
+    assert not any(record.exc_info for record in caplog.records)
 
 
 async def test_a_limit_for_all_is_one_line_and_no_failure_of_a_history(

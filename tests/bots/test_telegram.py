@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bots.base import MaybeSent, NotSent, Refused, RetryAfter, Unservable
+from bots.base import Line, MaybeSent, NotSent, Refused, RetryAfter, Unservable
 from bots.telegram import FORGOTTEN, GREETING, GREETING_GROUP, NOT_NOW, UNHEARD, TelegramSettings, open_telegram
 from core.messages import Channel
 from core.settings import WrongSettings
@@ -513,6 +513,18 @@ async def test_trouble_on_the_line_is_outlived(server: TelegramServer) -> None:
         await until(lambda: ears.heard)
         await server.confirmed()
     assert ears.texts == ["hi"] and not ears.failed
+
+
+async def test_a_telegram_that_is_out_of_reach_for_a_while_is_told(
+    server: TelegramServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Line, "PATIENCE", 0.0)
+    async with serving(server, Ears()) as bot:
+        await until(lambda: bool(server.called("getUpdates")) and not bot.line.trouble)
+        server.faults += [Fault("error", "getUpdates", value=[502, "Bad Gateway"], times=4)]
+        server.say(ANN, ANN, "hi")
+        await until(lambda: "502" in bot.line.trouble)
+        await until(lambda: not bot.line.trouble)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any, cast
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from pydantic import SecretStr
 
-from bots.base import Bot
+from bots.base import Bot, Line
 from core import app as module
 from core.app import App, open_app
 from core.chat import Chat
-from core.delivery import NotAccepted, Unservable
+from core.delivery import NotAccepted, RetryAfter, Unservable
 from core.engine.base import Completion, EngineClosed, SamplingParams
 from core.engine.torch_engine import TorchEngine
 from core.messages import Author, Channel, Message, Reply
@@ -31,7 +33,7 @@ class Player(Board):
 
     def __init__(self, name: str, *lives: BaseException) -> None:
         super().__init__()
-        self.name, self.lives, self.starts = name, list(lives), 0
+        self.name, self.lives, self.starts, self.line = name, list(lives), 0, Line()
 
     async def serve(self, chat: Chat) -> None:
         self.starts += 1
@@ -123,6 +125,40 @@ async def test_the_wait_before_a_start_grows_until_a_bot_served_for_a_while(
         await until(lambda: dying.starts == 4)
         app.stop()
         assert await task == 0 and waits == counted
+
+
+async def test_a_platform_that_is_not_heard_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def up() -> float | None:
+        return REGISTRY.get_sample_value("palaver_bot_up", {"platform": "deaf"})
+
+    bot = Player("deaf")
+    async with open_app(settings(tmp_path)) as app:
+        task = await running(app, bot)
+        await until(lambda: bot.starts)
+        bot.line.down("no answer")
+        assert (await app.ready(), up()) == ("", 1.0), "a moment"
+        monkeypatch.setattr(Line, "PATIENCE", 0.0)
+        assert (await app.ready(), up()) == ("deaf: no answer", 0.0)
+        bot.line.up()
+        assert (await app.ready(), up()) == ("", 1.0)
+        app.stop()
+        assert await task == 0
+    assert up() == 0.0
+
+
+async def test_a_platform_that_says_how_long_is_left_alone_so_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "backoff", lambda failures, longest, first: 0.1)
+    bot = Player("full", RetryAfter(1.2, "no calls"))
+    async with open_app(settings(tmp_path)) as app:
+        task = await running(app, bot)
+        await until(lambda: bot.starts == 1)
+        began = time.monotonic()
+        await until(lambda: bot.starts == 2)
+        assert time.monotonic() - began > 1.1 and "full: no calls; starting it again in 1.2 s" in caplog.text
+        app.stop()
+        assert await task == 0
 
 
 async def test_what_waits_on_another_platform_is_left_to_who_serves_it(tmp_path: Path) -> None:

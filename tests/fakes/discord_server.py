@@ -106,6 +106,8 @@ class DiscordServer:
         self.ledger: list[Sent] = []
         self.typing: list[tuple[float, str]] = []
         self.calls: list[tuple[str, str, Json]] = []
+        self.limited: list[float] = []
+        """When each call came that counts for the fifty a second."""
         self.commands: list[Json] = []
         self.said_to_commands: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
@@ -126,6 +128,8 @@ class DiscordServer:
         """Where sessions are resumed, if it is elsewhere."""
         self.unconfirmed = 0
         """So many IDENTIFYs and RESUMEs more are taken and never heard of again."""
+        self.closes_sessions = 0
+        """So many IDENTIFYs and RESUMEs more end their connection with 4000, an error that nobody knows."""
         self.joined = "2024-01-01T00:00:00+00:00"
         """When the bot was invited."""
         self._away = False
@@ -265,7 +269,7 @@ class DiscordServer:
 
     async def command(self, channel: str, user: str, name: str, timeout: float = 30.0) -> str:
         """Someone uses a slash command; returns what the bot said to them alone."""
-        command = next(command for command in self.commands if command["name"] == name)
+        command = next((command for command in self.commands if command["name"] == name), {"id": self._id()})
         before = len(self.said_to_commands)
         interaction: Json = {
             "id": self._id(),
@@ -354,6 +358,9 @@ class DiscordServer:
                     await socket.send({"op": 11, "d": None, "s": None, "t": None})
                 elif op in (2, 6) and self.unconfirmed:
                     self.unconfirmed -= 1
+                elif op in (2, 6) and self.closes_sessions:
+                    self.closes_sessions -= 1
+                    await ws.close(code=4000)
                 elif op in (2, 6) and self.refuse_sessions:
                     self.refuse_sessions -= 1
                     await socket.send({"op": 9, "d": False, "s": None, "t": None})
@@ -458,6 +465,8 @@ class DiscordServer:
         path, method = "/" + request.match_info["path"], request.method
         body = await request.json() if request.can_read_body and request.content_type == "application/json" else {}
         self.calls.append((method, path, body))
+        if not path.startswith(("/interactions/", "/webhooks/")):
+            self.limited.append(asyncio.get_running_loop().time())
         channel = path.split("/")[2] if path.startswith("/channels/") else ""
         fault = self._fault(method, path, channel)
         if fault is not None:
