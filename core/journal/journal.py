@@ -33,6 +33,13 @@ log = logging.getLogger(__name__)
 NO_MARKS: Mapping[Channel, str] = {}
 TAKEN_BACK = exists().where(messages.c.id == replies.c.message, messages.c.deleted)
 """A reply's question was deleted."""
+RESET = exists().where(
+    messages.c.id == replies.c.message,
+    channels.c.platform == messages.c.platform,
+    channels.c.channel == messages.c.channel,
+    messages.c.id <= channels.c.history_after,
+)
+"""Its conversation began anew since."""
 KEPT = case((TAKEN_BACK, ""), else_=replies.c.text)
 """Of the text of a reply that is settled."""
 RECENT = 128
@@ -295,9 +302,15 @@ class Journal(Upkeep):
 
     async def history(self, channel: Channel, *, before: int | None = None, limit: int = 64) -> list[Turn]:
         """The last `limit` turns since the last reset, oldest first, in the order they were answered: each question
-        and its answer. What was deleted, or never delivered, is not among them."""
+        and its answer. What was deleted, or never delivered, is not among them. `before` the row of a message, they are
+        of its channel, which may have another id by now."""
+        where: Any = inside(channel)
+        if before is not None:
+            its = messages.alias()
+            of = [select(its.c[name]).where(its.c.id == before).scalar_subquery() for name in ("platform", "channel")]
+            where = and_(messages.c.platform == of[0], messages.c.channel == of[1], messages.c.id < before)
         after = select(channels.c.history_after).where(
-            channels.c.platform == channel.platform, channels.c.channel == channel.id
+            channels.c.platform == messages.c.platform, channels.c.channel == messages.c.channel
         )
         said = (messages.c.turn, messages.c.author_name, messages.c.text, messages.c.platform_id, replies.c.spoken)
         hidden = messages.c.id <= func.coalesce(after.scalar_subquery(), 0)
@@ -305,7 +318,7 @@ class Journal(Upkeep):
             select(*said, hidden.label("hidden"))
             .join(replies, and_(replies.c.message == messages.c.id, replies.c.part == 0))
             .where(
-                inside(channel),
+                where,
                 messages.c.turn.is_not(None),
                 ~messages.c.deleted,
                 ~replies.c.notice,
@@ -314,8 +327,6 @@ class Journal(Upkeep):
             .order_by(messages.c.turn.desc())
             .limit((limit + 1) // 2)
         )
-        if before is not None:
-            query = query.where(messages.c.id < before)
         turns: list[Turn] = []
         for row in reversed(await self._read(query)):
             if row.hidden:
@@ -375,14 +386,15 @@ class Journal(Upkeep):
         ]
 
     async def begin_send(self, reply: Reply) -> Reply | None:
-        """T3: an attempt is about to leave. None: another process has settled the reply, or its question is deleted."""
+        """T3: an attempt is about to leave. None: another process has settled the reply, or its question is deleted,
+        or forgotten."""
         first = func.coalesce(replies.c.first_try_at, time.time())
         begin = (
             update(replies)
             .where(replies.c.id == reply.id, unsettled)
             .values(
-                state=case((TAKEN_BACK, "abandoned"), else_="sending"),
-                note=case((TAKEN_BACK, "taken back"), else_=replies.c.note),
+                state=case((TAKEN_BACK | RESET, "abandoned"), else_="sending"),
+                note=case((TAKEN_BACK, "taken back"), (RESET, "forgotten"), else_=replies.c.note),
                 text=KEPT,
                 tries=reply.tries + 1,
                 first_try_at=first,

@@ -201,6 +201,7 @@ class MemoryJournal:
 
     async def history(self, channel: Channel, *, before: int | None = None, limit: int = 64) -> list[Turn]:
         await self._wait(self._dice.uniform(0, 0.005))
+        channel = self._find(before).message.channel if before else channel
         turns: list[Turn] = []
         for row in self._disk.rows:
             said = [sent for sent in self._disk.replies if sent.reply.message == row.row and not sent.notice]
@@ -248,6 +249,10 @@ class MemoryJournal:
 
     async def begin_send(self, reply: Reply) -> Reply | None:
         await self._before()
+        row = self._find(reply.message)
+        if row.row <= self._disk.after.get(row.message.channel, 0):
+            await self._set(replace(reply, state="abandoned"))
+            return None
         begun = replace(reply, state="sending", tries=reply.tries + 1)
         return begun if await self._set(begun) else None
 

@@ -172,9 +172,15 @@ async def test_reset_hides_what_was_and_indices_go_on(journal: Journal) -> None:
     assert await spoken(journal) == []
     await answered(journal, "2")
     assert await spoken(journal) == [(2, "text 2"), (3, "re 2 .")]
-    waiting = await ask(journal, "3")
+    waiting, (sent,) = await ask(journal, "3"), await answered(journal, "4")
+    elsewhere = await ask(journal, "5", Channel("test", "elsewhere"))
+    assert await journal.begin_send(sent)
     await journal.reset(HERE)
-    assert await journal.answer(waiting, ["Late."], spoken="late .")
+    (late,) = await journal.answer(waiting, ["Late."], spoken="late .")
+    assert await journal.begin_send(late) is None, "who hears that all is forgotten hears no more of it"
+    assert await journal.begin_send(sent) is None, "nor once more"
+    (other,) = await journal.answer(elsewhere, ["Here."], spoken="here .")
+    assert await journal.begin_send(other) and [reply.id for reply in await journal.due()][-1:] == [other.id]
     assert await spoken(journal) == [], "what was asked before the reset is not said after it"
     await journal.reset(THERE)
     await answered(journal, "1", THERE)
@@ -558,6 +564,14 @@ async def test_a_long_channel_moves_in_statements_that_are_short(journal: Journa
     finally:
         event.remove(Engine, "after_cursor_execute", note)
     assert touched == [500, 500, 200] and len([line async for line in journal.export(THERE)]) == 1200
+
+
+async def test_a_question_that_moved_while_it_was_answered_keeps_its_history(journal: Journal) -> None:
+    await answered(journal, "1")
+    asked = await ask(journal, "2")
+    await journal.rekey(HERE, THERE)
+    assert [turn.text for turn in await journal.history(HERE, before=asked.row)] == ["text 1", "re 1 ."]
+    assert await journal.history(HERE) == []
 
 
 async def test_a_channel_that_moves_stays_reset(journal: Journal) -> None:
