@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import re
 import secrets
@@ -214,16 +215,19 @@ class TelegramBot:
             anew = read({"message": update["edited_message"]}, self._me)
             found += [anew] if isinstance(anew, Message) else []
         for each in found:
-            if isinstance(each, Message) and each.kind == "ask" and not each.server:
-                self._hint(each)
+            if isinstance(each, Message) and each.kind == "ask":
+                self._hint(each, isinstance(update.get("message", {}).get("text"), str))
         return [each for each in found if not (isinstance(each, Message) and each.kind == "ask" and not each.text)]
 
-    def _hint(self, asked: Message) -> None:
-        """A private chat in which there is nothing to answer is told so, once."""
+    def _hint(self, asked: Message, worded: bool) -> None:
+        """A private chat in which there is nothing to answer is told so, once; a group that calls the bot by its name
+        alone, how it is talked to."""
         assert self._chat is not None
-        if asked.channel not in self._hinted and not self._chat.voice.hears(asked.text):
+        if asked.channel in self._hinted or self._chat.voice.hears(asked.text):
+            return
+        if not asked.server or (worded and not asked.text):
             self._hinted.add(asked.channel)
-            self._tell(asked, UNHEARD)
+            self._tell(asked, GREETING_GROUP if asked.server else UNHEARD)
 
     async def _receive(self, messages: list[Message]) -> None:
         """One commit for all; what the journal cannot store whatever happens is recorded alone."""
@@ -342,8 +346,10 @@ class TelegramBot:
             try:
                 port = await stack.enter_async_context(listening(webhook, host, port, path))
             except OSError as error:
-                where = f"TELEGRAM_WEBHOOK_PORT: cannot listen on {host}:{port}"
-                raise Unservable(f"{where} ({error.strerror or error}): name a free port") from None
+                taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+                setting, mend = ("PORT", "name a free port") if taken else ("HOST", "name an address of this machine")
+                why = f"cannot listen on {host}:{port} ({error.strerror or error})"
+                raise Unservable(f"TELEGRAM_WEBHOOK_{setting}: {why}: {mend}") from None
             if host not in LOOPBACK:
                 log.info("Telegram: the webhook listens on %s:%d without TLS; put a proxy before it", host, port)
             while True:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 HOLD = 25
 """Seconds that Telegram holds a poll with nothing to say."""
+HELD = 2.0
+"""Seconds after which an answer to a poll is what was said meanwhile: what had waited would have come at once."""
 BATCH = 100
 CONFLICT_PAUSE = (2.0, 6.0)
 TWO_POLLERS = (
@@ -46,12 +48,12 @@ class Poller:
 
         `careful`: so many updates are fetched one by one, to get at one that spoils its batch. An answer that is no
         JSON counts as the update's fault, and not the wire's, when it comes twice the same.
-        `missed`: from a start or an outage on, until a poll that is not full.
+        `missed`: from a start or an outage on, until a poll that is not full, or had to wait for something to be said.
         """
         offset, failures, careful, spoilt, missed = None, 0, 0, b"", True
         while True:
             await self._chat.paused()
-            limit = 1 if careful else BATCH
+            limit, asked_at = 1 if careful else BATCH, asyncio.get_running_loop().time()
             try:
                 updates = await self._fetch(offset, limit)
             except Unreadable as error:
@@ -73,6 +75,7 @@ class Poller:
                 log.info("Telegram: polling goes on")
                 missed = True
             failures, careful, spoilt = 0, max(0, careful - 1), b""
+            missed = missed and asyncio.get_running_loop().time() - asked_at < HELD
             await self._take_surely(updates, missed)
             missed = missed and len(updates) == limit
             offset = max(map(_number, updates)) + 1 if updates else None

@@ -26,7 +26,10 @@ SPEAKS_FOR_A_CHAT = (1087968824, 136817688)
 """GroupAnonymousBot and Channel_Bot: people who write in the name of their group or channel, not bots."""
 EDITED_SECONDS = 300
 """A message that an edit makes one to us is heard when it was no older than that."""
-MEDIA = frozenset({"audio", "document", "photo", "sticker", "video", "video_note", "voice"})
+MEDIA = {
+    "audio", "contact", "dice", "document", "location", "paid_media", "photo", "poll", "sticker", "story", "venue",
+    "video", "video_note", "voice",
+}  # fmt: skip
 """What people say without words; an animation is a document, too. Of an album one has the words."""
 T = TypeVar("T")
 

@@ -47,6 +47,8 @@ class Webhook:
                 body = await request.read()  # raises 413 when it grows beyond
         except TimeoutError:
             return web.Response(status=408)
+        except web.RequestPayloadError:  # not in the encoding that it says
+            return web.Response(status=400)
         try:
             async with asyncio.timeout(0.01):
                 await self._paused()

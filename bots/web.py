@@ -248,11 +248,14 @@ class WebBot:
         self._refuse_others(request)
         socket = web.WebSocketResponse(heartbeat=HEARTBEAT, max_msg_size=LONGEST_FRAME)
         channel = _known(request, socket)
+        full = "Too many people are here." if sum(map(len, self._tabs.values())) >= MOST_TABS else ""
         if len(self._tabs.get(channel, ())) >= MOST_TABS_EACH:
-            raise web.HTTPServiceUnavailable(text="Too many pages of this browser are open; close some.\n")
-        if sum(map(len, self._tabs.values())) >= MOST_TABS:
-            raise web.HTTPServiceUnavailable(text="Too many people are here.\n")
+            full = "Too many pages of this browser are open; close some."
         await socket.prepare(request)
+        if full:  # a page sees nothing of a socket that is refused
+            await socket.send_json({"full": full})
+            await socket.close(code=WSCloseCode.TRY_AGAIN_LATER)
+            return socket
         tab = Tab(socket, request.transport)
         self._tabs[channel].add(tab)
         writer = asyncio.create_task(tab.write())

@@ -18,6 +18,7 @@ const exchanges = new Map(); // message id -> {box, reply}: what is shown, in it
 // message id -> {text, stored, after, note}: what has no answer, with a note: will have none; `after` is the id above
 const waiting = new Map();
 let socket = null;
+let sending = ""; // the id on its way: what was said after it goes when it is stored, or the order would be lost
 let connected = false; // the history has come: what is shown is what the server knows
 let asked = false; // for the history, which has not come
 let resetting = false;
@@ -25,6 +26,7 @@ let failures = 0;
 let retry = 0;
 let overdue = 0;
 let typingEnds = 0;
+let full = ""; // why the server takes no more pages
 
 // The cookie is there before the first socket, and one tab asks after the other: two new ones would be two people.
 const cookie = (navigator.locks ? navigator.locks.request("palaver", askForCookie) : askForCookie()).catch(() => {});
@@ -43,7 +45,7 @@ async function connect() {
   socket = mine;
   mine.onopen = () => {
     // first what the server may not have, then the question for what it has: so the history holds it all
-    for (const id of waiting.keys()) transmit(id);
+    transmit();
     ask();
   };
   mine.onmessage = (event) => mine === socket && hear(JSON.parse(event.data));
@@ -57,6 +59,7 @@ function lost() {
   socket = null;
   if (abandoned) abandoned.close();
   connected = false;
+  sending = "";
   if (resetting) find("not-now").hidden = false;
   resetting = false;
   failures += 1;
@@ -80,11 +83,19 @@ function ask() {
   watch();
 }
 
-function transmit(id) {
-  const said = waiting.get(id);
-  if (!said || said.note || socket?.readyState !== WebSocket.OPEN) return;
+function transmit() {
+  if (socket?.readyState !== WebSocket.OPEN || waiting.has(sending)) return;
+  const [id, said] = [...waiting].find(([, said]) => !said.stored && !said.note) || [""];
+  sending = id;
+  if (!id) return;
   socket.send(JSON.stringify({ id, text: said.text }));
   watch();
+}
+
+function goOn(id) {
+  if (id !== sending) return;
+  sending = "";
+  transmit();
 }
 
 // A connection that broke without a word (a sleeping laptop) is silent, and something is not acknowledged. So is a history
@@ -105,13 +116,14 @@ function hear(frame) {
   clearTimeout(overdue);
   overdue = 0;
   watch();
-  if (frame.history) begin(frame.history);
-  else if (frame.stored) stored(frame.stored);
-  else if (frame.reply) replied(frame.reply);
-  else if (frame.closed) closed(frame.closed, frame.note);
+  if (frame.history) { begin(frame.history); goOn(waiting.has(sending) ? "" : sending); }
+  else if (frame.stored) { stored(frame.stored); goOn(frame.stored.id); }
+  else if (frame.reply) { replied(frame.reply); goOn(frame.reply.to); }
+  else if (frame.closed) { closed(frame.closed, frame.note); goOn(frame.closed); }
   else if (frame.typing) typing(frame.typing, frame.note);
   else if (frame.forgotten) { resetting = false; waiting.clear(); keep(); begin([]); find("sure").close(); }
-  else if (frame.later) setTimeout(transmit, 3000, frame.later);
+  else if (frame.full) full = frame.full;
+  else if (frame.later) setTimeout(goOn, 3000, frame.later);
   else if (frame.error) { resetting = false; find("not-now").hidden = false; console.warn("Palaver: " + frame.error); }
 }
 
@@ -136,6 +148,7 @@ function begin(turns) {
   keep();
   connected = true;
   failures = 0;
+  full = "";
   talk.setAttribute("aria-busy", "false");
   show();
   scroller.scrollTop = Math.min(place, scroller.scrollHeight);
@@ -255,9 +268,10 @@ function note(exchange, text) {
 function show() {
   const state = connected ? "connected" : failures ? "lost" : "connecting";
   const status = find("connection");
-  if (status.dataset.state !== state) {
+  const text = { connected: "Connected", lost: full || "Reconnecting …", connecting: "Connecting …" }[state];
+  if (status.firstElementChild.textContent !== text) {
     status.dataset.state = state;
-    status.firstElementChild.textContent = { connected: "Connected", lost: "Reconnecting …", connecting: "Connecting …" }[state];
+    status.firstElementChild.textContent = text;
   }
   find("empty").hidden = exchanges.size > 0 || !connected;
   find("reset").disabled = !connected || exchanges.size === 0;
@@ -276,7 +290,7 @@ function say(text) {
   const id = [...crypto.getRandomValues(new Uint8Array(12))].map((b) => b.toString(16).padStart(2, "0")).join("");
   remember(id, text);
   put(id, text);
-  transmit(id);
+  transmit();
   show();
   toEnd();
 }

@@ -30,6 +30,8 @@ from core.journal.database import JournalBusy, JournalError, WrongAddress, away,
 log = logging.getLogger(__name__)
 
 KEEP = 5
+LOG_EMPTY_WITHIN = 10.0
+"""Seconds that who reads or writes may take."""
 TABLES = {"alembic_version", "messages", "replies", "channels"}
 """What the journals of all versions have."""
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -209,7 +211,7 @@ def restore(file: Path, copy: Path | None = None) -> Path:
     except (OSError, sqlite3.Error) as error:
         _drop(fresh)
         raise JournalError(f"{copy} could not be copied to {file.parent}: {error}") from error
-    _aside(file, "corrupt", "", "-wal", "-shm")
+    _aside(file, "replaced", "", "-wal", "-shm")
     os.replace(fresh, file)
     _sync(file.parent)
     return copy
@@ -351,6 +353,15 @@ def _drop(half: Path) -> None:
     """With what SQLite leaves beside it where the disk was full."""
     for left in (half, half.with_name(half.name + "-journal")):
         left.unlink(missing_ok=True)
+
+
+def empty_log(file: Path) -> None:
+    """What was deleted stands in the log, too, until others write over it: all goes into the file, and the log is cut.
+    https://www.sqlite.org/pragma.html#pragma_wal_checkpoint"""
+    with contextlib.closing(sqlite3.connect(file, timeout=LOG_EMPTY_WITHIN)) as connection:
+        ((refused, *_),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    if refused:
+        log.warning("%s-wal was in use: what was deleted stands in it until others write over it, or a stop", file)
 
 
 def _reading(file: Path) -> contextlib.closing[sqlite3.Connection]:

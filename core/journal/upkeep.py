@@ -3,6 +3,7 @@ exports, forgets, checks and copies for people."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -171,6 +172,8 @@ class Upkeep:
         gone, count = delete(messages).where(messages.c.id.in_(some)), 0
         while deleted := await self._writer.do(lambda connection: connection.execute(gone).rowcount):
             count += deleted
+        if self._file:
+            await asyncio.to_thread(storage.empty_log, self._file)
         return count
 
     async def ping(self) -> None:

@@ -269,8 +269,9 @@ async def test_who_sends_no_words_is_told_so_once_and_groups_are_not(server: Tel
     server.private(BOB)
     async with serving(server, ears) as bot:
         server.say(GROUP, BOB, "@palaver_bot \u043f\u0440\u0438\u0432\u0435\u0442")
+        server.say(ANN, ANN, "", location={"latitude": 1.0, "longitude": 1.0})
+        server.say(BOB, BOB, "", sticker={"file_id": "x"})
         for chat in (ANN, BOB):
-            server.say(chat, chat, "", sticker={"file_id": "x"})
             server.say(chat, chat, "\u043f\u0440\u0438\u0432\u0435\u0442")
         server.say(ANN, ANN, "hello")
         await server.confirmed()
@@ -279,6 +280,28 @@ async def test_who_sends_no_words_is_told_so_once_and_groups_are_not(server: Tel
     assert ears.texts == ["\u043f\u0440\u0438\u0432\u0435\u0442"] * 3 + ["hello"], (
         "what has no words is kept all the same"
     )
+
+
+async def test_a_group_that_calls_its_name_alone_is_told_once_how_to_talk(server: TelegramServer) -> None:
+    async with serving(server, Ears()) as bot:
+        server.say(GROUP, BOB, "@palaver_bot")
+        server.say(GROUP, ANN, "@palaver_bot ")
+        await server.confirmed()
+        await until(lambda: bool(server.ledger) and not bot._confirming)
+    assert [(sent.chat, sent.text) for sent in server.ledger] == [(GROUP, GREETING_GROUP)]
+
+
+async def test_what_is_said_while_the_first_poll_waits_was_not_missed(
+    server: TelegramServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bots.telegram_polling.HELD", 0.2)
+    ears = Ears()
+    async with serving(server, ears):
+        await until(lambda: bool(server.called("getUpdates")))
+        await asyncio.sleep(0.4)
+        server.say(ANN, ANN, "live")
+        await until(lambda: ears.heard)
+    assert [message.missed for message in ears.heard] == [False]
 
 
 async def test_commands_do_not_fill_the_line_of_replies(server: TelegramServer) -> None:

@@ -87,6 +87,7 @@ def test_bots_channels_service_messages_and_bare_media_are_not_heard() -> None:
 def test_media_alone_are_a_question_without_text_in_a_private_chat() -> None:
     message = heard(said(None, sticker={"file_id": "x"}))
     assert (message.kind, message.text) == ("ask", "")
+    assert heard(said(None, dice={"emoji": "x", "value": 6})).text == ""
     assert read(said(None, photo=[{"file_id": "x"}], media_group_id="7"), ME) is None
 
 

@@ -43,8 +43,8 @@ def hook(secret: str | None = SECRET) -> dict[str, Any]:
     }
 
 
-async def post(url: str, body: bytes, secret: str | None = SECRET) -> tuple[int, str]:
-    headers = {"Content-Type": "application/json"} | ({HEADER: secret} if secret is not None else {})
+async def post(url: str, body: bytes, secret: str | None = SECRET, **more: str) -> tuple[int, str]:
+    headers = {"Content-Type": "application/json", **more} | ({HEADER: secret} if secret is not None else {})
     async with aiohttp.ClientSession() as session, session.post(url, data=io.BytesIO(body), headers=headers) as answer:
         return answer.status, answer.headers.get("Retry-After", "")
 
@@ -144,6 +144,7 @@ async def test_what_is_too_big_or_no_update_is_refused_and_what_has_a_number_is_
         assert (await post(url, b"\xff\xfe"))[0] == 400
         assert (await post(url, deep))[0] == 400
         assert (await post(url, b"[1]"))[0] == 400
+        assert (await post(url, b"{}", **{"Content-Encoding": "gzip"}))[0] == 400
         assert not ears.failed
         assert (await post(url, b'{"update_id": 6, "message": %s}' % deep))[0] == 200
         assert (await post(url, b'{"update_id": 7, "message": 7}'))[0] == 200
@@ -184,6 +185,19 @@ async def test_an_address_telegram_does_not_take_is_named(server: TelegramServer
     with pytest.raises(Unservable, match=r"TELEGRAM_WEBHOOK_URL: .*IP address is reserved"):
         async with asyncio.timeout(30):
             await open_telegram(settings(server, **hook())).serve(Ears().chat)
+
+
+async def test_a_host_that_is_not_here_and_a_port_that_is_taken_are_named(server: TelegramServer) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for where, says in (
+            ({"telegram_webhook_host": "192.0.2.1"}, "TELEGRAM_WEBHOOK_HOST: .*: name an address of this machine"),
+            ({"telegram_webhook_port": taken.getsockname()[1]}, "TELEGRAM_WEBHOOK_PORT: .*: name a free port"),
+        ):
+            with pytest.raises(Unservable, match=says):
+                async with asyncio.timeout(30):
+                    await open_telegram(settings(server, **{**hook(), **where})).serve(Ears().chat)
 
 
 def test_reading_a_body() -> None:

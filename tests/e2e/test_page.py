@@ -275,6 +275,39 @@ async def test_answers_stand_below_their_questions(browser: Browser, bot: WebBot
         await expect(said(page)).to_have_text(talk)
 
 
+async def test_what_the_journal_did_not_take_at_once_keeps_its_place(browser: Browser, bot: WebBot) -> None:
+    house = House()
+    async with house.serve(bot):
+        page = await visit(browser, bot)
+        house.journal._refuse = 1.0
+        await say(page, "first")
+        await say(page, "second")
+        await asyncio.sleep(0.3)
+        house.journal._refuse = 0.0
+        await say(page, "third")
+        order = [line for n in ("first", "second", "third") for line in (n, f"You said {n}")]
+        await expect(said(page)).to_have_text(order)
+        await page.reload()
+        await expect(said(page)).to_have_text(order)
+    assert [row.message.text for row in house.disk.rows] == ["first", "second", "third"]
+
+
+async def test_a_page_too_many_says_why_it_waits(
+    browser: Browser, bot: WebBot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_TABS_EACH", 1)
+    house, context = House(), await browser.new_context()
+    async with house.serve(bot):
+        first = await visit(context, bot)
+        second = await context.new_page()
+        await second.goto(bot.address)
+        await expect(second.locator("#connection")).to_have_text("Too many pages of this browser are open; close some.")
+        await say(second, "hello")
+        await first.close()
+        await expect(second.locator("#connection")).to_have_text("Connected")
+        await expect(said(second)).to_have_text(["hello", "You said hello"])
+
+
 async def test_starting_anew_asks_first(browser: Browser, bot: WebBot) -> None:
     house = House()
     async with house.serve(bot):

@@ -371,6 +371,17 @@ async def test_corrupt_while_it_runs_a_write_ends_the_process_and_the_next_start
         assert set(ids(kept)) == set(ids(file)) >= set(map(str, range(21)))
 
 
+async def test_of_what_is_forgotten_nothing_is_left_on_disk(file: Path) -> None:
+    with writer(url_of(file)) as process:  # which has the file open, and its log
+        told(process, "20")
+        async with opened(file) as journal:
+            await journal.receive(message("secret", "TOPSECRET", author="u7"), deadline=60)
+            log = file.with_name(file.name + "-wal")
+            assert b"TOPSECRET" in log.read_bytes()
+            assert await journal.forget("test", "u7") == 1
+            assert not any(b"TOPSECRET" in path.read_bytes() for path in (file, log))
+
+
 class Cutting:
     """Between us and PostgreSQL: the next COMMIT arrives, and its answer does not, nor (`for_good`) anything else."""
 
@@ -614,7 +625,7 @@ async def test_a_corrupt_file_is_replaced_by_the_newest_good_copy(file: Path) ->
     async with opened(file) as journal:
         assert await states(journal) == {"waiting": 2} and await journal.check() == []
     assert ids(file) == ["1", "2"]
-    assert len(list(file.parent.glob("palaver.db.corrupt-*"))) == 1, "nothing is thrown away"
+    assert len(list(file.parent.glob("palaver.db.replaced-*"))) == 1, "nothing is thrown away"
 
 
 async def test_a_corrupt_file_without_a_copy_is_refused_and_kept(file: Path) -> None:
