@@ -24,7 +24,7 @@ import typer
 
 from bots.commands import EX_TEMPFAIL, go, read, run_async, stop
 from bots.journal_commands import journal_cli
-from core.settings import Settings
+from core.settings import SOCKET_PATH, Settings
 
 if TYPE_CHECKING:
     from bots.base import Bot
@@ -113,6 +113,8 @@ def engine(
     found = re.fullmatch(r"unix:.+|.+:(\d{1,5})", address)
     if not found or int(found[1] or 0) > 65535:
         stop([f"{address} is no address: name HOST:PORT, for example 127.0.0.1:8100, or unix:PATH"])
+    if address.startswith("unix:") and len(os.fsencode(address[5:])) > SOCKET_PATH:
+        stop([f"{address} is longer than the {SOCKET_PATH} bytes that a socket's path may have"])
     (settings,) = read(Settings)
     raise typer.Exit(go(serve_engine(settings, address)))
 

@@ -21,7 +21,7 @@ from core.text import clean
 PLATFORM = "telegram"
 MAX_TEXT = 4096
 """UTF-16 units in one message, both ways: https://core.telegram.org/bots/api#sendmessage"""
-WANTED = ["message", "edited_message", "my_chat_member"]
+WANTED = ["message", "edited_message"]
 SPEAKS_FOR_A_CHAT = (1087968824, 136817688)
 """GroupAnonymousBot and Channel_Bot: people who write in the name of their group or channel, not bots."""
 EDITED_SECONDS = 300

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 ENV_FILE = ".env"
 JOURNALS = ("sqlite", "sqlite+aiosqlite", "postgres", "postgresql", "postgresql+asyncpg")
 SECRET = (SecretStr, SecretStr | None)
+SOCKET_PATH = 107
+"""Bytes; unix(7), sun_path."""
 OTHERS = re.compile(r"HF_\w+|(HTTPS?|ALL|NO)_PROXY|SSL_CERT_(FILE|DIR)", re.IGNORECASE)
 """What libraries read from the environment alone."""
 GroupT = TypeVar("GroupT", bound="Group")
@@ -244,10 +246,19 @@ class Settings(Group):
     @field_validator("engine")
     @classmethod
     def _known_engine(cls, value: str) -> str:
-        http = value.startswith(("http://", "https://")) and urlsplit(value).hostname and _has_port(value)
+        if value.startswith("unix:") and len(os.fsencode(value[5:])) > SOCKET_PATH:
+            raise ValueError(f"is longer than the {SOCKET_PATH} bytes that a socket's path may have")
+        http = value.startswith(("http://", "https://")) and _is_host(urlsplit(value).hostname) and _has_port(value)
         if value in ("process", "inprocess", "echo") or http or (value.startswith("unix:") and value != "unix:"):
             return value.rstrip("/")
         raise ValueError("must be process, inprocess, echo or the address of a palaver engine")
+
+
+def _is_host(name: str | None) -> bool:
+    try:
+        return bool(name and name.encode("idna"))
+    except UnicodeError:  # no label, or one that is too long
+        return False
 
 
 def _has_port(url: str) -> bool:

@@ -187,7 +187,8 @@ class Engine(Protocol):
         session: str = "",
         deadline: float | None = None,
     ) -> list[Completion]:
-        """`params.n` completions of `prompt` (1 to max_positions - 1 ids). `deadline` in seconds from now.
+        """`params.n` completions of `prompt` (1 to max_positions - 1 ids). `deadline` in seconds from now, below 1e9;
+        `session` has at most 512 characters.
 
         Raises an EngineError; ValueError for an empty prompt or an id outside the vocabulary.
         """

@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -30,9 +30,7 @@ from core.engine.base import Cancelled, Completion, EngineClosed, Failed, ModelI
 from core.engine.folder import PrivateFolder
 from core.engine.hub import resolve, resolve_reverse
 from core.engine.process import EngineProcess, local_options
-
-if TYPE_CHECKING:
-    from core.settings import Settings
+from core.settings import SOCKET_PATH, Settings
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +42,6 @@ SILENCE = 10.0
 """Seconds in which an answer that needs no model must go on, and after which one elsewhere is asked again."""
 MOST_SENDS = 6
 """How often a request is under way at once, each time over another wire."""
-SOCKET_PATH = 107
-"""Bytes; unix(7), sun_path."""
 HINT = 5.0
 """Seconds for a hint to be taken, after which it is void."""
 SUSPECT, MOST_DEATHS = 2, 5

@@ -67,20 +67,24 @@ class Judge:
         self.cases: deque[Case] = deque()
 
     def step(self) -> bool:
-        """One step of the model for the first case. False: nobody waits."""
-        while self.cases and not self.cases[0].wanted():
-            self.cases.popleft()
+        """One step of the model for the first case; whose time is over is delivered at once. False: nobody waits."""
+        self.cases = deque(case for case in self.cases if case.wanted())
+        now = monotonic()
+        if late := [case for case in self.cases if case.deadline is not None and now >= case.deadline]:
+            for case in late:
+                self.cases.remove(case)
+                case.deliver(case.candidates)
+            return True
         if not self.cases:
             return False
         case = self.cases[0]
         end: list[Completion] | None = case.candidates
-        if case.deadline is None or monotonic() < case.deadline:
-            try:
-                end = self._go_on(case)
-            except Exception as error:  # it can do without
-                if lost(error):
-                    raise
-                log.warning("judging candidates raised %r", error)
+        try:
+            end = self._go_on(case)
+        except Exception as error:  # it can do without
+            if lost(error):
+                raise
+            log.warning("judging candidates raised %r", error)
         if end is not None:
             self.cases.popleft().deliver(end)
         return True

@@ -73,7 +73,8 @@ class KVCache:
     def acquire(self, session: str, prompt: Sequence[int], need: int, sibling: Slot | None = None) -> Slot | None:
         """A slot for `need` tokens that holds the longest prefix of `prompt` at hand, never all of it.
 
-        Looks at what the session left behind, and at `sibling`, a running slot of the same request. None: no room now.
+        Looks at what the session left behind, of which nothing stays beside it, and at `sibling`, a running slot of the
+        same request. None: no room now.
         """
         left = list(self.kept.get(session, []))
         best = max(left, key=lambda s: common_prefix(s.tokens, prompt), default=None)

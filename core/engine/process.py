@@ -59,6 +59,8 @@ class EngineProcess:
         self._logs: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._last_words: deque[str] = deque(maxlen=LAST_WORDS)
+        self._killed = ""
+        """Why, by ourselves, the last one was."""
 
     @property
     def pid(self) -> int:
@@ -79,6 +81,7 @@ class EngineProcess:
         """End a child that no longer answers; the next one follows."""
         if self._child and self._child.returncode is None:
             log.error("killing the engine process: %s", why)
+            self._killed = why
             with contextlib.suppress(ProcessLookupError):
                 self._child.kill()
 
@@ -101,8 +104,10 @@ class EngineProcess:
         while True:
             await self._child.wait()
             self.up.clear()
-            self.why = f"the engine process {_how(self._child.returncode)} and is starting again"
-            log.error("the engine process %s; starting it again", _how(self._child.returncode))
+            how = f"was killed here ({self._killed})" if self._killed else _how(self._child.returncode)
+            self._killed = ""
+            self.why = f"the engine process {how} and is starting again"
+            log.error("the engine process %s; starting it again", how)
             while not self.up.is_set():
                 await asyncio.sleep(self._pause())
                 self.failures += 1

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from core.engine import wire
-from core.engine.base import Completion, Engine, EngineClosed, EngineError, Failed, OtherModel
+from core.engine.base import BadCheckpoint, Completion, Engine, EngineClosed, EngineError, Failed, OtherModel
 from core.engine.hub import resolve, resolve_reverse
 from core.engine.machine import spin_briefly
 from core.engine.process import local_options
@@ -273,7 +273,7 @@ async def open_local(
     """The engine in this process: an echo with the model's tokenizer where `kind` says so, else torch, with the model
     `reverse` to judge candidates.
 
-    Raises BadCheckpoint, HubAway, or EngineClosed where torch is not installed.
+    Raises BadCheckpoint, also where torch is not installed, or HubAway.
     """
     if kind == "echo":
         from core.engine.echo_engine import EchoEngine
@@ -284,7 +284,7 @@ async def open_local(
     try:
         from core.engine.torch_engine import open_torch_engine
     except ModuleNotFoundError as error:
-        raise EngineClosed(f"{error.name} is not installed: pip install 'palaver[engine]'") from error
+        raise BadCheckpoint(f"ENGINE: {error.name} is not installed: pip install 'palaver[engine]'") from error
     finally:
         gc.enable()
     folder = await asyncio.to_thread(resolve, model, revision or None)  # nobody need wait for it, as for torch's thread

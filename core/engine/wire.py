@@ -1,10 +1,10 @@
 """The engine's nouns as JSON, for both ends of the wire. Torch-free; never pickle.
 
-A request is {"prompt": [ids], "params": {…}, "session": "", "deadline": seconds or null}, its answer
-{"completions": [{…}]}; a hint of what to prepare is {"prompt": [ids], "session": ""}, its answer {}; a refusal is
-{"error": the exception's name, "message": one line}. The header MODEL says whose ids they are, as /info names it; an
-engine with another model refuses. What comes with the same REQUEST is one request, computed once. What comes with the
-same SESSION is best sent to the same engine, where there are several.
+A request is {"prompt": [ids], "params": {…}, "session": "", "deadline": seconds or null}, its answer {"completions":
+[{…}]}; a hint of what to prepare is {"prompt": [ids], "session": ""}, what is to be forgotten {"session": ""}, the
+answer to both {}; a refusal is {"error": the exception's name, "message": one line}. The header MODEL says whose ids
+they are, as /info names it; an engine with another model refuses. What comes with the same REQUEST is one request,
+computed once. What comes with the same SESSION is best sent to the same engine, where there are several.
 """
 
 from __future__ import annotations

@@ -161,6 +161,20 @@ async def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert code == 78 and errors.splitlines()[-1].startswith("MODEL: ") and "Traceback" not in errors
 
 
+async def test_without_torch_a_model_is_a_wrong_setting(tmp_path: Path) -> None:
+    (tmp_path / "shadow").mkdir()
+    (tmp_path / "shadow/torch.py").write_text("raise ModuleNotFoundError('no', name='torch')")
+    where = f"{tmp_path / 'shadow'}{os.pathsep}{ROOT}"
+    for engine in ("inprocess", "process"):
+        code, _, errors = await palaver(tmp_path, "chat", ENGINE=engine, PYTHONPATH=where)
+        assert (code, errors) == (78, "ENGINE: torch is not installed: pip install 'palaver[engine]'\n")
+
+
+async def test_an_engine_at_too_long_a_path_is_one_line(tmp_path: Path) -> None:
+    code, _, errors = await palaver(tmp_path, "engine", f"unix:/{'x' * 107}")
+    assert code == 78 and "longer than the 107 bytes" in errors and errors.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [(), ("run",), ("chat",), ("engine",), ("journal",), ("journal", "export")])
 def test_help_says_something(arguments: tuple[str, ...]) -> None:
     said = CliRunner().invoke(cli, [*arguments, "--help"], prog_name="palaver", env={"TERM": "dumb"})

@@ -51,6 +51,8 @@ def test_without_any_setting_all_is_well() -> None:
         ("ENGINE", "http://[::1"),
         ("ENGINE", "unix:"),
         ("ENGINE", "steam"),
+        ("ENGINE", "http://a..b"),
+        ("ENGINE", "unix:/" + "x" * 107),
         ("DEVICE", "tpu"),
         ("DTYPE", "int3"),
         ("HISTORY_TOKENS", "3"),

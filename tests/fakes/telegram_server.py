@@ -30,7 +30,6 @@ import aiohttp
 from aiohttp import web
 
 TOKEN = "123456789:AAFakeTokenOfNobody-0123456789_abcd"
-ALLOWED = ("message", "edited_message", "my_chat_member")
 Json = dict[str, Any]
 Kind = Literal[
     "conflict",

@@ -305,13 +305,19 @@ async def test_killed_again_and_again_it_comes_back(checkpoint: Make, restarts: 
             assert restarts() == kill + 1
 
 
-async def test_a_child_that_hangs_is_replaced(checkpoint: Make, restarts: Callable[[], float]) -> None:
+async def test_a_child_that_hangs_is_replaced(
+    checkpoint: Make, restarts: Callable[[], float], caplog: pytest.LogCaptureFixture
+) -> None:
     async with spawned(checkpoint(), is_echo=True) as engine:
         engine.probe_every, engine.probe_waits = 0.1, 1.0
         os.kill(pid(engine), signal.SIGSTOP)
         asked = [asyncio.create_task(engine.generate([i, 256], LONG, deadline=120)) for i in range(5)]
         assert [c.token_ids for (c,) in await asyncio.gather(*asked)] == [[i] for i in range(5)]
         assert restarts() == 1
+        os.kill(pid(engine), signal.SIGKILL)
+        await until(lambda: restarts() == 2)
+    ends = [line for line in caplog.messages if line.endswith("starting it again")]
+    assert "was killed here (silent for 2 s)" in ends[0] and "by SIGKILL, perhaps for want of memory" in ends[1]
 
 
 async def test_a_child_is_not_killed_because_we_have_no_descriptor_to_ask_with(

@@ -237,6 +237,22 @@ async def test_what_is_not_judged_in_time_arrives_as_it_is(
                 await client.aclose()
 
 
+def test_whose_time_is_over_waits_for_nobody(checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", 1)
+    of, ends = judge(checkpoint()), list[str]()
+
+    def case(name: str, deadline: float | None = None, wanted: bool = True) -> Case:
+        some = [Completion([id], -1.0, "stop", 0) for id in (1, 2, 3)]
+        return Case([5], some, lambda _: ends.append(name), lambda: wanted, deadline)
+
+    of.cases += [case("first"), case("late", time.monotonic()), case("gone", wanted=False), case("last")]
+    with torch.inference_mode():
+        assert of.step() and ends == ["late"]
+        while of.step():
+            pass
+    assert ends == ["late", "first", "last"]
+
+
 async def test_it_crosses_the_wire(engine: Open, checkpoint: Make, tmp_path: Path) -> None:
     e = await engine(reverse=checkpoint("plain", seed=5))
     with bound(f"unix:{tmp_path / 'socket'}") as sock:
