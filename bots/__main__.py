@@ -29,6 +29,9 @@ from core.settings import SOCKET_PATH, Settings
 if TYPE_CHECKING:
     from bots.base import Bot
 
+FAR = 0.005
+"""How far a training can move a weight (about the learning rate in each step), below which it has hardly learnt."""
+
 cli = typer.Typer(
     name="palaver",
     help="A chat bot for Discord, Telegram, the web and the terminal, out of a DialoGPT model that is yours.\n\n"
@@ -189,6 +192,11 @@ def finetune(
     if not progress.valid[-1][1] < progress.valid[0][1]:
         print(
             "warning: that is no better than before: try more dialogues, fewer --epochs or a lower --learning-rate",
+            file=sys.stderr,
+        )
+    elif progress.step * learning_rate < FAR:
+        print(
+            f"warning: {progress.step} steps teach little: try more --epochs or a higher --learning-rate",
             file=sys.stderr,
         )
 

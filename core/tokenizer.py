@@ -10,7 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from core.engine.base import BadCheckpoint, mend
+from core.engine.base import BadCheckpoint
+from core.engine.config import mend
 
 END_OF_TEXT = "<|endoftext|>"
 

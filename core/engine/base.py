@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from operator import index
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
@@ -43,18 +42,6 @@ class OtherModel(EngineError): ...
 
 
 class BadCheckpoint(EngineError): ...
-
-
-def mend(path: Path) -> str:
-    """What to do about a checkpoint's file that could not be read."""
-    try:
-        with path.open("rb") as file:
-            pointer = file.read(24).startswith(b"version https://git-lfs")
-    except PermissionError:
-        return "let the user that runs Palaver read it"
-    except OSError:
-        pointer = False
-    return "it only says where Git LFS has the file: git lfs pull brings it" if pointer else "fetch the file again"
 
 
 class HubAway(EngineError): ...

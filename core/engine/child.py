@@ -62,7 +62,7 @@ async def _serve(options: dict[str, Any], parent: TextIO) -> None:
         with bound(options["address"]) as sock:
             engine = await open_local(**options["engine"])
             gc.freeze()  # what is here now stays: nobody need look through it for garbage
-            async with Server(engine, "").listening(sock):
+            async with Server().open(engine).listening(sock):
                 tell({"info": asdict(engine.info)})
                 await asyncio.Event().wait()
     except EngineError as error:

@@ -3,7 +3,7 @@
 device, precision            where                                    model
 cpu, int8                    there is a compiled step                 native.gpt2.NativeGPT2
 cpu, int8                    torch has VNNI, and its rows agree       model.GPT2 in int8
-cpu, int8                    else                                     model.GPT2 in float32, of rounded weights
+cpu, int8                    else                                     model.GPT2 in float32
 cpu, 32 or 16 bits           the compiled step is faster than torch   native.gpt2.NativeGPT2
 cuda, 32 or 16 bits          graphs compute what torch does           graphs.GraphedGPT2
 cpu or cuda, 32 or 16 bits   else                                     model.GPT2
@@ -171,13 +171,13 @@ def agreeing(load: Callable[[], weights.Checkpoint], dtype: torch.dtype) -> tupl
 
 
 def int8_in_torch(folder: Path) -> Model:
-    """Where there is no fast product of it, float32 with the weights of the native step: as good, but slower."""
+    """float32 where it has no fast product whose rows agree: nothing that rounds more would be faster."""
     if multiplies_int8():
         fast, agrees = agreeing(lambda: weights.load(folder), torch.int8)
         if agrees:
             return fast
-    model = in_torch(lambda: gpt2.rounded(weights.load(folder)), torch.float32)
-    model.how = f"{model.how}, weights rounded to int8 (the compiled step is not here)"
+    model = in_torch(lambda: weights.load(folder), torch.float32)
+    model.how = f"{model.how}, in place of int8 (the compiled step is not here)"
     return model
 
 

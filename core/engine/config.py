@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.engine.base import BadCheckpoint, mend
+from core.engine.base import BadCheckpoint
 
 ACTIVATIONS = {
     "gelu_new": "tanh",
@@ -73,6 +73,18 @@ class Config:
         whole |= {f"h.{i}.{name}": shape for i in range(self.n_layer) for name, shape in layer.items()}
         whole |= {"ln_f.weight": (e,), "ln_f.bias": (e,)}
         return whole if self.tied else whole | {"lm_head.weight": (self.vocab_size, e)}
+
+
+def mend(path: Path) -> str:
+    """What to do about a checkpoint's file that could not be read."""
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(24).startswith(b"version https://git-lfs")
+    except PermissionError:
+        return "let the user that runs Palaver read it"
+    except OSError:
+        pointer = False
+    return "it only says where Git LFS has the file: git lfs pull brings it" if pointer else "fetch the file again"
 
 
 def read_config(path: Path) -> Config:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from core.engine.kv_cache import ROUND, Pages, round_up
 from core.engine.model import GPT2, TILE, Batch, Linear
-from core.engine.sampler import Summary
+from core.engine.sampler import Summary, addresses
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,7 @@ class PoolPages(Pages[int]):
         super().__init__(free, none_left)
         self.numbers = np.array([], np.int32)
 
-    def grow(self, count: int) -> None:
-        """To so many. Raises torch.OutOfMemoryError."""
-        if count <= len(self.pages):
-            return
-        super().grow(count)
+    def grown(self) -> None:
         self.numbers = np.array(self.pages, np.int32)
 
     def slots(self, start: int, count: int) -> Numbers:
@@ -159,8 +155,7 @@ class GraphedGPT2:
             if self.cuda:
                 torch.cuda.current_stream(self.device).synchronize()
         tops, totals = answers[:, 32 * self._words :], answers[:, 33 * self._words].tolist()
-        places = [tops.data_ptr() + 4 * tops.stride(0) * i for i in range(len(tops))]
-        return answers[:, : self.config.vocab_size], Summary(totals, places)
+        return answers[:, : self.config.vocab_size], Summary(totals, addresses(tops))
 
     def _run(self, begin: int, table: Numbers, wanted: Numbers, answers: Tensor) -> None:
         """What is found of those rows of `table` that are `wanted` is on its way to `answers`. On the host each run of

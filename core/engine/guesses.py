@@ -41,7 +41,7 @@ class Guesses(ABC):
         self._chances += 1
         return self._chances % PROBE == 0
 
-    def judge(self, right: int, guessed: int) -> None:
+    def count(self, right: int, guessed: int) -> None:
         """So many tokens of a guess were right."""
         self.right += 0.1 * (right / guessed - self.right)
 

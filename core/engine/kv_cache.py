@@ -26,9 +26,14 @@ class Pages(Generic[PageT]):
         weakref.finalize(self, free.extend, self.pages)
 
     def grow(self, count: int) -> None:
-        """To so many."""
-        while len(self.pages) < count:
-            self.pages.append(self._free.pop() if self._free else self._another())
+        """To so many. Raises what `another` does."""
+        if count > len(self.pages):
+            while len(self.pages) < count:
+                self.pages.append(self._free.pop() if self._free else self._another())
+            self.grown()
+
+    def grown(self) -> None:
+        """There are more of them now."""
 
 
 class Slot:

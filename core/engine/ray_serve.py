@@ -45,7 +45,7 @@ class Replica:
         folder = PrivateFolder()
         self._stack.callback(folder.close)
         path = str(folder.path / "socket")
-        server = Server(self._engine, "", self._count)
+        server = Server(self._count).open(self._engine)
         await self._stack.enter_async_context(server.listening(self._stack.enter_context(bound(f"unix:{path}"))))
         connector, no_limit = aiohttp.UnixConnector(path, limit=0), aiohttp.ClientTimeout(total=None)
         self._http = aiohttp.ClientSession("http://engine", connector=connector, timeout=no_limit)

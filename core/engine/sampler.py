@@ -43,6 +43,11 @@ class Summary:
     """For the native draw the address of each row's largest of each 32; 0 where there are none."""
 
 
+def addresses(rows: Tensor) -> list[int]:
+    """Of each row of 32-bit numbers."""
+    return [rows.data_ptr() + 4 * rows.stride(0) * i for i in range(len(rows))]
+
+
 def summarise(logits: Tensor) -> Summary:
     """(rows, vocab), where no step has done it. The same bits beside other rows."""
     native, none = library.open_library(), [0] * len(logits)

@@ -130,7 +130,7 @@ class Scheduler:
             for token, logprob in result:
                 sequence.append(token, logprob, self.eos_id)
             if span.guess:
-                self.guesses.judge(right, len(span.guess))
+                self.guesses.count(right, len(span.guess))
             if sequence.finish_reason:
                 self._finish(sequence)
             elif sequence.max_new == 0:

@@ -61,25 +61,19 @@ class Server:
     """The routes over one engine. `why` is the line for those who ask before it is there, or while it ends; `replicas`
     says how many like it answer at the same address."""
 
-    def __init__(
-        self,
-        engine: Engine | None = None,
-        why: str = "the model is loading",
-        replicas: Callable[[], Awaitable[int]] | None = None,
-    ) -> None:
+    def __init__(self, replicas: Callable[[], Awaitable[int]] | None = None) -> None:
         self.engine: Engine | None = None
-        self.why, self._replicas = why, replicas
+        self.why, self._replicas = "the model is loading", replicas
         self._files: dict[str, str] = {}
         self._model = ""
-        if engine:
-            self.open(engine, why)
         self.running: dict[object, _UnderWay] = {}
         self.counts: Counter[str] = Counter()
 
-    def open(self, engine: Engine, why: str = "") -> None:
+    def open(self, engine: Engine) -> Server:
         """Answer with this engine. Its tokenizer's files are as they are now, whatever becomes of its folder."""
-        self.engine, self.why, self._files = engine, why, wire.tokenizer_files(Path(engine.info.path))
+        self.engine, self.why, self._files = engine, "", wire.tokenizer_files(Path(engine.info.path))
         self._model = wire.fingerprint(self._files)
+        return self
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=BODY_LIMIT, middlewares=[self._in_json])

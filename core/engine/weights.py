@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from core.engine.base import BadCheckpoint, mend
-from core.engine.config import Config, read_config
+from core.engine.base import BadCheckpoint
+from core.engine.config import Config, mend, read_config
 
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|.*\.rotary_emb\..*")
 """Constants that old versions stored beside the weights."""

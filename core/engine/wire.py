@@ -29,8 +29,8 @@ from core.engine.base import (
     PromptTooLong,
     QueueFull,
     SamplingParams,
-    mend,
 )
+from core.engine.config import mend
 
 STATUS: dict[type[EngineError], int] = {
     QueueFull: 429,

@@ -71,7 +71,8 @@ def _perplexity(loss: float) -> str:
 def write_card(path: Path, model: GPT2LMHeadModel, recipe: Recipe, progress: Progress) -> None:
     """What was trained, on how much, with which settings and losses."""
     size = sum(p.numel() for p in model.parameters())
-    settings = "\n".join(f"| {name} | {value} |" for name, value in asdict(recipe).items())
+    used = asdict(recipe) | {"warmup": min(recipe.warmup, progress.step // 10)}
+    settings = "\n".join(f"| {name} | {value} |" for name, value in used.items())
     kind, nature = ("reverse model", JUDGES) if recipe.reverse else ("model", SPEAKS)
     path.write_text(
         f"""# A {kind} for Palaver

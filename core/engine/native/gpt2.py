@@ -14,7 +14,7 @@ from core.engine.kv_cache import Pages, round_up
 from core.engine.model import Batch
 from core.engine.native import library as c
 from core.engine.native.memory import Arena
-from core.engine.sampler import Summary
+from core.engine.sampler import Summary, addresses
 from core.engine.weights import Checkpoint
 
 PAGE = 128
@@ -40,52 +40,11 @@ ACTIVATION = {"relu": 2, "tanh": 3, "none": 4}
 """step.cpp's number of each value of `config.ACTIVATIONS`; "none" is the exact GELU."""
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, k) -> int8 (N, K / 32, 32) and bfloat16 scales (N, K / 32, 1); N and K are the next multiples of 32.
-
-    The scale is rounded up, so that no value is cut off.
-    """
-    blocks = whole(weight).view(round_up(len(weight), BLOCK), -1, BLOCK)
-    exact = blocks.abs().amax(2, keepdim=True) / 127
-    scale = exact.bfloat16()
-    scale = torch.where(scale.float() < exact, (scale.view(torch.int16) + 1).view(torch.bfloat16), scale)
-    quants = (blocks / scale.float().clamp(min=1e-30)).round_().to(torch.int8)
-    return quants, scale
-
-
-def whole(weight: Tensor) -> Tensor:
-    """In float32 and row after row, with zeros up to the next multiples of 32."""
-    n, k = weight.shape
-    if n % BLOCK == k % BLOCK == 0:
-        return weight.float().contiguous()
-    padded = torch.zeros(round_up(n, BLOCK), round_up(k, BLOCK))
-    padded[:n, :k] = weight
-    return padded
-
-
-def rounded(checkpoint: Checkpoint) -> Checkpoint:
-    """The same model with the weights that int8 leaves of it, for torch."""
-    for name in products(checkpoint.config):
-        tensor = checkpoint.tensors[name]
-        checkpoint.tensors[name] = dequantised(tensor.T).T if name.startswith("h.") else dequantised(tensor)
-    return checkpoint
-
-
-def dequantised(weight: Tensor) -> Tensor:
-    quants, scale = quantise(weight)
-    n, k = weight.shape
-    return (quants * scale.float()).view(len(quants), -1)[:n, :k]
-
-
 class KV(Pages[Tensor]):
     """Pages (layer, key/value, head, PAGE, head_width); step.cpp says how keys stand in them. Stale numbers are there,
     which nothing reads."""
 
-    def grow(self, count: int) -> None:
-        """To so many."""
-        if count <= len(self.pages):
-            return
-        super().grow(count)
+    def grown(self) -> None:
         self.addresses = (ctypes.c_void_p * len(self.pages))(*(page.data_ptr() for page in self.pages))
 
 
@@ -202,8 +161,7 @@ class NativeGPT2:
         step.wanted = integers(batch.wanted)
         step.n_spans, step.rows, step.n_wanted, step.threads = len(spans), rows, wanted, threads
         self.native.palaver_step(self._model, step, self.path)
-        tops = self._memory["tops"]
-        places = [tops.data_ptr() + 4 * tops.stride(0) * i for i in range(wanted)]
+        places = addresses(self._memory["tops"][:wanted])
         return self._memory["logits"][:wanted, : self.config.vocab_size], Summary(self._totals[:wanted], places)
 
     def _make_room(self, rows: int, wanted: int, threads: int) -> None:

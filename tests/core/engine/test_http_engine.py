@@ -77,7 +77,7 @@ async def over_http(engine: Engine) -> AsyncIterator[HttpEngine]:
     folder = PrivateFolder()
     address = f"unix:{folder.path}/socket"
     with bound(address) as sock:
-        async with Server(engine, "").listening(sock):
+        async with Server().open(engine).listening(sock):
             client = await connect_engine(address)
             try:
                 yield client
@@ -715,7 +715,7 @@ async def test_a_wire_that_dies_in_silence_costs_no_answer(
 
     with bound("127.0.0.1:0") as place:
         async with (
-            Server(EchoEngine(checkpoint()), "").listening(place),
+            Server().open(EchoEngine(checkpoint())).listening(place),
             await asyncio.start_server(between, "127.0.0.1") as server,
         ):
             there = await connect_engine("http://{}:{}".format(*server.sockets[0].getsockname()))

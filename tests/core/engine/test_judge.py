@@ -228,7 +228,7 @@ async def test_what_is_not_judged_in_time_arrives_as_it_is(
 
     monkeypatch.setattr(e.core.judge, "read", slow)
     with bound(f"unix:{tmp_path / 'socket'}") as sock:
-        async with Server(e, "").listening(sock):
+        async with Server().open(e).listening(sock):
             client = await connect_engine(f"unix:{tmp_path / 'socket'}")
             try:
                 found = await client.generate([1, 2, EOS], replace(SOME, n=64, max_tokens=4), deadline=2.0)
@@ -256,7 +256,7 @@ def test_whose_time_is_over_waits_for_nobody(checkpoint: Make, monkeypatch: pyte
 async def test_it_crosses_the_wire(engine: Open, checkpoint: Make, tmp_path: Path) -> None:
     e = await engine(reverse=checkpoint("plain", seed=5))
     with bound(f"unix:{tmp_path / 'socket'}") as sock:
-        async with Server(e, "").listening(sock):
+        async with Server().open(e).listening(sock):
             client = await connect_engine(f"unix:{tmp_path / 'socket'}")
             try:
                 found: list[Completion] = await client.generate([1, 2, EOS], SOME)

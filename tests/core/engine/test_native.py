@@ -29,10 +29,11 @@ from core.engine.base import BadCheckpoint
 from core.engine.config import read_config
 from core.engine.model import GPT2, Batch, Model, Rows, multiplies_int8
 from core.engine.native import gpt2, library
-from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2, dequantised, quantise, rounded, whole
+from core.engine.native.gpt2 import SOURCES, WEIGHTS, NativeGPT2
 from core.engine.native.memory import ARENA, Arena
 from tests.checkpoints import SHAPES
 from tests.core.engine.oracle import prompts, reference
+from tests.core.engine.rounding import dequantised, quantise, rounded, whole
 
 pytestmark = pytest.mark.usefixtures("inference")
 Make = Callable[..., Path]

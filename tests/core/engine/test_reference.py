@@ -59,16 +59,16 @@ def test_auto_takes_int8_where_the_model_bears_it(
     assert "bfloat16" in open_runner(EMBEDDED, "cpu", "auto", 1).model.how
 
 
-def test_auto_takes_no_int8_that_is_only_rounded(
+def test_auto_takes_no_int8_that_depends_on_the_batch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where torch's products of int8 depend on the batch, DTYPE=int8 is float32 of rounded weights."""
+    """Where torch's products of int8 depend on the batch, DTYPE=int8 is float32."""
     monkeypatch.setattr(library, "open_library", lambda: None)
     monkeypatch.setattr(choice, "multiplies_int8", lambda: True)
     monkeypatch.setattr(choice, "computes_bfloat16", lambda _: False)
     agree = rows_agree
     monkeypatch.setattr(choice, "rows_agree", lambda model: model.dtype is not torch.int8 and agree(model))
-    assert "rounded to int8" in open_runner(EMBEDDED, "cpu", "int8", 1).model.how
+    assert "in place of int8 (the compiled step" in open_runner(EMBEDDED, "cpu", "int8", 1).model.how
     assert caplog.text == ""
     assert "float32, torch" in (how := open_runner(EMBEDDED, "cpu", "auto", 1).model.how) and "int8" not in how
     assert "products of int8 depend on the batch: DTYPE=auto takes float32" in caplog.text

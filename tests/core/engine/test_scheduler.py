@@ -453,10 +453,10 @@ def test_bad_guesses_are_given_up_and_tried_again_now_and_then() -> None:
     assert phrases.after(said(0, 1, 2, 3), 1) == [4]
     assert phrases.after(said(2, 3), 3) == phrases.after(said(3, 2, 1), 3) == []
     for _ in range(30):
-        phrases.judge(0, 2)
+        phrases.count(0, 2)
     assert sum(bool(phrases.after(said(1, 2, 3), 3)) for _ in range(10 * PROBE)) == 10
     for _ in range(30):
-        phrases.judge(1, 2)
+        phrases.count(1, 2)
     assert phrases.after(said(1, 2, 3), 3) == [4, 5]
 
 

@@ -63,7 +63,7 @@ async def listening(server: Server, folder: Path) -> AsyncIterator[aiohttp.Clien
 
 
 async def test_generate_and_what_it_counts(checkpoint: Callable[..., Path], folder: Path) -> None:
-    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+    async with listening(Server().open(EchoEngine(checkpoint())), folder) as http:
         async with http.post("/generate", json=GOOD) as answer:
             assert answer.status == 200
             (completion,) = wire.load_completions(await answer.json())
@@ -83,7 +83,7 @@ async def test_generate_and_what_it_counts(checkpoint: Callable[..., Path], fold
 
 
 async def test_whoever_asks_learns_the_model(checkpoint: Callable[..., Path], folder: Path) -> None:
-    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+    async with listening(Server().open(EchoEngine(checkpoint())), folder) as http:
         async with http.get("/info") as answer:
             said = await answer.json()
             assert len(said.pop("fingerprint")) == 64
@@ -98,7 +98,7 @@ async def test_a_folder_that_changes_under_an_engine_changes_nothing(
 ) -> None:
     """Whoever comes later, also from this machine, speaks the ids that it began with."""
     shutil.copytree(checkpoint(), tmp_path / "model")
-    async with listening(Server(EchoEngine(tmp_path / "model"), ""), folder) as http:
+    async with listening(Server().open(EchoEngine(tmp_path / "model")), folder) as http:
         early = await connect_engine(f"unix:{folder / 'socket'}")
         shutil.copytree(checkpoint("odd"), tmp_path / "model", dirs_exist_ok=True)
         late = await connect_engine(f"unix:{folder / 'socket'}")
@@ -113,7 +113,7 @@ async def test_a_folder_that_changes_under_an_engine_changes_nothing(
 
 
 async def test_who_asks_with_another_models_ids_is_refused(checkpoint: Callable[..., Path], folder: Path) -> None:
-    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+    async with listening(Server().open(EchoEngine(checkpoint())), folder) as http:
         async with http.get("/info") as answer:
             mine = (await answer.json())["fingerprint"]
         for model, statuses in ((mine, [200, 200, 200]), ("another", [409, 409, 503])):
@@ -129,7 +129,7 @@ async def test_who_asks_with_another_models_ids_is_refused(checkpoint: Callable[
 
 
 async def test_a_body_that_is_not_packed_as_it_says_is_one_line(checkpoint: Callable[..., Path], folder: Path) -> None:
-    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+    async with listening(Server().open(EchoEngine(checkpoint())), folder) as http:
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
         async with http.post("/generate", data=json.dumps(GOOD), headers=headers) as answer:
             said = await answer.json()
@@ -162,7 +162,7 @@ async def test_while_the_model_loads_it_lives_but_is_not_ready(folder: Path) -> 
 async def test_bad_input_is_one_clear_line(
     checkpoint: Callable[..., Path], folder: Path, body: bytes, status: int, names: str
 ) -> None:
-    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+    async with listening(Server().open(EchoEngine(checkpoint())), folder) as http:
         async with http.post(
             "/generate", data=io.BytesIO(body), headers={"Content-Type": "application/json"}
         ) as answer:
@@ -174,7 +174,7 @@ async def test_bad_input_is_one_clear_line(
 
 
 async def test_pages_in_a_browser_cannot_post(checkpoint: Callable[..., Path], folder: Path) -> None:
-    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+    async with listening(Server().open(EchoEngine(checkpoint())), folder) as http:
         for path in ("/generate", "/forget"):
             async with http.post(path, data=json.dumps(GOOD), headers={"Content-Type": "text/plain"}) as answer:
                 assert answer.status == 415
@@ -192,7 +192,7 @@ async def test_every_refusal_has_its_status_and_name(
 ) -> None:
     engine = Odd(checkpoint())
     engine.error = kind("because")
-    async with listening(Server(engine, ""), folder) as http:
+    async with listening(Server().open(engine), folder) as http:
         async with http.post("/generate", json=GOOD) as answer:
             assert answer.status == wire.STATUS[kind]
             assert await answer.json() == {"error": kind.__name__, "message": "because"}
@@ -203,7 +203,7 @@ async def test_every_refusal_has_its_status_and_name(
 async def test_a_surprise_is_a_failed_request_and_no_traceback(checkpoint: Callable[..., Path], folder: Path) -> None:
     engine = Odd(checkpoint())
     engine.error = KeyError("two\nlines")
-    async with listening(Server(engine, ""), folder) as http:
+    async with listening(Server().open(engine), folder) as http:
         async with http.post("/generate", json=GOOD) as answer:
             said = await answer.json()
     assert said["error"] == "Failed"
@@ -299,7 +299,7 @@ async def test_a_connection_without_a_whole_request_is_closed(
     checkpoint: Callable[..., Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "IDLE", 0.2)
-    async with listening(Server(EchoEngine(checkpoint()), ""), folder) as http:
+    async with listening(Server().open(EchoEngine(checkpoint())), folder) as http:
         reader, writer = await asyncio.open_unix_connection(folder / "socket")
         assert await asyncio.wait_for(reader.read(), 5) == b""
         writer.close()

@@ -11,12 +11,12 @@ from transformers import GPT2LMHeadModel
 
 from core.engine import weights
 from core.engine.model import GPT2
-from core.engine.native.gpt2 import rounded
 from core.evaluation import fidelity
 from core.evaluation.fidelity import BAR, compare, main, perplexity, read_examples
 from core.training.datasets import write_tsv
 from core.training.tiny import dialogues
 from tests.checkpoints import EMBEDDED, make_outlying
+from tests.core.engine.rounding import rounded
 
 CPU = torch.device("cpu")
 
