@@ -196,7 +196,7 @@ def finetune(
         )
     elif progress.step * learning_rate < FAR:
         print(
-            f"warning: {progress.step} steps teach little: try more --epochs or a higher --learning-rate",
+            f"warning: so few steps ({progress.step}) teach little: try more --epochs or a higher --learning-rate",
             file=sys.stderr,
         )
 

@@ -51,7 +51,9 @@ async def test_a_reverse_model_judges_candidates(tmp_path: Path, talks: Path) ->
     assert code == 0 and "let it judge: REVERSE_MODEL=back SAMPLING__N=8 palaver chat" in output, errors
     card = (tmp_path / "back/README.md").read_text()
     assert card.startswith("# A reverse model for Palaver") and "It does not talk" in card
-    assert "| warmup | 0 |" in card and "warning: 1 steps teach little: try more --epochs or a higher" in errors
+    assert (
+        "| warmup | 0 |" in card and "warning: so few steps (1) teach little: try more --epochs or a higher" in errors
+    )
 
     async def chat(**settings: str) -> tuple[int, str, str]:
         return await palaver(tmp_path, "chat", said="what is the password?\n", **settings)
