@@ -273,8 +273,8 @@ class DiscordBot:
                 log.warning("/reset in channel %s, %s, could not be answered: %s", interaction.channel_id, done, error)
 
         @tree.error
-        async def unknown(interaction: discord.Interaction, error: app_commands.AppCommandError) -> None:
-            log.warning("Discord passed on a command that is not ours: %s", error)
+        async def failed(interaction: discord.Interaction, error: app_commands.AppCommandError) -> None:
+            log.warning("a command on Discord could not be obeyed: %s", error)
 
         self._tree = tree
         return client

@@ -18,9 +18,12 @@ from core.delivery import MaybeSent, NotSent, Refused, RetryAfter
 log = logging.getLogger(__name__)
 
 CALL_SECONDS = 60.0
-CALLS, FREE = 45, 15
+CALLS, FREE = 40, 15
 """Calls a second, and so many that what may be left out leaves to others. Discord takes 50, and shuts out who has ten
 thousand refused in ten minutes. https://discord.com/developers/docs/topics/rate-limits#global-rate-limit"""
+TOGETHER = 5
+"""So many leave at once, and no more until it is their time: of a second's all at once some are late on new
+connections, and arrive with the next second's."""
 SHUT_OUT = 20.0
 """Seconds without a call when what stands before Discord refuses all of ours and does not say for how long."""
 BLOCKED = 40333
@@ -43,7 +46,7 @@ class Client(discord.Client):
         trace.on_request_start.append(self._leave)
         super().__init__(http_trace=trace, **options)
         self.line = line
-        self._calls, self._leaving = Quota(CALLS, 1.05), Quota(CALLS, 1.05)
+        self._calls, self._leaving = Quota(CALLS, 1.05), Quota(TOGETHER, TOGETHER / CALLS)
 
     async def turn(self) -> None:
         """Wait until a call may go out, first come, first served."""
