@@ -100,7 +100,7 @@ class WebSettings(Group):
     @classmethod
     def _a_host(cls, value: str) -> str:
         with contextlib.suppress(ValueError):
-            if re.fullmatch(r"[\w.-]+", value) or ip_address(value):
+            if re.fullmatch(r"[\w.-]*[^\W\d][\w.-]*", value) or ip_address(value):
                 return value
         raise ValueError("must be an address or a name alone: no http://, no brackets, and the port is WEB_PORT's")
 
