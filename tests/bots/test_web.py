@@ -783,7 +783,9 @@ def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
         WebSettings(web_origin=origin)
 
 
-@pytest.mark.parametrize("host", ["http://127.0.0.1", "127.0.0.1:8080", "[::1]", "localhost/", "my host", "999.1.1.1", "80"])
+@pytest.mark.parametrize(
+    "host", ["http://127.0.0.1", "127.0.0.1:8080", "[::1]", "localhost/", "my host", "999.1.1.1", "80"]
+)
 def test_a_host_that_is_more_than_one_is_refused(host: str) -> None:
     with pytest.raises(ValidationError, match="must be an address or a name alone"):
         WebSettings(web_host=host)
