@@ -18,7 +18,7 @@ from core.delivery import MaybeSent, NotSent, Refused, RetryAfter
 log = logging.getLogger(__name__)
 
 CALL_SECONDS = 60.0
-CALLS, FREE = 40, 10
+CALLS, FREE = 40, 15
 """Calls a second, and so many that what may be left out leaves to others. Discord takes 50, and shuts out who has ten
 thousand refused in ten minutes. https://discord.com/developers/docs/topics/rate-limits#global-rate-limit"""
 TOGETHER = 5

@@ -82,9 +82,23 @@ async def test_many_channels_at_once(server: DiscordServer, palaver: Palaver) ->
     places = [server.channel(f"room{chr(97 + number)}") for number in range(CHANNELS)]
     said = speak(server, range(MESSAGES), places)
     await server.until(CHANNELS * MESSAGES, timeout=180)
-    assert {channel for _, channel in server.typing} == set(places)
     assert await palaver.end() == 0
     judge(server, said)
+
+
+async def test_while_a_model_thinks_it_types(server: DiscordServer, tmp_path: Path) -> None:
+    where = str(Path(__file__).parents[2])
+    process = Palaver(server, tmp_path, PYTHONPATH=where, ENGINE="inprocess", SAMPLING__N="64")
+    await process.start()
+    try:
+        await server.until(connected=True)
+        places = [server.channel(f"room {number}") for number in range(10)]
+        for place in places:
+            server.say(place, "ann", "do you like the sea?", mention=True)
+        await server.until(len(places), timeout=60)
+        assert {channel for _, channel in server.typing} == set(places)
+    finally:
+        await process.end(signal.SIGKILL)
 
 
 async def test_what_was_said_while_it_was_down_is_answered(server: DiscordServer, palaver: Palaver) -> None:
