@@ -29,9 +29,6 @@ from core.settings import SOCKET_PATH, Settings
 if TYPE_CHECKING:
     from bots.base import Bot
 
-FAR = 0.005
-"""How far a training can move a weight (about the learning rate in each step), below which it has hardly learnt."""
-
 cli = typer.Typer(
     name="palaver",
     help="A chat bot for Discord, Telegram, the web and the terminal, out of a DialoGPT model that is yours.\n\n"
@@ -164,7 +161,7 @@ def finetune(
             next(read_dialogues(data), None)  # a wrong file is told at once, not after the seconds that these take
         gc.disable()  # as in core.engine.server
         from core.training.finetune import Recipe, finetune
-        from core.training.outcome import summary
+        from core.training.outcome import doubt, summary
 
         gc.enable()
         recipe = Recipe(
@@ -189,16 +186,8 @@ def finetune(
         raise typer.Exit(128 + (stopped.args or [signal.SIGINT])[0]) from None
     use = f"let it judge: REVERSE_MODEL={out} SAMPLING__N=8" if reverse else f"talk to it: MODEL={out}"
     print(f"{summary(progress)}\n{use} palaver chat")
-    if not progress.valid[-1][1] < progress.valid[0][1]:
-        print(
-            "warning: that is no better than before: try more dialogues, fewer --epochs or a lower --learning-rate",
-            file=sys.stderr,
-        )
-    elif progress.step * learning_rate < FAR:
-        print(
-            f"warning: so few steps ({progress.step}) teach little: try more --epochs or a higher --learning-rate",
-            file=sys.stderr,
-        )
+    if why := doubt(progress, recipe):
+        print(f"warning: {why}", file=sys.stderr)
 
 
 @cli.command("eval")

@@ -312,7 +312,8 @@ class DiscordBot:
 
     async def turn(self, channel: Channel) -> None:
         """Discord's limit for all calls together; discord.py keeps those for each route."""
-        await self._login()
+        with contextlib.suppress(TimeoutError):  # a start takes up what is owed before it is logged in
+            await asyncio.wait_for(self._logged_in.wait(), 5.0)
         if self._client:
             await self._client.turn()
 
@@ -375,13 +376,7 @@ class DiscordBot:
         return sorted(found, key=lambda event: int(event["id"]))
 
     async def _call(self, route: Route, **arguments: Any) -> Any:
-        """One REST call, failures as the courier wants them."""
-        await self._login()
+        """One REST call, which has had its turn; failures as the courier wants them."""
         if self._client is None:
             raise NotSent("not logged in yet")
         return await call(self._client, route, **arguments)
-
-    async def _login(self) -> None:
-        """Wait for it a while: a start takes up what is owed before."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._logged_in.wait(), 5.0)

@@ -137,8 +137,9 @@ class Chat:
         return bool(received.asked)
 
     async def reset(self, channel: Channel, asked: Message | None = None) -> bool:
-        """The conversation starts anew: what was said before is not in any later prompt, and what waits for its answer
-        gets none. False: `asked`, a platform's message that may come again, has been obeyed already."""
+        """The conversation starts anew: what was said before is not in any later prompt, what waits for its answer gets
+        none, and no answer to it is sent any more. False: `asked`, a platform's message that may come again, has been
+        obeyed already."""
         if not await self.journal.reset(channel, asked):
             return False
         for request in self._queue.take_out(lambda waiting: waiting.message.channel == channel):

@@ -44,7 +44,7 @@ async function connect() {
   const mine = new WebSocket(location.protocol.replace("http", "ws") + "//" + location.host + "/ws");
   socket = mine;
   mine.onopen = () => {
-    // first what the server may not have, then the question for what it has: so the history holds it all
+    // first what the server may not have, then the question for what it has; what else it lacks goes one by one
     transmit();
     ask();
   };
@@ -84,17 +84,17 @@ function ask() {
 }
 
 function transmit() {
-  if (socket?.readyState !== WebSocket.OPEN || waiting.has(sending)) return;
-  const [id, said] = [...waiting].find(([, said]) => !said.stored && !said.note) || [""];
-  sending = id;
-  if (!id) return;
-  socket.send(JSON.stringify({ id, text: said.text }));
+  const unsaid = (said) => said && !said.stored && !said.note;
+  if (socket?.readyState !== WebSocket.OPEN || unsaid(waiting.get(sending))) return;
+  const next = [...waiting].find(([, said]) => unsaid(said));
+  if (!next) return;
+  sending = next[0];
+  socket.send(JSON.stringify({ id: sending, text: next[1].text }));
   watch();
 }
 
-function goOn(id) {
-  if (id !== sending) return;
-  sending = "";
+function again(id) {
+  if (id === sending) sending = "";
   transmit();
 }
 
@@ -116,15 +116,16 @@ function hear(frame) {
   clearTimeout(overdue);
   overdue = 0;
   watch();
-  if (frame.history) { begin(frame.history); goOn(waiting.has(sending) ? "" : sending); }
-  else if (frame.stored) { stored(frame.stored); goOn(frame.stored.id); }
-  else if (frame.reply) { replied(frame.reply); goOn(frame.reply.to); }
-  else if (frame.closed) { closed(frame.closed, frame.note); goOn(frame.closed); }
+  if (frame.history) begin(frame.history);
+  else if (frame.stored) stored(frame.stored);
+  else if (frame.reply) replied(frame.reply);
+  else if (frame.closed) closed(frame.closed, frame.note);
   else if (frame.typing) typing(frame.typing, frame.note);
   else if (frame.forgotten) { resetting = false; waiting.clear(); keep(); begin([]); find("sure").close(); }
   else if (frame.full) full = frame.full;
-  else if (frame.later) setTimeout(goOn, 3000, frame.later);
+  else if (frame.later) setTimeout(again, 3000, frame.later);
   else if (frame.error) { resetting = false; find("not-now").hidden = false; console.warn("Palaver: " + frame.error); }
+  transmit();
 }
 
 function begin(turns) {

@@ -358,10 +358,14 @@ def _drop(half: Path) -> None:
 def empty_log(file: Path) -> None:
     """What was deleted stands in the log, too, until others write over it: all goes into the file, and the log is cut.
     https://www.sqlite.org/pragma.html#pragma_wal_checkpoint"""
-    with contextlib.closing(sqlite3.connect(file, timeout=LOG_EMPTY_WITHIN)) as connection:
-        ((refused, *_),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    if refused:
-        log.warning("%s-wal was in use: what was deleted stands in it until others write over it, or a stop", file)
+    try:
+        with contextlib.closing(sqlite3.connect(file, timeout=LOG_EMPTY_WITHIN)) as connection:
+            ((refused, *_),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        why = "it is in use" if refused else ""
+    except sqlite3.Error as error:
+        why = str(error)
+    if why:
+        log.warning("%s-wal cannot be emptied (%s): what was deleted stands there until it is written over", file, why)
 
 
 def _reading(file: Path) -> contextlib.closing[sqlite3.Connection]:

@@ -22,6 +22,10 @@ JUDGES = """It does not talk: it says how likely a message is when its reply is 
 SAMPLING__N=8` chooses so among the replies of a model with the same vocabulary."""
 
 
+FAR = 0.005
+"""How far a training can move a weight (about the learning rate in each step), below which it has hardly learnt."""
+
+
 def save(model: GPT2LMHeadModel, tokenizer_folder: Path, out: Path, reverse: bool) -> None:
     """Config, weights as safetensors, and the tokenizer's files."""
     setattr(model.config, REVERSE, reverse)
@@ -62,6 +66,15 @@ def summary(progress: Progress) -> str:
         f"held-out loss {before:.3f} → {after:.3f} nats per token, perplexity {_perplexity(before)} → "
         f"{_perplexity(after)}, on {progress.held_out} dialogue{'s' * (progress.held_out != 1)}"
     )
+
+
+def doubt(progress: Progress, recipe: Recipe) -> str:
+    """What speaks against the new model, and what to try; "" where nothing does."""
+    if not progress.valid[-1][1] < progress.valid[0][1]:
+        return "that is no better than before: try more dialogues, fewer --epochs or a lower --learning-rate"
+    if progress.step * recipe.learning_rate < FAR:
+        return f"so few steps ({progress.step}) teach little: try more --epochs or a higher --learning-rate"
+    return ""
 
 
 def _perplexity(loss: float) -> str:

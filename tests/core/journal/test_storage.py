@@ -382,6 +382,11 @@ async def test_of_what_is_forgotten_nothing_is_left_on_disk(file: Path) -> None:
             assert not any(b"TOPSECRET" in path.read_bytes() for path in (file, log))
 
 
+def test_a_log_that_cannot_be_emptied_is_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    storage.empty_log(tmp_path / "gone/palaver.db")
+    assert "palaver.db-wal cannot be emptied (unable to open database file): what was deleted stands" in caplog.text
+
+
 class Cutting:
     """Between us and PostgreSQL: the next COMMIT arrives, and its answer does not, nor (`for_good`) anything else."""
 
